@@ -1,0 +1,17 @@
+"""The network: a PaliGemma written from scratch. Needs torch and safetensors only."""
+
+from model.checkpoint import fetch
+from model.config import PaliGemmaConfig, TextConfig, VisionConfig
+from model.gemma import prefix_lm_mask
+from model.paligemma import IGNORE_INDEX, PaliGemma, PaliGemmaOutput
+
+__all__ = [
+    "IGNORE_INDEX",
+    "PaliGemma",
+    "PaliGemmaConfig",
+    "PaliGemmaOutput",
+    "TextConfig",
+    "VisionConfig",
+    "fetch",
+    "prefix_lm_mask",
+]

@@ -1,0 +1,247 @@
+"""Published checkpoints: where they are, which layout they have, and reading and writing their tensors.
+
+Files are safetensors, single or sharded. Every known key layout is mapped to the names of the hub's checkpoint, which
+are also ours. Loading is strict in both directions: only a tied `lm_head.weight` and the unused vision head may differ.
+Reading goes straight into preallocated tensors; copying out of a memory map would count every byte twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from model.paligemma import PaliGemma
+
+TIED_HEAD = "lm_head.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CHUNK = 4 * 2**20  # elements read at a time where a cast or another device is in the way
+
+
+def fetch(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint; a Hub id (`owner/name`) is downloaded to the Hub's cache first.
+
+    Raises:
+        ValueError: no such directory, or the Hub does not give it out; says what to do.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) or path.parts[0] in (".", ".."):
+        raise ValueError(f"{path_or_hub_id} is neither a directory nor a Hub id (owner/name)")
+    from huggingface_hub import errors, snapshot_download
+
+    page = f"https://huggingface.co/{path_or_hub_id}"
+    wanted = [*SIDE_FILES, "config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=wanted))
+    except errors.GatedRepoError:
+        reason = f"its licence must be accepted first: log in at {page}, accept it, then run `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = f"it has no revision {revision!r}: see the branches at {page}/tree/main"
+    except errors.RepositoryNotFoundError:
+        reason = f"no such model (or a private one): check the name at {page}, or run `hf auth login`"
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        reason = f"neither on the Hub nor in its local cache ({type(error).__name__}): go online, or give a directory"
+    raise ValueError(f"{path_or_hub_id}: {reason}")
+
+
+def canonical_name(name: str) -> str | None:
+    """The hub layout's name of a parameter or module in any known layout; None for the unused vision head.
+
+    >>> canonical_name("model.language_model.layers.0.mlp.up_proj.weight")
+    'language_model.model.layers.0.mlp.up_proj.weight'
+    >>> canonical_name("vision_tower.encoder.layers.0.mlp.fc1.weight")
+    'vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight'
+    """
+    name = name.removeprefix("model.")
+    if name == f"language_model.{TIED_HEAD}":
+        return TIED_HEAD
+    name = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+    name = re.sub(r"^language_model\.(?!model\.)", "language_model.model.", name)
+    return None if name.startswith("vision_tower.vision_model.head.") else name
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, byte offset, dtype, shape."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read_into(self, target: Tensor) -> None:
+        """Fill a contiguous tensor of the same shape, casting to its dtype and device in chunks."""
+        flat = target.detach().view(-1)
+        direct = flat.dtype == self.dtype and flat.device.type == "cpu"
+        buffer = flat if direct else torch.empty(min(CHUNK, flat.numel()), dtype=self.dtype)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            for start in range(0, flat.numel(), max(len(buffer), 1)):
+                part = buffer[: flat.numel() - start]
+                _read_exactly(file, part.view(torch.uint8).numpy().data)
+                if not direct:
+                    flat[start : start + len(part)].copy_(part)
+
+
+def _read_exactly(file: object, view: memoryview) -> None:
+    while len(view):
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(f"{file.name} ended early while it was read: download it again")  # type: ignore[attr-defined]
+        view = view[count:]
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint under its published name, from `model.safetensors` or the shards of its index."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+        if any(Path(name).name != name for name in files):
+            raise ValueError(f"{index} names a file outside its own directory: refused")
+    else:
+        files = ["model.safetensors"]
+    missing = [name for name in files if not (directory / name).is_file()]
+    if missing:
+        hint = ": it is an adapter, give its base" if (directory / "adapter_config.json").exists() else ""
+        raise ValueError(f"{directory} lacks {', '.join(missing)}{hint}")
+    tensors: dict[str, StoredTensor] = {}
+    for name in files:
+        for key, tensor in _read_header(directory / name).items():
+            if key in tensors:
+                raise ValueError(f"{directory}: {key} is in {tensors[key].file.name} and in {name}")
+            tensors[key] = tensor
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The safetensors header: 8 bytes of length, then JSON of names, dtypes, shapes and offsets."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError("the header is cut off")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if stop - start != torch.Size(shape).numel() * dtype.itemsize or 8 + length + stop > size or start < 0:
+                raise ValueError(f"{name} does not fit its bytes")
+            tensors[name] = StoredTensor(path, 8 + length + start, dtype, shape)
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file of floats ({error!r}): download it again"
+        ) from error
+    return tensors
+
+
+def load_weights(model: nn.Module, directory: Path) -> None:
+    """Fill every parameter of `model` from a checkpoint, strictly.
+
+    Raises:
+        ValueError: lists all missing, unexpected and mis-shaped names; or an output head that is not the embedding.
+    """
+    stored: dict[str, StoredTensor] = {}
+    twice = []
+    for key, tensor in stored_tensors(directory).items():
+        name = canonical_name(key)
+        if name in stored:
+            twice.append(f"{name} (as {key} too)")
+        elif name is not None:
+            stored[name] = tensor
+    head = stored.pop(TIED_HEAD, None)
+    parameters = model.state_dict()
+    problems = {
+        "missing": [name for name in parameters if name not in stored],
+        "unexpected": [name for name in stored if name not in parameters],
+        "present twice": twice,
+        "mis-shaped": [
+            f"{name} {list(stored[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in parameters.items()
+            if name in stored and stored[name].shape != tuple(tensor.shape)
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError(f"{directory} does not fit its config.json:\n" + describe(problems))
+    for name, tensor in parameters.items():
+        stored[name].read_into(tensor)
+    if head is not None and not _equal(head, stored[EMBEDDING]):
+        raise ValueError(
+            f"{directory}: {TIED_HEAD} differs from the embedding; PaliGemma ties them, this checkpoint does not"
+        )
+
+
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    left, right = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (a, b))
+    a.read_into(left)
+    b.read_into(right)
+    return torch.equal(left, right)
+
+
+def describe(problems: dict[str, list[str]], limit: int = 20) -> str:
+    """One line per kind of problem, at most `limit` names each."""
+    return "\n".join(
+        f"  {kind} ({len(names)}): {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
+        for kind, names in problems.items()
+        if names
+    )
+
+
+def save(model: PaliGemma, directory: Path) -> None:
+    """Write `model` in the hub layout: config.json, model.safetensors, and the side files of `model.source`."""
+    with torch.device("meta"):
+        expected = type(model)(model.config).state_dict().keys()
+    tensors = model.state_dict()
+    problems = {"missing": _difference(expected, tensors), "unexpected": _difference(tensors, expected)}
+    if any(problems.values()):
+        raise ValueError(
+            "only a plain PaliGemma can be saved as a checkpoint: eject or merge adapters first\n" + describe(problems)
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    if model.source is not None and model.source.resolve() != directory.resolve():
+        for name in SIDE_FILES:
+            if (model.source / name).is_file():
+                shutil.copyfile(model.source / name, directory / name)
+    config = json.dumps(model.config.to_hf(model.dtype), indent=2) + "\n"
+    (directory / "config.json").write_text(config, encoding="utf-8")
+    unfinished = directory / "model.safetensors.unfinished"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, directory / "model.safetensors")
+
+
+def _difference(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    present = set(others)
+    return [name for name in names if name not in present]

@@ -1,0 +1,197 @@
+"""PaliGemma (arXiv 2407.07726): vision tower, connector and decoder joined by a prefix-LM.
+
+A row reads `<image> x N, bos, prefix, "\\n", suffix, eos`. Image and prefix see each other in both directions; the
+suffix is causal and sees all of the prefix. Which is which is data (`token_type_ids`), the same in training,
+evaluation and generation. Only supervised positions reach the output head: a handful of rows against a 257k
+vocabulary instead of hundreds.
+
+Axes: B batch, S sequence, I images (one per row), N image tokens, D hidden, V vocabulary, L supervised positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import checkpoint, gemma, siglip
+from model.config import PaliGemmaConfig
+from model.connector import LinearConnector
+from model.gemma import prefix_lm_mask
+from model.generate import generate
+
+IGNORE_INDEX = -100  # label of a position that is not supervised
+
+
+@dataclasses.dataclass(frozen=True)
+class PaliGemmaOutput:
+    """Without labels logits [B, S, V]; with labels logits [L, V] of the supervised positions, row by row, and loss."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class PaliGemma(nn.Module):
+    """The network; parameter names are those of the published checkpoint.
+
+    `source` is the directory it was loaded from: `save_pretrained` takes tokenizer and processor files from there.
+    """
+
+    def __init__(self, config: PaliGemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.source: Path | None = None
+        self.vision_tower = siglip.SiglipVisionTower(config.vision)
+        self.multi_modal_projector = LinearConnector(config)
+        self.language_model = gemma.GemmaForCausalLM(config.text)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+    ) -> PaliGemma:
+        """Open a published checkpoint: a directory or a Hub id; safetensors, single or sharded, any known key layout.
+
+        Weights are cast to `dtype` on the way. Memory above what was there before stays within a tenth of the weights.
+
+        Raises:
+            ValueError: nothing to open, another architecture, or tensors missing, unexpected or mis-shaped.
+        """
+        directory = checkpoint.fetch(path_or_hub_id, revision)
+        model = cls._empty(PaliGemmaConfig.from_directory(directory), dtype, device)
+        checkpoint.load_weights(model, directory)
+        model.source = directory
+        return model.eval()
+
+    @classmethod
+    def from_random(
+        cls, directory: str | Path, seed: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> PaliGemma:
+        """A network of the dimensions in `directory/config.json` with seeded initial weights, to train from scratch."""
+        model = cls._empty(PaliGemmaConfig.from_directory(Path(directory)), dtype, device)
+        init_weights(model, torch.Generator(device).manual_seed(seed))
+        model.source = Path(directory)
+        return model.eval()
+
+    @classmethod
+    def _empty(cls, config: PaliGemmaConfig, dtype: torch.dtype, device: str | torch.device) -> PaliGemma:
+        with torch.device("meta"):
+            model = cls(config)
+        return model.to(dtype).to_empty(device=device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config, weights, tokenizer and processor files in the hub layout, to be opened by `transformers` too.
+
+        Raises:
+            ValueError: the parameters are not a plain PaliGemma's (adapters are still in place).
+        """
+        checkpoint.save(self, Path(directory))
+
+    @property
+    def device(self) -> torch.device:
+        return self.multi_modal_projector.linear.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.multi_modal_projector.linear.weight.dtype
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Pixels float[I, 3, H, W] in [-1, 1] -> image tokens [I, N, D], to be passed on as `image_features`."""
+        features: Tensor = self.multi_modal_projector(self.vision_tower(pixel_values))
+        return features
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+        """Token ids i64[B, S] and image tokens [B, N, D] -> input embeddings [B, S, D]."""
+        is_image = input_ids == self.config.image_token_id
+        expected = 0 if image_features is None else image_features.shape[1]
+        counts = is_image.sum(dim=1)
+        if not bool((counts == expected).all()) or (
+            image_features is not None and len(image_features) != len(input_ids)
+        ):
+            images = "no image" if image_features is None else f"{len(image_features)} images of {expected} tokens"
+            raise ValueError(
+                f"the {len(input_ids)} rows hold {counts.tolist()} image tokens, given: {images}; expected one image "
+                f"a row, each {self.config.vision.num_patches} <image> tokens for this checkpoint"
+            )
+        embedded = self.language_model.model.embed(input_ids)
+        if image_features is None:
+            return embedded
+        return embedded.masked_scatter(is_image[..., None], image_features.to(embedded.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_features: Tensor | None = None,
+        num_items_in_batch: int | None = None,
+    ) -> PaliGemmaOutput:
+        """Logits, and with labels the cross-entropy of the supervised tokens.
+
+        Args:
+            input_ids: i64 [B, S], right-padded.
+            pixel_values: float [B, 3, H, W]; or `image_features` [B, N, D] from `encode_images`; or neither.
+            attention_mask: [B, S], 1 at real tokens; default all.
+            token_type_ids: [B, S], 0 image and prefix, 1 suffix; default all prefix. Required with labels, because
+                without it the prefix would see the answer.
+            labels: i64 [B, S], the token itself at supervised positions, -100 elsewhere.
+            num_items_in_batch: divide the summed loss by this number instead of by the supervised tokens of this call:
+                the supervised tokens of a whole optimizer step, when this call is one micro-batch of it.
+
+        Raises:
+            ValueError: image tokens and images that do not match, left padding, labels without types or all ignored.
+        """
+        if labels is not None and token_type_ids is None:
+            raise ValueError(
+                "labels need token_type_ids (0 prefix, 1 suffix): without them the answer leaks into the prefix"
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if not bool(attention_mask[:, 0].all()):
+            raise ValueError("attention_mask starts with padding: rows must be padded on the right")
+        if pixel_values is not None:
+            if image_features is not None:
+                raise ValueError("pixel_values and image_features were both given: pass one of them")
+            image_features = self.encode_images(pixel_values)
+
+        x = self.embed(input_ids, image_features)  # (B, S, D)
+        position_ids = torch.arange(1, x.shape[1] + 1, device=x.device).expand(
+            x.shape[:2]
+        )  # published models count from 1
+        hidden = self.language_model.model(x, prefix_lm_mask(attention_mask, token_type_ids), position_ids)
+        if labels is None:
+            return PaliGemmaOutput(self.language_model.head(hidden))
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = self.language_model.head(hidden[:, :-1][supervised])  # (L, V)
+        if len(logits) == 0:
+            raise ValueError("labels hold no supervised position: their loss is not a number; drop such rows")
+        total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        return PaliGemmaOutput(logits, total / (num_items_in_batch or len(logits)))
+
+    generate = generate
+
+
+def init_weights(model: nn.Module, generator: torch.Generator) -> None:
+    """Initial values for training from scratch: LeCun-normal products, embeddings of std D^-1/2, identity norms."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5, generator=generator)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5, generator=generator)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, gemma.GemmaRMSNorm):
+            nn.init.zeros_(module.weight)
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(bias)

@@ -1,0 +1,110 @@
+"""SigLIP vision tower: a plain pre-norm ViT over 14-pixel patches (arXiv 2303.15343).
+
+Module names are those of the published checkpoint. The attention-pooling head that some checkpoints carry is not used
+by PaliGemma and is not here. What the tower returns is the last block after `post_layernorm`.
+
+Axes: B images, C channels, H W pixels, N patches, D hidden, h heads, d head width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import VisionConfig
+
+
+class SiglipEmbeddings(nn.Module):
+    """Patches, linearly embedded, plus learned positions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, this checkpoint takes "
+                f"{self.image_size} x {self.image_size}: use its own processor"
+            )
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (B, D, H/14, W/14)
+        return x.flatten(2).transpose(1, 2) + self.position_embedding.weight  # (B, N, D)
+
+
+class SiglipAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class SiglipMLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiglipLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SiglipAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipEncoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class SiglipTransformer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = SiglipEmbeddings(config)
+        self.encoder = SiglipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+
+
+class SiglipVisionTower(nn.Module):
+    """pixel_values float[B, C, H, W], normalised to [-1, 1] -> patch features [B, N, D] in the weights' dtype."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.vision_model = SiglipTransformer(config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        features: Tensor = self.vision_model(pixel_values)
+        return features

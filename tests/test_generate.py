@@ -1,0 +1,106 @@
+"""Decoding against the library's `generate`, and against itself one row at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from transformers import PaliGemmaForConditionalGeneration
+
+from model import PaliGemma
+from model.generate import pick_token
+from tests import tiny
+
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PaliGemmaForConditionalGeneration, PaliGemma]:
+    library = tiny.library_model(tiny.CONFIG, seed=1)
+    directory = tiny.save_library_model(library, tmp_path_factory.mktemp("tiny"))
+    return library, PaliGemma.from_pretrained(directory, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_tokens_equal_the_library_and_a_batch_equals_its_rows(pair: Any, seed: int) -> None:
+    library, ours = pair
+    prompts = tiny.batch(tiny.CONFIG, [5, 12, 3], seed=seed)
+    together = ours.generate(**prompts, max_new_tokens=NEW_TOKENS)
+    for i, row in enumerate(tiny.rows_of(prompts)):
+        reference = library.generate(**row, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=1)
+        expected = reference[0, row["input_ids"].shape[1] :].tolist()
+        assert ours.generate(**row, max_new_tokens=NEW_TOKENS)[0].tolist() == expected
+        assert together[i, : len(expected)].tolist() == expected
+
+
+def test_cached_steps_equal_full_forward_passes(pair: Any) -> None:
+    """Each new token is the most likely one of a forward pass over the whole row so far, its type being suffix."""
+    ours = pair[1]
+    row = tiny.batch(tiny.CONFIG, [6])
+    new = ours.generate(**row, max_new_tokens=NEW_TOKENS)[0]
+    for token in new:
+        logits = ours(**row).logits[0, -1]
+        assert token == logits.argmax()
+        for name, value in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", 1)):
+            row[name] = torch.cat((row[name], torch.as_tensor(value).view(1, 1)), dim=1)
+
+
+def test_decoding_stops_when_every_row_has_finished(pair: Any) -> None:
+    ours = pair[1]
+    prompts = tiny.batch(tiny.CONFIG, [5, 12], seed=3)
+    free = ours.generate(**prompts, max_new_tokens=NEW_TOKENS)
+    assert free.shape == (2, NEW_TOKENS)
+    assert len(set(free[0].tolist())) > 1
+    eos = int(free[0, 1])
+    stopping = dataclasses.replace(ours.config, eos_token_id=eos)
+    original, ours.config = ours.config, stopping
+    try:
+        alone = ours.generate(**next(tiny.rows_of(prompts)), max_new_tokens=NEW_TOKENS)
+        both = ours.generate(**prompts, max_new_tokens=NEW_TOKENS)
+    finally:
+        ours.config = original
+    first_eos = free[0].tolist().index(eos)
+    assert alone[0].tolist() == free[0, : first_eos + 1].tolist()  # eos is part of the output, nothing follows
+    assert (both[0, first_eos + 1 :] == ours.config.pad_token_id).all()
+
+
+def test_sampling_repeats_with_its_seed(pair: Any) -> None:
+    prompts = tiny.batch(tiny.CONFIG, [5, 12])
+    first, again, other = (
+        pair[1].generate(**prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, top_p=0.95, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_sampling_follows_the_nucleus() -> None:
+    """Of 0.5, 0.3, 0.15, 0.05 a top_p of 0.7 leaves the first two, in proportion 5 to 3."""
+    logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log().expand(20_000, -1)
+    tokens = pick_token(logits, 1.0, 0.7, torch.Generator().manual_seed(0))
+    assert set(tokens.tolist()) == {1, 3}
+    assert (tokens == 1).float().mean().item() == pytest.approx(0.625, abs=0.02)
+
+
+def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy(pair: Any) -> None:
+    prompts = tiny.batch(tiny.CONFIG, [5, 12])
+    greedy = pair[1].generate(**prompts, max_new_tokens=NEW_TOKENS)
+    for settings in ({"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1e-4}):
+        assert torch.equal(pair[1].generate(**prompts, max_new_tokens=NEW_TOKENS, **settings), greedy)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"temperature": 1.0, "top_p": 1.5}]
+)
+def test_impossible_settings_are_refused(pair: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected max_new_tokens"):
+        pair[1].generate(**tiny.batch(tiny.CONFIG, [5]), **settings)
+
+
+def test_left_padded_prompts_are_refused(pair: Any) -> None:
+    prompts = tiny.batch(tiny.CONFIG, [5, 12])
+    prompts["attention_mask"] = prompts["attention_mask"].flip(1)
+    with pytest.raises(ValueError, match="pad prompts on the right"):
+        pair[1].generate(**prompts)

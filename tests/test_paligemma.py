@@ -1,0 +1,243 @@
+"""The network against transformers' PaliGemmaForConditionalGeneration, run live on random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PaliGemmaForConditionalGeneration
+from transformers.models.gemma.configuration_gemma import GemmaConfig
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRotaryEmbedding
+from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+from model import PaliGemma, TextConfig, VisionConfig, prefix_lm_mask
+from model.gemma import GemmaLayer, Rotation
+from model.siglip import SiglipLayer
+from tests import tiny
+
+LOGITS_FP32 = 1e-5
+LOSS_FP32 = 1e-6
+TRUE_WIDTH_FP32 = 1e-4
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PaliGemmaForConditionalGeneration, PaliGemma]:
+    library = tiny.library_model(tiny.CONFIG)
+    directory = tiny.save_library_model(library, tmp_path_factory.mktemp("tiny"))
+    return library, PaliGemma.from_pretrained(directory, dtype=torch.float32)
+
+
+def ours_of(library: PaliGemmaForConditionalGeneration, directory: Path, dtype: torch.dtype) -> PaliGemma:
+    return PaliGemma.from_pretrained(tiny.save_library_model(library, directory), dtype=dtype)
+
+
+def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+@torch.no_grad()
+def assert_same_logits(library: PaliGemmaForConditionalGeneration, ours: PaliGemma, batch: dict[str, Tensor]) -> None:
+    batch = without_labels(batch)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours(**batch).logits[real], library(**batch).logits[real], rtol=0, atol=LOGITS_FP32)
+
+
+@pytest.mark.parametrize("prompts", [[7], [5, 9, 3], [1, 1]])
+@pytest.mark.parametrize("with_suffix", [False, True])
+def test_logits_equal_the_library_at_every_real_position(pair: Any, prompts: list[int], with_suffix: bool) -> None:
+    batch = tiny.batch(tiny.CONFIG, prompts, [2, 4, 1][: len(prompts)] if with_suffix else None)
+    library, ours = pair
+    assert_same_logits(library, ours, batch)
+
+
+def test_loss_equals_the_library(pair: Any) -> None:
+    library, ours = pair
+    batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**batch).loss, library(**batch).loss, rtol=0, atol=LOSS_FP32)
+
+
+def test_gradients_equal_the_library(pair: Any) -> None:
+    library, ours = (copy.deepcopy(model) for model in pair)
+    batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
+    library(**batch).loss.backward()
+    ours(**batch).loss.backward()
+    theirs = {name: p.grad for name, p in library.model.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        key = name.replace("language_model.model.", "language_model.").replace("vision_model.", "")
+        torch.testing.assert_close(parameter.grad, theirs[key], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("image_size", [448, 896])
+def test_larger_images_equal_the_library(tmp_path: Path, image_size: int) -> None:
+    hf = tiny.config(vision__image_size=image_size, vision__num_hidden_layers=1, text__num_hidden_layers=1)
+    library = tiny.library_model(hf)
+    assert_same_logits(library, ours_of(library, tmp_path, torch.float32), tiny.batch(hf, [3], [2]))
+
+
+def test_a_vision_layer_of_true_width_equals_the_library() -> None:
+    theirs = SiglipEncoderLayer(SiglipVisionConfig(hidden_size=1152, intermediate_size=4304, num_attention_heads=16))
+    theirs.self_attn.config._attn_implementation = "sdpa"
+    tiny.randomize(theirs)
+    ours = SiglipLayer(VisionConfig())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 256, 1152)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x, attention_mask=None), rtol=0, atol=TRUE_WIDTH_FP32)
+
+
+def test_a_decoder_layer_of_true_width_equals_the_library() -> None:
+    hf = GemmaConfig(hidden_size=2048, intermediate_size=16384, num_attention_heads=8, num_key_value_heads=1)
+    hf._attn_implementation = "sdpa"
+    theirs = GemmaDecoderLayer(hf, 0)
+    tiny.randomize(theirs)
+    ours = GemmaLayer(TextConfig(), 0)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 48, 2048)
+    position_ids = torch.arange(1, 49)[None]
+    types = (torch.arange(48) >= 40).long()[None]
+    mask = prefix_lm_mask(torch.ones_like(types), types)
+    with torch.no_grad():
+        expected = theirs(x, attention_mask=mask, position_embeddings=GemmaRotaryEmbedding(hf)(x, position_ids))
+        actual = ours(x, mask, Rotation.at(position_ids, TextConfig(), x.dtype), None)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TRUE_WIDTH_FP32)
+
+
+def test_bf16_is_as_close_to_fp32_as_the_librarys(pair: Any, tmp_path: Path) -> None:
+    library, exact = pair
+    directory = tiny.save_library_model(library, tmp_path)
+    rounded_library = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    rounded = PaliGemma.from_pretrained(directory, dtype=torch.bfloat16)
+    batch = without_labels(tiny.batch(tiny.CONFIG, [5, 9, 3, 12], [2, 4, 1, 3]))
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        reference = exact(**batch).logits[real]
+        ours = (rounded(**batch).logits[real] - reference).abs().mean()
+        theirs = (rounded_library(**batch).logits[real] - reference).abs().mean()
+    assert 0 < ours <= 1.2 * theirs
+
+
+def moved(ours: PaliGemma, batch: dict[str, Tensor], position: int) -> list[bool]:
+    """For each position, whether its logits move when the token at `position` is another one."""
+    edited = {**batch, "input_ids": batch["input_ids"].clone()}
+    edited["input_ids"][0, position] += 1
+    with torch.no_grad():
+        return ((ours(**batch).logits - ours(**edited).logits).abs().amax(-1)[0] > 1e-6).tolist()
+
+
+def test_an_edit_in_the_prefix_moves_the_first_position(pair: Any) -> None:
+    batch = without_labels(tiny.batch(tiny.CONFIG, [5], [4]))
+    assert moved(pair[1], batch, 4 + 3)[0]
+
+
+@pytest.mark.parametrize("position", range(9, 13))
+def test_an_edit_in_the_suffix_moves_nothing_before_it(pair: Any, position: int) -> None:
+    batch = without_labels(tiny.batch(tiny.CONFIG, [5], [4]))
+    change = moved(pair[1], batch, position)
+    assert not any(change[:position])
+    assert all(change[position:])
+
+
+def test_padding_changes_nothing(pair: Any) -> None:
+    ours = pair[1]
+    batch = without_labels(tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1]))
+    with torch.no_grad():
+        together = ours(**batch).logits
+        for i, row in enumerate(tiny.rows_of(batch)):
+            alone = ours(**row).logits[0]
+            torch.testing.assert_close(together[i, : len(alone)], alone, rtol=0, atol=LOGITS_FP32)
+
+
+def test_only_supervised_positions_reach_the_output_head(pair: Any) -> None:
+    library, ours = pair
+    batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
+    supervised = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        logits = ours(**batch).logits
+        expected = library(**without_labels(batch)).logits[:, :-1][supervised]
+    assert logits.shape == (7, 128)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=LOGITS_FP32)
+
+
+def test_loss_is_divided_by_the_tokens_of_the_whole_step(pair: Any) -> None:
+    batch = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
+    with torch.no_grad():
+        whole = pair[1](**batch).loss
+        parts = [pair[1](**row, num_items_in_batch=6).loss for row in tiny.rows_of(batch)]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=0, atol=LOSS_FP32)
+
+
+def test_recomputation_changes_no_gradient(pair: Any) -> None:
+    batch = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
+    gradients = []
+    for recompute in (False, True):
+        ours = copy.deepcopy(pair[1])
+        ours.language_model.model.recompute = recompute
+        ours(**batch).loss.backward()
+        gradients.append([parameter.grad for parameter in ours.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def test_image_features_stand_in_for_pixels(pair: Any) -> None:
+    batch = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
+    features = pair[1].encode_images(batch.pop("pixel_values"))
+    with_pixels = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
+    assert torch.equal(pair[1](**batch, image_features=features).loss, pair[1](**with_pixels).loss)
+
+
+def left_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "attention_mask": batch["attention_mask"].flip(1)}
+
+
+def one_image_token_lost(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "input_ids": batch["input_ids"].masked_fill(torch.arange(17) == 2, 5)}
+
+
+def without_types(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name != "token_type_ids"}
+
+
+def all_ignored(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
+def without_pixels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
+
+
+def wrong_size(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "pixel_values": torch.zeros(2, 3, 56, 56)}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (left_padded, "padded on the right"),
+        (one_image_token_lost, r"hold \[3, 3\] image tokens"),
+        (without_types, "labels need token_type_ids"),
+        (all_ignored, "no supervised position"),
+        (without_pixels, "no image"),
+        (wrong_size, r"\(56, 56\) pixels, this checkpoint takes 28 x 28"),
+    ],
+)
+def test_bad_batches_are_refused(
+    pair: Any, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pair[1](**spoil(tiny.batch(tiny.CONFIG, [5, 9], [2, 4])))
+
+
+def test_random_weights_are_seeded_and_start_near_a_uniform_guess(tmp_path: Path) -> None:
+    tiny.save_library_model(tiny.library_model(tiny.CONFIG), tmp_path)
+    first, again, other = (PaliGemma.from_random(tmp_path, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.multi_modal_projector.linear.weight, other.multi_modal_projector.linear.weight)
+    assert all(parameter.isfinite().all() for parameter in first.parameters())
+    loss = first(**tiny.batch(tiny.CONFIG, [5, 9], [2, 4])).loss
+    assert abs(loss - torch.tensor(128.0).log()) < 1.5
