@@ -95,11 +95,11 @@ class PaliGemma(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.multi_modal_projector.linear.weight.device
+        return self.language_model.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.multi_modal_projector.linear.weight.dtype
+        return self.language_model.model.embed_tokens.weight.dtype
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Pixels float[I, 3, H, W] in [-1, 1] -> image tokens [I, N, D], to be passed on as `image_features`."""
@@ -123,6 +123,27 @@ class PaliGemma(nn.Module):
         if image_features is None:
             return embedded
         return embedded.masked_scatter(is_image[..., None], image_features.to(embedded.dtype))
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        image_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states [B, S, D], before the output head; arguments as in `forward`."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if not bool(attention_mask[:, 0].all()):
+            raise ValueError("attention_mask starts with padding: rows must be padded on the right")
+        x = self.embed(input_ids, image_features)  # (B, S, D)
+        positions = torch.arange(1, x.shape[1] + 1, device=x.device).expand(
+            x.shape[:2]
+        )  # published models count from 1
+        hidden: Tensor = self.language_model.model(x, prefix_lm_mask(attention_mask, token_type_ids), positions)
+        return hidden
 
     def forward(
         self,
@@ -153,22 +174,11 @@ class PaliGemma(nn.Module):
             raise ValueError(
                 "labels need token_type_ids (0 prefix, 1 suffix): without them the answer leaks into the prefix"
             )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        if not bool(attention_mask[:, 0].all()):
-            raise ValueError("attention_mask starts with padding: rows must be padded on the right")
         if pixel_values is not None:
             if image_features is not None:
                 raise ValueError("pixel_values and image_features were both given: pass one of them")
             image_features = self.encode_images(pixel_values)
-
-        x = self.embed(input_ids, image_features)  # (B, S, D)
-        position_ids = torch.arange(1, x.shape[1] + 1, device=x.device).expand(
-            x.shape[:2]
-        )  # published models count from 1
-        hidden = self.language_model.model(x, prefix_lm_mask(attention_mask, token_type_ids), position_ids)
+        hidden = self.hidden_states(input_ids, image_features, attention_mask, token_type_ids)
         if labels is None:
             return PaliGemmaOutput(self.language_model.head(hidden))
         targets = labels[:, 1:]

@@ -1,0 +1,277 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Module paths differ between versions of transformers; all three known layouts are read. One is written: tensor keys as
+4.57 has them and `target_modules` as a regular expression that selects the same modules in every layout, which 4.57 and
+5.x both open. Every tensor must land on a module that the adapter's own configuration names, and every such module must
+have its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from finetune.lora import LoRALinear, TrainedInFull, adapters, put_adapter, trained_in_full, trained_parameters
+from model.checkpoint import canonical_name, describe
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Our path -> the path that each version of transformers gives the module. The 4.57 form is the one written.
+LAYOUTS: dict[str, Callable[[str], str]] = {
+    "transformers 4.57": lambda path: "model." + path.replace("language_model.model.", "language_model."),
+    "transformers 5": lambda path: "model." + re.sub(r"(language_model\.)model\.|vision_model\.", r"\1", path),
+    "transformers < 4.52": lambda path: path,
+}
+WRITTEN = LAYOUTS["transformers 4.57"]
+
+# Settings of PEFT's LoraConfig that change what an adapter computes and are not implemented here: their neutral values.
+# The initialisations left out (PiSSA, OLoRA, CorDA, LoftQ, ...) also change the base weights.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"), (False, None)),
+    **dict.fromkeys(("layer_replication", "trainable_token_indices", "alora_invocation_tokens"), (None, [])),
+    **dict.fromkeys(("target_parameters", "megatron_config", "kasa_config", "velora_config"), (None, [], {})),
+    **dict.fromkeys(("monteclora_config", "arrow_config", "layers_to_transform"), (None, [], {})),
+}
+
+
+def save_adapter(model: nn.Module, directory: str | Path, base: str | None = None, revision: str | None = None) -> None:
+    """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base.
+
+    Args:
+        base, revision: what the adapter belongs to, a Hub id or a directory: stored as `base_model_name_or_path`.
+
+    Raises:
+        ValueError: the model has no adapters, or their values are not finite.
+    """
+    tensors = adapter_tensors(model)
+    if not tensors:
+        raise ValueError("the model has no adapters to save: inject_lora(model, config) first")
+    poisoned = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if poisoned:
+        raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
+    (path / CONFIG_FILE).write_text(config, encoding="utf-8")
+    save_file(tensors, path / (WEIGHTS_FILE + ".unfinished"), metadata={"format": "pt"})
+    os.replace(path / (WEIGHTS_FILE + ".unfinished"), path / WEIGHTS_FILE)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every trained tensor under its key in the file: fp32, on the CPU."""
+    return {
+        PREFIX + WRITTEN(name) + (".weight" if name.endswith(("lora_A", "lora_B")) else ""): tensor.detach()
+        .float()
+        .cpu()
+        for name, tensor in trained_parameters(model).items()
+    }
+
+
+def peft_config(model: nn.Module) -> dict[str, Any]:
+    """The `adapter_config.json` that describes the adapters in `model`."""
+    modules = dict(adapters(model))
+    first = next(iter(modules.values()), None)
+    rank = most_common(adapter.rank for adapter in modules.values()) if first else 1
+    alpha = most_common(adapter.alpha for adapter in modules.values()) if first else 1
+    every_linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | LoRALinear)]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout if first else 0.0,
+        "use_rslora": first.rslora if first else False,
+        "target_modules": target_regex(list(modules), every_linear),
+        "rank_pattern": {in_any_layout(path): a.rank for path, a in modules.items() if a.rank != rank},
+        "alpha_pattern": {in_any_layout(path): a.alpha for path, a in modules.items() if a.alpha != alpha},
+        "modules_to_save": [in_any_layout(path) for path, _ in trained_in_full(model)] or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_dora": False,
+    }
+
+
+def most_common(values: Iterable[Any]) -> Any:
+    counted = list(values)
+    return max(counted, key=counted.count)
+
+
+def in_any_layout(path: str) -> str:
+    """A regular expression, anchored at whole components by PEFT, for one module in every layout."""
+    tower, rest = path.split(".", 1)
+    rest = re.sub(r"^(model|vision_model)\.", "", rest)
+    return rf"{tower}\.((vision_)?model\.)?{re.escape(rest)}"
+
+
+def target_regex(paths: list[str], every_linear: list[str]) -> str:
+    """One regular expression that selects exactly `paths` among the model's linears, in every layout.
+
+    Names that are adapted in all layers stand without layer numbers: what most adapters amount to.
+    """
+    by_layers: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+    for tower, name in dict.fromkeys(split(path)[::2] for path in paths):
+        adapted = tuple(split(path)[1] for path in paths if split(path)[::2] == (tower, name))
+        present = tuple(split(path)[1] for path in every_linear if split(path)[::2] == (tower, name))
+        by_layers.setdefault((tower, () if adapted == present else adapted), set()).add(name)
+    parts = [
+        rf".*{tower}.*" + (rf"\.layers\.({'|'.join(layers)})\..*" if layers else "") + rf"\.({'|'.join(sorted(names))})"
+        for (tower, layers), names in by_layers.items()
+    ]
+    regex = parts[0] if len(parts) == 1 else "|".join(f"({part})" for part in parts)
+    for layout in LAYOUTS.values():
+        selected = [path for path in every_linear if re.fullmatch(regex, layout(path))]
+        assert sorted(selected) == sorted(paths), f"{regex} selects {selected} instead of {paths}"
+    return regex
+
+
+def split(path: str) -> tuple[str, str, str]:
+    """Tower, layer number ("" outside the layers) and name of a module."""
+    layer = re.search(r"\.layers\.(\d+)\.", path)
+    return path.split(".", 1)[0], layer[1] if layer else "", path.rsplit(".", 1)[1]
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
+    """Put the adapters stored in `directory` into `model` (ours or PEFT's files); returns their paths.
+
+    The base is frozen. The model is untouched when the adapter is refused.
+
+    Raises:
+        ValueError: no adapter there, a setting that is not implemented, or any tensor missing, unexpected or
+        mis-shaped.
+    """
+    path = Path(directory)
+    config, tensors = read_adapter(path)
+    if any(adapters(model)) or any(trained_in_full(model)):
+        raise ValueError("the model has adapters already: eject_lora(model) first")
+    try:
+        ranks, full, problems = plan_loading(model, config, tensors)
+    except (re.error, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {error}") from error
+    if any(problems.values()):
+        raise ValueError(f"{path} does not fit this model and its own {CONFIG_FILE}:\n" + describe(problems))
+    model.requires_grad_(False)
+    for name, rank in ranks.items():
+        alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
+        put_adapter(model, name, rank, alpha, bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0))
+    for name in full:
+        model.set_submodule(name, TrainedInFull(model.get_submodule(name)))
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            parameter.copy_(tensors[name])
+    return [*ranks, *full]
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration, checked to be one that is implemented, and tensors under our names: `<path>.lora_A`, ..."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} holds no {name}: expected an adapter directory")
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        stored = load_file(path / WEIGHTS_FILE)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path / CONFIG_FILE} is not JSON: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
+    lacking = {"peft_type", "r", "lora_alpha", "target_modules"} - set(config if isinstance(config, dict) else ())
+    if lacking:
+        raise ValueError(
+            f"{path / CONFIG_FILE} lacks {', '.join(sorted(lacking))}: not the configuration of an adapter"
+        )
+    strange = {key: config[key] for key, neutral in NEUTRAL.items() if key in config and config[key] not in neutral}
+    if strange:
+        raise ValueError(f"{path / CONFIG_FILE} asks for what is not implemented here: {strange}")
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name = canonical_name(key.removeprefix(PREFIX)) or key
+        name = re.sub(r"\.(lora_[AB])\.weight$", r".\1", name)
+        if name in tensors:
+            raise ValueError(f"{path / WEIGHTS_FILE} holds {name} twice, in two layouts")
+        tensors[name] = tensor
+    return config, tensors
+
+
+def plan_loading(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, int], list[str], dict[str, list[str]]]:
+    """What to inject: rank of each linear, modules trained in full; and every problem found."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    paired = sorted({name.rsplit(".", 1)[0] for name in tensors if name.endswith((".lora_A", ".lora_B"))})
+    adapted = {name for name in linears if name in paired}
+    targeted = closest([selected(list(linears), config, layout) for layout in LAYOUTS.values()], adapted)
+    ranks = {
+        name: int(pattern_value(config.get("rank_pattern"), name, config["r"])) for name in linears if name in targeted
+    }
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, rank in ranks.items():
+        wanted[f"{name}.lora_A"] = (rank, linears[name].in_features)
+        wanted[f"{name}.lora_B"] = (linears[name].out_features, rank)
+    full = [name for name, _ in model.named_modules() if is_saved_in_full(name, config)]
+    for name in full:
+        shapes = model.get_submodule(name).named_parameters(recurse=False)
+        wanted |= {f"{name}.{leaf}": tuple(parameter.shape) for leaf, parameter in shapes}
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "mis-shaped": [
+            f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+        "not finite": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
+    }
+    return ranks, full, problems
+
+
+def selected(paths: list[str], config: dict[str, Any], layout: Callable[[str], str]) -> set[str]:
+    """The linears that `target_modules` selects in one layout, by PEFT's rules."""
+    targets, excluded = config["target_modules"] or [], config.get("exclude_modules") or []
+    return {
+        path
+        for path in paths
+        if is_listed(layout(path), targets)
+        and not is_listed(layout(path), excluded)
+        and not is_saved_in_full(path, config)
+    }
+
+
+def is_listed(path: str, names: str | list[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole path, a list holds endings of whole components."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def is_saved_in_full(path: str, config: dict[str, Any]) -> bool:
+    patterns = config.get("modules_to_save") or []
+    return any(
+        re.fullmatch(rf"(.*\.)?({pattern})", layout(path)) for pattern in patterns for layout in LAYOUTS.values()
+    )
+
+
+def closest(candidates: list[set[str]], present: set[str]) -> set[str]:
+    """The candidate that differs least: the layout the adapter was written in."""
+    return min(candidates, key=lambda candidate: len(candidate ^ present))
+
+
+def pattern_value(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the end of the path, as a regular expression."""
+    for key, value in (pattern or {}).items():
+        if any(re.match(rf"(.*\.)?({key})$", layout(path)) for layout in LAYOUTS.values()):
+            return value
+    return default

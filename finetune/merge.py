@@ -1,0 +1,150 @@
+"""Folding adapters into the base weights, and the proof that it was done right.
+
+The sum W + scale * B A is taken in fp32 and cast once. The proof is by logits on a seeded probe batch, never by keys:
+the adapter does something; in fp32 the merged network equals base + adapter; in bf16 the two differ by no more than
+twice what bf16 itself costs the base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapter import load_adapter
+from finetune.lora import adapters, eject_lora, trained_in_full
+from model import PaliGemma, fetch
+
+FP32_TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit where that exceeds 1
+BF16_FACTOR = 2.0  # times the base's own bf16-to-fp32 distance
+
+
+def merge_lora(model: nn.Module) -> list[str]:
+    """Fold every adapter into its base weight, in place, and put the plain modules back; returns the paths.
+
+    Raises:
+        ValueError: no adapters, or a folded weight is not finite. The model is untouched then.
+    """
+    if not any(adapters(model)) and not any(trained_in_full(model)):
+        raise ValueError("the model has no adapters to merge: load_adapter(model, directory) first")
+    for path, adapter in adapters(model):
+        if not adapter.fold().isfinite().all():
+            raise ValueError(
+                f"{path}: the merged weight is not finite; the adapter is broken, or overflows {adapter.weight.dtype}"
+            )
+    with torch.no_grad():
+        for _, adapter in adapters(model):
+            adapter.weight.copy_(adapter.fold())
+        for _, module in trained_in_full(model):
+            for (_, base), (_, trained) in zip(module.base.named_parameters(), module.named_parameters(), strict=True):
+                base.copy_(trained)
+    return eject_lora(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What the verification measured on the probe batch; distances are differences of logits."""
+
+    dtype: torch.dtype
+    modules: int  # merged
+    largest_logit: float
+    effect: float  # adapter against base, largest
+    largest: float  # merged against base + adapter, largest
+    drift: float  # the same, root mean square
+    rounding: float  # base in `dtype` against base in fp32, root mean square
+    changed_tokens: float  # share of positions whose most likely token is another one after merging
+
+    def problems(self) -> list[str]:
+        """Why this merge is not to be trusted; empty when it is."""
+        found = []
+        if not self.effect > 0:
+            found.append("the adapter changes nothing: base and base + adapter give the same logits")
+        if self.dtype == torch.float32:
+            allowed = FP32_TOLERANCE * max(1.0, self.largest_logit)
+            if not self.largest <= allowed:
+                found.append(f"merged logits differ by up to {self.largest:.2e} in fp32, allowed {allowed:.2e}")
+        elif not self.drift <= BF16_FACTOR * self.rounding:
+            found.append(
+                f"merging moves the logits by {self.drift:.2e} (root mean square), more than {BF16_FACTOR:g} times the "
+                f"{self.rounding:.2e} that {self.dtype} costs the base"
+            )
+        return found
+
+    def __str__(self) -> str:
+        return (
+            f"merged {self.modules} modules in {str(self.dtype).removeprefix('torch.')}; on the probe batch:\n"
+            f"  adapter against base           largest {self.effect:.3e}\n"
+            f"  merged against base + adapter  largest {self.largest:.3e}, rms {self.drift:.3e}\n"
+            f"  base: rounding of the dtype    rms {self.rounding:.3e}\n"
+            f"  most likely tokens changed     {self.changed_tokens:.2%}"
+        )
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapter: str | Path,
+    output: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> MergeReport:
+    """Merge a saved adapter into a base checkpoint, verify, write to `output` and re-open what was written.
+
+    Only one copy of the network is in memory at a time: the fp32 one for reference, then the one in `dtype`.
+
+    Raises:
+        ValueError: the adapter does not fit the base, or the verification failed; nothing is left in `output` then.
+    """
+    directory = fetch(base, revision)
+    exact_base = None
+    if dtype != torch.float32:
+        exact_base = probe_logits(PaliGemma.from_pretrained(directory, torch.float32, device))
+        gc.collect()
+    model = PaliGemma.from_pretrained(directory, dtype, device)
+    plain = probe_logits(model)
+    load_adapter(model, adapter)
+    adapted = probe_logits(model)
+    modules = len(merge_lora(model))
+    merged = probe_logits(model)
+    report = MergeReport(
+        dtype=dtype,
+        modules=modules,
+        largest_logit=adapted.abs().max().item(),
+        effect=(adapted - plain).abs().max().item(),
+        largest=(merged - adapted).abs().max().item(),
+        drift=root_mean_square(merged - adapted),
+        rounding=0.0 if exact_base is None else root_mean_square(plain - exact_base),
+        changed_tokens=(merged.argmax(-1) != adapted.argmax(-1)).float().mean().item(),
+    )
+    if problems := report.problems():
+        raise ValueError(
+            "the merge is not to be trusted, nothing was written:\n  " + "\n  ".join(problems) + f"\n{report}"
+        )
+    model.save_pretrained(output)
+    del model
+    gc.collect()
+    if not torch.equal(probe_logits(PaliGemma.from_pretrained(output, dtype, device)), merged):
+        raise ValueError(
+            f"{output}, opened again, gives other logits than what was saved: the disk or the write failed"
+        )
+    return report
+
+
+@torch.inference_mode()
+def probe_logits(model: PaliGemma, rows: int = 2, text_tokens: int = 24) -> Tensor:
+    """fp32 logits [rows * text_tokens, V] of the text positions of a seeded batch: random pictures, random tokens."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    side, images = config.vision.image_size, config.vision.num_patches
+    pixels = torch.rand(rows, config.vision.num_channels, side, side, generator=generator) * 2 - 1
+    text = torch.randint(3, config.text.vocab_size, (rows, text_tokens), generator=generator)
+    text = text.masked_fill(text == config.image_token_id, 3)
+    input_ids = torch.cat((torch.full((rows, images), config.image_token_id), text), dim=1).to(model.device)
+    hidden = model.hidden_states(input_ids, image_features=model.encode_images(pixels.to(model.device)))
+    return model.language_model.head(hidden[:, images:]).flatten(0, 1).float().cpu()
+
+
+def root_mean_square(difference: Tensor) -> float:
+    return difference.pow(2).mean().sqrt().item()

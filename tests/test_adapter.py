@@ -1,0 +1,334 @@
+"""Adapters on disk: ours open in PEFT, PEFT's open here, and nothing lands where it does not belong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PaliGemmaForConditionalGeneration
+
+from finetune import LoRAConfig, eject_lora, inject_lora, load_adapter, save_adapter
+from finetune.adapter import LAYOUTS
+from finetune.lora import trained_parameters
+from model import PaliGemma
+from tests import tiny
+
+LOGITS = 1e-5
+Pair = tuple[PaliGemmaForConditionalGeneration, PaliGemma]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    library = tiny.library_model(tiny.CONFIG)
+    directory = tiny.save_library_model(library, tmp_path_factory.mktemp("tiny"))
+    return library, PaliGemma.from_pretrained(directory, dtype=torch.float32)
+
+
+@pytest.fixture
+def pair(bases: Pair) -> Pair:
+    return copy.deepcopy(bases)
+
+
+def inputs() -> dict[str, Tensor]:
+    batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
+    del batch["labels"]
+    return batch
+
+
+def logits(model: Any) -> Tensor:
+    batch = inputs()
+    with torch.no_grad():
+        result: Tensor = model.eval()(**batch).logits[batch["attention_mask"].bool()]
+    return result
+
+
+def randomize(model: PaliGemma) -> None:
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
+CONFIGS = {
+    "language": LoRAConfig(rank=4, alpha=8),
+    "attention": LoRAConfig(rank=4, alpha=4, targets=("language.q_proj", "language.v_proj")),
+    "both towers": LoRAConfig(rank=4, targets=("language.*", "vision.*", "connector.linear")),
+    "some layers": LoRAConfig(rank=4, targets=("language.2.*", "language.0.q_proj", "vision.1.fc1", "vision.fc2")),
+    "rslora": LoRAConfig(rank=4, alpha=8, rslora=True),
+    "patterns": LoRAConfig(
+        rank=4,
+        alpha=8,
+        targets=("language.*", "vision.*"),
+        rank_pattern={"language.q_proj": 2, "vision.2.fc1": 3},
+        alpha_pattern={"language.1.q_proj": 5, "vision.q_proj": 2},
+    ),
+    "in full": LoRAConfig(
+        rank=4, targets=("vision.fc1",), train_in_full=("connector.linear", "language.input_layernorm")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_saved_here_opens_in_peft_with_our_logits(pair: Pair, tmp_path: Path, name: str) -> None:
+    library, ours = pair
+    before = logits(ours)
+    inject_lora(ours, CONFIGS[name])
+    randomize(ours)
+    save_adapter(ours, tmp_path, base="google/paligemma-3b-pt-224", revision="bfloat16")
+    expected = logits(ours)
+    assert (expected - before).abs().max() > 0.1
+    opened = PeftModel.from_pretrained(library, str(tmp_path))
+    adapted = {key for key in opened.state_dict() if "lora_A" in key or "modules_to_save.default.weight" in key}
+    assert len(adapted) == len(load_file(tmp_path / "adapter_model.safetensors")) // 2 or name == "in full"
+    torch.testing.assert_close(logits(opened), expected, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_saved_here_opens_here(pair: Pair, tmp_path: Path, name: str) -> None:
+    ours = pair[1]
+    wrapped = inject_lora(ours, CONFIGS[name])
+    randomize(ours)
+    save_adapter(ours, tmp_path)
+    expected, stored = logits(ours), trained_parameters(ours)
+    eject_lora(ours)
+    assert sorted(load_adapter(ours, tmp_path)) == sorted(wrapped)
+    assert torch.equal(logits(ours), expected)
+    assert all(torch.equal(parameter, stored[key]) for key, parameter in trained_parameters(ours).items())
+    trained = {key for key, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert trained == set(stored)
+
+
+PEFT_CONFIGS: dict[str, dict[str, Any]] = {
+    "bare names, both towers": {"target_modules": ["q_proj", "v_proj"]},
+    "a regular expression": {"target_modules": r"(.*(language_model).*(down_proj|gate_proj|q_proj).*$|.*(absent).*$)"},
+    "all-linear names": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "linear"]
+    },
+    "patterns": {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"up_proj": 2, r"layers\.1\.self_attn\.q_proj": 6},
+        "alpha_pattern": {"language_model.layers.0.self_attn.q_proj": 32},
+    },
+    "rslora, gaussian": {"target_modules": ["o_proj"], "use_rslora": True, "init_lora_weights": "gaussian"},
+    "exclusion": {"target_modules": ["q_proj"], "exclude_modules": r".*vision_tower.*"},
+    "modules to save": {"target_modules": ["o_proj"], "modules_to_save": ["multi_modal_projector.linear"]},
+}
+
+
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_an_adapter_saved_by_peft_opens_here_with_its_logits(pair: Pair, tmp_path: Path, name: str) -> None:
+    library, ours = pair
+    before = logits(ours)
+    wrapped = get_peft_model(library, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **PEFT_CONFIGS[name]))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    wrapped.save_pretrained(str(tmp_path))
+    load_adapter(ours, tmp_path)
+    expected = logits(wrapped)
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(logits(ours), expected, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_three_path_layouts_are_read(pair: Pair, tmp_path: Path, layout: str) -> None:
+    """The same adapter under each version's module paths, its explicit targets included."""
+    ours = pair[1]
+    wrapped = inject_lora(ours, LoRAConfig(rank=4, targets=("language.q_proj", "vision.fc1")))
+    randomize(ours)
+    expected = logits(ours)
+    tensors = {}
+    for key, parameter in trained_parameters(ours).items():
+        tensors[f"base_model.model.{LAYOUTS[layout](key)}.weight"] = parameter.detach()
+    eject_lora(ours)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": [LAYOUTS[layout](p) for p in wrapped]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert sorted(load_adapter(ours, tmp_path)) == sorted(wrapped)
+    torch.testing.assert_close(logits(ours), expected, rtol=0, atol=LOGITS)
+
+
+def test_layouts_are_those_of_the_versions() -> None:
+    language, vision = "language_model.model.layers.0.mlp.up_proj", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"
+    written, five, old = LAYOUTS.values()
+    assert written(language) == five(language) == "model.language_model.layers.0.mlp.up_proj"
+    assert written(vision) == "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1"
+    assert five(vision) == "model.vision_tower.encoder.layers.0.mlp.fc1"
+    assert (old(language), old(vision)) == (language, vision)
+
+
+def test_a_language_adapter_names_its_targets_by_one_expression(pair: Pair, tmp_path: Path) -> None:
+    inject_lora(pair[1], LoRAConfig(rank=4))
+    save_adapter(pair[1], tmp_path, base="google/paligemma-3b-pt-224", revision="bfloat16")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == r".*language_model.*\.(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)"
+    assert (config["base_model_name_or_path"], config["revision"]) == ("google/paligemma-3b-pt-224", "bfloat16")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+Spoil = Callable[[dict[str, Any], dict[str, Tensor]], None]
+KEY = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_B.weight"
+
+
+def lose_a_tensor(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors[KEY]
+
+
+def lose_a_module(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors[KEY], tensors[KEY.replace("lora_B", "lora_A")]
+
+
+def add_a_tensor(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[KEY.replace("layers.1", "layers.7")] = torch.zeros(64, 4)
+
+
+def add_vision(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.vision_tower.encoder.layers.0.mlp.fc1.lora_A.weight"] = torch.zeros(4, 24)
+
+
+def another_rank(config: dict[str, Any], _: dict[str, Tensor]) -> None:
+    config["r"] = 8
+
+
+def another_base(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[KEY] = torch.zeros(96, 4)
+
+
+def not_a_number(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[KEY][0, 0] = torch.nan
+
+
+def dora(config: dict[str, Any], _: dict[str, Tensor]) -> None:
+    config["use_dora"] = True
+
+
+def pissa(config: dict[str, Any], _: dict[str, Tensor]) -> None:
+    config["init_lora_weights"] = "pissa"
+
+
+def prefix_tuning(config: dict[str, Any], _: dict[str, Tensor]) -> None:
+    config["peft_type"] = "PREFIX_TUNING"
+
+
+def no_rank(config: dict[str, Any], _: dict[str, Tensor]) -> None:
+    del config["r"]
+
+
+def bad_regex(config: dict[str, Any], _: dict[str, Tensor]) -> None:
+    config["target_modules"] = "("
+
+
+def wrong_targets(config: dict[str, Any], _: dict[str, Tensor]) -> None:
+    config["target_modules"] = ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lose_a_tensor, r"missing \(1\): language_model.model.layers.1.mlp.up_proj.lora_B"),
+        (lose_a_module, r"missing \(2\): language_model.model.layers.1.mlp.up_proj.lora_A"),
+        (add_a_tensor, r"unexpected \(1\): language_model.model.layers.7.mlp.up_proj.lora_B"),
+        (add_vision, r"unexpected \(1\): vision_tower.vision_model.encoder.layers.0.mlp.fc1.lora_A"),
+        (another_rank, r"lora_A \[4, 32\] instead of \[8, 32\]"),
+        (another_base, r"up_proj.lora_B \[96, 4\] instead of \[64, 4\]"),
+        (not_a_number, r"not finite \(1\)"),
+        (dora, "not implemented here: {'use_dora': True}"),
+        (pissa, "not implemented here: {'init_lora_weights': 'pissa'}"),
+        (prefix_tuning, "not implemented here: {'peft_type': 'PREFIX_TUNING'}"),
+        (no_rank, "lacks r: not the configuration of an adapter"),
+        (bad_regex, "holds a value that cannot be used"),
+        (wrong_targets, "does not fit this model and its own adapter_config.json"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_and_the_model_left_alone(
+    pair: Pair, tmp_path: Path, spoil: Spoil, message: str
+) -> None:
+    ours = pair[1]
+    before = [(name, type(module)) for name, module in ours.named_modules()]
+    inject_lora(ours, LoRAConfig(rank=4))
+    save_adapter(ours, tmp_path)
+    eject_lora(ours)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    spoil(config, tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_adapter(ours, tmp_path)
+    assert [(name, type(module)) for name, module in ours.named_modules()] == before
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\x00" * 100, b"[1]"])
+def test_missing_and_damaged_files_are_named(pair: Pair, tmp_path: Path, name: str, content: bytes | None) -> None:
+    inject_lora(pair[1], LoRAConfig(rank=4))
+    save_adapter(pair[1], tmp_path)
+    eject_lora(pair[1])
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        load_adapter(pair[1], tmp_path)
+
+
+def test_values_that_are_not_finite_are_not_saved(pair: Pair, tmp_path: Path) -> None:
+    inject_lora(pair[1], LoRAConfig(rank=4))
+    with torch.no_grad():
+        next(iter(trained_parameters(pair[1]).values()))[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not saved: 1 tensors"):
+        save_adapter(pair[1], tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_saving_and_loading_want_a_model_in_the_right_state(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no adapters to save"):
+        save_adapter(pair[1], tmp_path)
+    inject_lora(pair[1], LoRAConfig(rank=4))
+    save_adapter(pair[1], tmp_path)
+    with pytest.raises(ValueError, match="eject_lora"):
+        load_adapter(pair[1], tmp_path)
+
+
+def test_twenty_steps_equal_peft_and_transformers(pair: Pair) -> None:
+    """The same start, batches and optimizer: losses within 1e-5, adapter weights afterwards within 1e-4."""
+    library, ours = pair
+    inject_lora(ours, LoRAConfig(rank=4, alpha=8))
+    regex = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    theirs = get_peft_model(library, LoraConfig(r=4, lora_alpha=8, target_modules=regex))
+    reference = {key: value for key, value in theirs.named_parameters() if "lora_" in key}
+    mine = trained_parameters(ours)
+
+    def their_name(name: str) -> str:
+        return f"base_model.model.{LAYOUTS['transformers 5'](name)}.default.weight"
+
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            reference[their_name(name)].copy_(parameter)
+    assert len(reference) == len(mine) == 2 * 21
+    optimizers = [torch.optim.AdamW(parameters, lr=1e-2) for parameters in (mine.values(), reference.values())]
+    start = {name: parameter.detach().clone() for name, parameter in mine.items()}
+    losses = []
+    for step in range(20):
+        batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1], seed=step)
+        pair_of_losses = [model(**batch).loss for model in (ours.train(), theirs.train())]
+        for optimizer, loss in zip(optimizers, pair_of_losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(torch.stack(pair_of_losses).detach())
+    curves = torch.stack(losses)
+    torch.testing.assert_close(curves[:, 0], curves[:, 1], rtol=0, atol=1e-5)
+    for name, parameter in mine.items():
+        torch.testing.assert_close(parameter, reference[their_name(name)], rtol=0, atol=1e-4)
+        assert not torch.equal(parameter, start[name])
