@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,18 +25,8 @@ if TYPE_CHECKING:
 
 TIED_HEAD = "lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+SIDE_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor_config.json"]
+SIDE_FILES += ["generation_config.json"]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CHUNK = 4 * 2**20  # elements read at a time where a cast or another device is in the way
 
@@ -196,19 +185,12 @@ def load_weights(model: nn.Module, directory: Path) -> None:
         raise ValueError(f"{directory} does not fit its config.json:\n" + describe(problems))
     for name, tensor in parameters.items():
         stored[name].read_into(tensor)
-    if head is not None and not _equal(head, stored[EMBEDDING]):
-        raise ValueError(
-            f"{directory}: {TIED_HEAD} differs from the embedding; PaliGemma ties them, this checkpoint does not"
-        )
-
-
-def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    left, right = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (a, b))
-    a.read_into(left)
-    b.read_into(right)
-    return torch.equal(left, right)
+    embedding = parameters[EMBEDDING]
+    if head is not None:
+        other = torch.empty(head.shape, dtype=embedding.dtype)
+        head.read_into(other)
+        if not torch.equal(other, embedding.cpu()):
+            raise ValueError(f"{directory}: {TIED_HEAD} differs from the embedding; PaliGemma ties the two")
 
 
 def describe(problems: dict[str, list[str]], limit: int = 20) -> str:
@@ -225,23 +207,17 @@ def save(model: PaliGemma, directory: Path) -> None:
     with torch.device("meta"):
         expected = type(model)(model.config).state_dict().keys()
     tensors = model.state_dict()
-    problems = {"missing": _difference(expected, tensors), "unexpected": _difference(tensors, expected)}
+    problems = {"missing": sorted(expected - tensors.keys()), "unexpected": sorted(tensors.keys() - expected)}
     if any(problems.values()):
         raise ValueError(
             "only a plain PaliGemma can be saved as a checkpoint: eject or merge adapters first\n" + describe(problems)
         )
     directory.mkdir(parents=True, exist_ok=True)
     if model.source is not None and model.source.resolve() != directory.resolve():
-        for name in SIDE_FILES:
-            if (model.source / name).is_file():
-                shutil.copyfile(model.source / name, directory / name)
+        for path in (path for pattern in SIDE_FILES for path in model.source.glob(pattern)):
+            shutil.copyfile(path, directory / path.name)
     config = json.dumps(model.config.to_hf(model.dtype), indent=2) + "\n"
     (directory / "config.json").write_text(config, encoding="utf-8")
     unfinished = directory / "model.safetensors.unfinished"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, directory / "model.safetensors")
-
-
-def _difference(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    present = set(others)
-    return [name for name in names if name not in present]
