@@ -28,7 +28,7 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 SIDE_FILES = ["tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"]
 SIDE_FILES += ["*processor_config.json", "generation_config.json", "chat_template.json", "chat_template.jinja"]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-CHUNK = 4 * 2**20  # elements read at a time where a cast or another device is in the way
+CHUNK = 2**20  # elements read at a time where a cast or another device is in the way
 
 
 def fetch(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
