@@ -220,4 +220,5 @@ def save(model: PaliGemma, directory: Path) -> None:
     (directory / "config.json").write_text(config, encoding="utf-8")
     unfinished = directory / "model.safetensors.unfinished"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)  # safetensors leaves it to the owner alone
     os.replace(unfinished, directory / "model.safetensors")

@@ -1,0 +1,1 @@
+"""The tiny base checkpoint that the quickstart starts from, and the commands that made it."""

@@ -1,0 +1,40 @@
+"""Examples -> one right-padded batch. Axes: B examples, S tokens of the longest, H and W pixels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORE_INDEX = -100  # what cross-entropy leaves out
+
+
+def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    """Stacks the tensors of examples; whatever else these hold, such as strings, stays behind.
+
+    Args:
+        examples: with `input_ids` and `token_type_ids`, i64[S_i]; all or none with `labels`, i64[S_i]; all or none with
+            `pixel_values`, f32[3, H, W].
+        pad_id: fills `input_ids`; 0 fills `token_type_ids`, -100 `labels`.
+
+    Returns:
+        The same, i64[B, S] and f32[B, 3, H, W], and `attention_mask`, i64[B, S], 1 where no padding is.
+
+    Raises:
+        ValueError: there are no examples, or they differ in what they hold.
+    """
+    if not examples:
+        raise ValueError("got no examples; a batch needs at least one")
+    fills = {"input_ids": pad_id, "token_type_ids": 0, "labels": IGNORE_INDEX}
+    batch = {"attention_mask": [torch.ones_like(example["input_ids"]) for example in examples]}
+    for name in (*fills, "pixel_values"):
+        rows = [example[name] for example in examples if name in example]
+        if len(rows) not in (0, len(examples)):
+            raise ValueError(f"{len(rows)} of {len(examples)} examples have {name}; expected all of them or none")
+        if rows:
+            batch[name] = rows
+    return {
+        name: torch.stack(rows) if name == "pixel_values" else pad_sequence(rows, True, fills.get(name, 0))
+        for name, rows in batch.items()
+    }

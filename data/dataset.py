@@ -1,0 +1,54 @@
+"""Records -> examples: which answer a visit to a record learns from, and the tensors of that visit.
+
+Not here: which visits make up a step (finetune/steps.py), and batches (data/collate.py).
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+
+from data.processor import Processor
+
+
+class PaliGemmaDataset(Dataset[dict[str, Any]]):
+    """`dataset[index, visit]` is an example; a bare `index` is visit 0.
+
+    An example is a pure function of (seed, index, visit), the same in every worker, rank and resumed run. It holds
+    `input_ids`, `token_type_ids` and `labels`, i64[S], `pixel_values`, f32[3, H, W], and the strings `id` and
+    `image_id`. Its labels end in <eos>.
+
+    Args:
+        records: rows as data/records.py describes them, a `datasets.Dataset` or a list.
+        processor: turns pictures and texts into tensors.
+        answers: "rotate" learns another one of a record's answers at each visit, in an order drawn by `seed`, until
+            all were learned; "majority" learns `answer` always.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        processor: Processor,
+        answers: Literal["rotate", "majority"] = "rotate",
+        seed: int = 0,
+    ) -> None:
+        if answers not in ("rotate", "majority"):
+            raise ValueError(f'answers is {answers!r}; expected "rotate" or "majority"')
+        self.records, self.processor, self.answers, self.seed = records, processor, answers, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, visit = key if isinstance(key, tuple) else (key, 0)
+        index = range(len(self))[index]  # -1 is another name of the last record, not another record
+        record = self.records[index]
+        answers = record["answers"]
+        if not answers:
+            raise ValueError(f"record {record['id']!r} has no answer to learn from; give the annotations file")
+        order = random.Random(f"{self.seed}/{index}").sample(range(len(answers)), len(answers))
+        suffix = answers[order[visit % len(answers)]] if self.answers == "rotate" else record["answer"]
+        texts = self.processor.encode(record["prefix"], suffix)
+        pixels = self.processor.pixels(record["image"])
+        return {**texts, "pixel_values": pixels, "id": record["id"], "image_id": record["image_id"]}

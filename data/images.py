@@ -1,0 +1,90 @@
+"""The one place that opens a picture: whatever a data set holds becomes upright, opaque 8-bit RGB, or an error.
+
+The header's size is checked before a pixel is decoded, the first frame counts, transparency is laid on white, 16-bit
+grey is scaled to 8 bits (not clipped), every other mode becomes RGB, and the picture is turned as its EXIF orientation
+says. Not here: colour management (the reference processors ignore ICC profiles too), resizing (data/processor.py).
+"""
+
+import io
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+MAX_PIXELS = 89_478_485  # 268 MB once decoded; from here on Pillow suspects a decompression bomb
+# Pillow would also hand EPS and WMF to other programs; a data set has no business starting one.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), start=2)}  # EXIF 2.32, tag 0x0112
+
+ImageSource = str | PathLike[str] | bytes | Mapping[str, Any] | Image.Image
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """A new RGB image from a path, encoded bytes, a `datasets.Image(decode=False)` value or a PIL image.
+
+    Raises:
+        ValueError: naming the picture, if it is missing, broken, truncated, empty, too large, or of 32-bit numbers.
+    """
+    name, file = _locate(source)
+    try:
+        if isinstance(file, Image.Image):
+            return _upright_rgb(file)
+        with Image.open(file, formats=FORMATS) as image:
+            return _upright_rgb(image)
+    except Exception as error:  # decoders raise all kinds of errors on broken files
+        mend = f"give a whole 8-bit one of at most {MAX_PIXELS:,} pixels ({', '.join(FORMATS)}), or leave it out"
+        raise ValueError(f"{name} cannot be used: {error}; {mend}") from error
+
+
+def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:
+    """What to call the picture in errors, and where its content is: in the bytes where a value has both."""
+    if isinstance(source, Image.Image):
+        return f"the {source.mode} image given", source
+    value = source if isinstance(source, Mapping) else {"bytes" if isinstance(source, bytes) else "path": source}
+    path, content = value.get("path"), value.get("bytes")
+    if isinstance(content, bytes):
+        return f"picture {path}" if path else f"picture of {len(content):,} bytes", io.BytesIO(content)
+    if isinstance(path, str | PathLike) and str(path):
+        return f"picture {path}", Path(path)
+    raise ValueError(f"expected a path, bytes, a PIL image or {{path, bytes}} with one of them, got {source!r:.200}")
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels, not 1 to {MAX_PIXELS:,}")
+    rgb = _rgb(image)
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a garbled EXIF block says nothing about the pixels: show them as they are, like every viewer
+        orientation = None
+    upright = rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    upright.info.clear()  # or opening the result again would turn it again
+    return upright
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A new RGB image, transparency on white."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _grey16(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed white")
+    if not image.has_transparency_data:
+        return image.copy() if image.mode == "RGB" else image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _grey16(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits: Pillow's own conversion clips at 255."""
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError(f"grey levels {levels.min()} to {levels.max()} do not fit into 16 bits")
+    grey = (levels * 255 + 32767) // 65535
+    if "transparency" in image.info:
+        grey[levels == image.info["transparency"]] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -1,0 +1,289 @@
+"""Generated scenes with captions and questions, written in VQAv2's own files: the data of the quickstart.
+
+A scene is one to three plain figures on a light, noisy background. Everything about it - figures, picture, captions,
+questions, ten answers to each - is drawn from random numbers seeded by (split, seed, index): two splits or two seeds
+never share a scene, and the first 100 of 2,000 scenes are the same as 100 made alone.
+
+    python -m data.shapes --output DIR --scenes 2000 --seed 1 --split train2014
+
+    DIR/images/COCO_{split}_{image_id:012d}.jpg
+    DIR/v2_OpenEnded_mscoco_{split}_questions.json      as visualqa.org publishes them
+    DIR/v2_mscoco_{split}_annotations.json
+    DIR/captions_{split}.jsonl                          image, prefix, suffix: what the base checkpoint was trained on
+
+Captions follow their prefix as PaliGemma's own pretraining tasks do: "caption en" tells everything, "caption en red" or
+"caption en blue circle" that much of it, "no blue circles" included.
+
+The ten answers imitate people: up to three of them differ from the rest, by spelling ("three" for "3"), synonym or
+mistake, so the majority answer always scores 1.0 under the VQA metric. Not here: reading these files (data/vqav2.py,
+data/jsonl.py).
+"""
+
+import argparse
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+CANVAS = 112  # pixels a side
+ID_SPAN = 1_000_000
+GRID = 4  # figures stand in different cells of a GRID x GRID raster: they never overlap, each fills one 14-pixel patch
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 214),
+    "yellow": (240, 205, 30),
+}
+SHAPES = ("circle", "square", "triangle")
+NUMBERS = ("no", "one", "two", "three")
+ALTERNATIVES = {  # what the few who disagree say: other words for the same thing, slips of the pen, mistakes
+    "yes": ("yeah", "yep", "no"),
+    "no": ("nope", "not really", "yes"),
+    "0": ("zero", "none", "1"),
+    "1": ("one", "2"),
+    "2": ("two", "3"),
+    "3": ("three", "2"),
+    "red": ("crimson", "dark red"),
+    "green": ("dark green", "gren"),
+    "blue": ("navy", "dark blue"),
+    "yellow": ("gold", "yelow"),
+    "circle": ("round", "ball", "dot"),
+    "square": ("box", "sqare"),
+    "triangle": ("triangel", "pyramid"),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Centre and radius in pixels of the canvas (a figure keeps within 1.1 radii of its centre), angle in radians."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+    rgb: tuple[int, int, int]
+
+
+Scene = tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its true answer; the two types are VQAv2's."""
+
+    text: str
+    answer: str
+    answer_type: str
+    question_type: str
+
+
+def rng_of(split: str, seed: int, index: int, part: str) -> random.Random:
+    """The random numbers of one part of a scene; seeding with a string is the same on every platform."""
+    return random.Random(f"{split}/{seed}/{index}/{part}")
+
+
+def make_scene(rng: random.Random) -> Scene:
+    """One to three figures in cells of their own."""
+    cell = CANVAS / GRID
+    figures: list[Figure] = []
+    for place in rng.sample(range(GRID * GRID), rng.randint(1, 3)):
+        # Figures after the first often repeat a shape or a color: else counts above one would be rare.
+        shape = rng.choice([f.shape for f in figures] if figures and rng.random() < 0.4 else SHAPES)
+        color = rng.choice([f.color for f in figures] if figures and rng.random() < 0.4 else list(COLORS))
+        red, green, blue = (min(255, max(0, level + rng.randint(-20, 20))) for level in COLORS[color])
+        radius = rng.uniform(9.5, 12)
+        reach = cell / 2 - 1.1 * radius
+        x = (place % GRID + 0.5) * cell + rng.uniform(-reach, reach)
+        y = (place // GRID + 0.5) * cell + rng.uniform(-reach, reach)
+        figures.append(Figure(shape, color, x, y, radius, rng.uniform(-0.2, 0.2), (red, green, blue)))
+    return tuple(figures)
+
+
+def outline(figure: Figure) -> list[tuple[float, float]]:
+    """The figure's corners in canvas pixels (a circle has 32)."""
+    if figure.shape == "circle":
+        polar = [(1.0, i * math.tau / 32) for i in range(32)]
+    elif figure.shape == "square":
+        polar = [(1.2, (i + 0.5) * math.tau / 4) for i in range(4)]
+    else:
+        polar = [(1.1, -math.pi / 2 + i * math.tau / 3) for i in range(3)]
+    turned = ((r * figure.radius, a + figure.angle) for r, a in polar)
+    return [(figure.x + r * math.cos(a), figure.y + r * math.sin(a)) for r, a in turned]
+
+
+def render(scene: Scene, rng: random.Random) -> Image.Image:
+    """The scene as an RGB picture of CANVAS x CANVAS pixels, on a light ground, with noise over everything."""
+    sharpness = 4  # drawn this much larger and shrunk: smooth edges
+    image = Image.new("RGB", (CANVAS * sharpness, CANVAS * sharpness), tuple(rng.randint(215, 250) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    for figure in scene:
+        draw.polygon([(x * sharpness, y * sharpness) for x, y in outline(figure)], fill=figure.rgb)
+    image = image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
+    noise = Image.frombytes("RGB", image.size, rng.randbytes(CANVAS * CANVAS * 3))
+    return Image.blend(image, noise, 0.08)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """["red", "blue", "green"] -> "red, blue and green"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def caption_of(scene: Scene, color: str | None, shape: str | None) -> tuple[str, str]:
+    """Prefix and caption for the figures of a color, of a shape, of both, or, with neither, for all."""
+    chosen = [f for f in scene if color in (None, f.color) and shape in (None, f.shape)]
+    chosen.sort(key=lambda f: (SHAPES.index(f.shape), list(COLORS).index(f.color)))
+    thing = " ".join(filter(None, [color, shape or "shape"]))
+    number = f"{NUMBERS[len(chosen)]} {thing}{'' if len(chosen) == 1 else 's'}"
+    told = [f.color if shape else f.shape if color else f"{f.color} {f.shape}" for f in chosen]
+    whole = number if not told or (color and shape) else f"{number}: {joined(told)}"
+    return " ".join(filter(None, ["caption en", color, shape])), whole
+
+
+def make_captions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Of everything once, then twice each of a color, of a shape and of both, one that is there and one by chance."""
+    figure = rng.choice(scene)
+    wanted: list[tuple[str | None, str | None]] = [(None, None)]
+    for color, shape in ((figure.color, figure.shape), (rng.choice(list(COLORS)), rng.choice(SHAPES))):
+        wanted += [(color, None), (None, shape), (color, shape)]
+    return list(dict.fromkeys(caption_of(scene, color, shape) for color, shape in wanted))
+
+
+def ask_whether(scene: Scene, rng: random.Random) -> Question:
+    """Yes in half of all cases; most of the "no" are near misses: the color or the shape does occur."""
+    yes = rng.random() < 0.5
+    kind = rng.choice(("shape", "color", "both", "both"))
+    if kind == "shape":
+        present = {f.shape for f in scene}
+        shape = rng.choice([s for s in SHAPES if (s in present) == yes] or SHAPES)
+        return Question(f"is there a {shape}?", "yes" if shape in present else "no", "yes/no", "is there a")
+    if kind == "color":
+        present = {f.color for f in scene}
+        color = rng.choice([c for c in COLORS if (c in present) == yes] or list(COLORS))
+        return Question(f"is there anything {color}?", "yes" if color in present else "no", "yes/no", "is there")
+    pairs = [(f.color, f.shape) for f in scene]
+    if not yes:
+        pairs = [
+            (c, s) for c in COLORS for s in SHAPES if (c, s) not in pairs and any(c == a or s == b for a, b in pairs)
+        ]
+    color, shape = rng.choice(pairs)
+    return Question(f"is there a {color} {shape}?", "yes" if yes else "no", "yes/no", "is there a")
+
+
+def ask_how_many(scene: Scene, rng: random.Random) -> Question:
+    """All figures, those of one shape or those of one color; one time in six of a shape or color that may be absent."""
+    kind = rng.choice(("all", "shape", "color"))
+    if kind == "all":
+        return Question("how many shapes are there?", str(len(scene)), "number", "how many")
+    absent = rng.random() < 1 / 6
+    if kind == "shape":
+        shape = rng.choice(SHAPES if absent else [f.shape for f in scene])
+        number = sum(f.shape == shape for f in scene)
+        return Question(f"how many {shape}s are there?", str(number), "number", "how many")
+    color = rng.choice(list(COLORS) if absent else [f.color for f in scene])
+    return Question(
+        f"how many {color} shapes are there?", str(sum(f.color == color for f in scene)), "number", "how many"
+    )
+
+
+def ask_which(scene: Scene, rng: random.Random) -> Question | None:
+    """Color of the only figure of its shape, shape of the only one of its color; None where there is no such figure."""
+    shapes, colors = Counter(f.shape for f in scene), Counter(f.color for f in scene)
+    questions = [
+        Question(f"what color is the {f.shape}?", f.color, "other", "what color is the")
+        for f in scene
+        if shapes[f.shape] == 1
+    ] + [
+        Question(f"what is the {f.color} shape?", f.shape, "other", "what is the")
+        for f in scene
+        if colors[f.color] == 1
+    ]
+    return rng.choice(questions) if questions else None
+
+
+def make_questions(scene: Scene, rng: random.Random) -> list[Question]:
+    """Up to two different questions of each answer type."""
+    askers: Sequence[Callable[[Scene, random.Random], Question | None]] = (ask_whether, ask_how_many, ask_which)
+    asked = [ask(scene, rng) for ask in askers for _ in range(2)]
+    return list({question.text: question for question in asked if question is not None}.values())
+
+
+def make_answers(answer: str, rng: random.Random) -> list[str]:
+    """Ten people's answers: at least seven give the true one."""
+    others = rng.choices(ALTERNATIVES[answer], k=rng.choices((0, 1, 2, 3), weights=(5, 3, 2, 1))[0])
+    answers = [answer] * (10 - len(others)) + others
+    rng.shuffle(answers)
+    return answers
+
+
+def annotation(question: Question, answers: Sequence[str], ids: dict[str, int]) -> dict[str, Any]:
+    return {
+        **ids,
+        "question_type": question.question_type,
+        "answer_type": question.answer_type,
+        "multiple_choice_answer": question.answer,
+        "answers": [
+            {"answer_id": i, "answer": answer, "answer_confidence": "yes" if answer == question.answer else "maybe"}
+            for i, answer in enumerate(answers, start=1)
+        ],
+    }
+
+
+def write(output: Path, scenes: int, seed: int, split: str) -> None:
+    """Writes the pictures and the three files named above; an image id is seed x 1,000,000 + index + 1."""
+    if not (0 < scenes < ID_SPAN and 0 <= seed < ID_SPAN):
+        raise ValueError(
+            f"scenes={scenes}, seed={seed}: image ids have 12 digits, six for the seed and six for the scene; "
+            f"give 1 to {ID_SPAN - 1} scenes and a seed of 0 to {ID_SPAN - 1}"
+        )
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    questions, annotations, captions = [], [], []
+    for index in range(scenes):
+        scene = make_scene(rng_of(split, seed, index, "scene"))
+        image_id = seed * ID_SPAN + index + 1
+        name = f"images/COCO_{split}_{image_id:012d}.jpg"
+        render(scene, rng_of(split, seed, index, "picture")).save(output / name, quality=95, subsampling=0)
+        told = make_captions(scene, rng_of(split, seed, index, "captions"))
+        captions += [{"image": name, "prefix": prefix, "suffix": caption} for prefix, caption in told]
+        rng = rng_of(split, seed, index, "questions")
+        for number, question in enumerate(make_questions(scene, rng)):
+            ids = {"image_id": image_id, "question_id": image_id * 1000 + number}
+            questions.append({**ids, "question": question.text})
+            annotations.append(annotation(question, make_answers(question.answer, rng), ids))
+    head = {
+        "info": {
+            "description": f"Scenes generated with seed {seed}",
+            "version": "1.0",
+            "contributor": "data/shapes.py",
+        },
+        "license": {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
+        "data_type": "mscoco",
+        "data_subtype": split,
+    }
+    task = {**head, "task_type": "Open-Ended", "questions": questions}
+    (output / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps(task))
+    (output / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps({**head, "annotations": annotations}))
+    (output / f"captions_{split}.jsonl").write_text("".join(json.dumps(caption) + "\n" for caption in captions))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write generated scenes, questions and answers as VQAv2's own files.")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--scenes", type=int, required=True, help="number of pictures (about 5.5 questions each)")
+    parser.add_argument("--seed", type=int, required=True, help="another seed, other scenes")
+    parser.add_argument(
+        "--split", required=True, help="name used in the files, such as train2014; another split, other scenes"
+    )
+    args = parser.parse_args(argv)
+    write(args.output, args.scenes, args.seed, args.split)
+
+
+if __name__ == "__main__":
+    main()

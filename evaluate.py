@@ -1,0 +1,138 @@
+"""VQA accuracy of a run, of a checkpoint, or of a results file.
+
+    python evaluate.py configs/vqav2_8gb.yaml                     base, adapter and merged, as far as they are there
+    python evaluate.py --model PATH [--adapter DIR] --questions F --annotations F --images DIR
+    python evaluate.py --results F --questions F --annotations F  score answers that exist
+
+The first form reads the configuration of a run, takes its data.validation, and writes OUTPUT/eval/ARM/results.json (the
+official format) and metrics.json for each ARM.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import print as show
+from rich.table import Table
+
+from data import Processor
+from data.sources import load_records
+from finetune import cli, load_adapter
+from finetune.config import load_config
+from finetune.device import DTYPES, pick_device, pick_dtype
+from finetune.evaluate import Evaluation, evaluate
+from finetune.vqa_accuracy import VQAScore, read_results, score
+from model import PaliGemma, fetch
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    if arguments.config:
+        scores = evaluate_run(arguments)
+    elif arguments.results:
+        scores = {arguments.results: score(read_results(arguments.results), open_records(arguments))}
+    else:
+        scores = {arguments.adapter or arguments.model: evaluate_checkpoint(arguments)}
+    show(table_of(scores))
+
+
+def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
+    """Every arm of a run: base, adapter and merged checkpoint."""
+    config = load_config(arguments.config, arguments.overrides)
+    if config.data.validation is None:
+        raise ValueError(f"{arguments.config} has no data.validation: nothing to evaluate on")
+    source, output = config.data.validation.model_dump(), Path(config.output)
+    records = first(load_records(**source, prompt=config.data.prompt, seed=config.train.seed), arguments.limit)
+    device = pick_device(config.model.device)
+    dtype, settings = pick_dtype(config.model.dtype, device), config.evaluation
+    trained = output / ("adapter" if config.lora else "model")
+    arms: dict[str, tuple[str | Path, Path | None]] = {"base": (config.model.path, None)}
+    if trained.exists():
+        arms[trained.name] = (config.model.path, trained) if config.lora else (trained, None)
+    if (output / "merged").exists():
+        arms["merged"] = (output / "merged", None)
+    if config.model.weights == "random":
+        del arms["base"]
+    scores = {}
+    for arm, (path, adapter) in arms.items():
+        directory = fetch(path, config.model.revision if path == config.model.path else None)
+        model = PaliGemma.from_pretrained(directory, dtype, device)
+        processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
+        if adapter:
+            load_adapter(model, adapter)
+        result = evaluate(model, processor, records, settings.batch_size, settings.max_new_tokens, cli.progress)
+        result.save(output / "eval" / arm, model=str(path), adapter=str(adapter) if adapter else None)
+        scores[arm] = result.score
+    return scores
+
+
+def evaluate_checkpoint(arguments: argparse.Namespace) -> VQAScore:
+    """One checkpoint, with or without an adapter, on files named on the command line."""
+    records = open_records(arguments)
+    device = pick_device(arguments.device)
+    dtype = pick_dtype(arguments.dtype, device)
+    directory = fetch(arguments.model, arguments.revision)
+    model = PaliGemma.from_pretrained(directory, dtype, device)
+    if arguments.adapter:
+        load_adapter(model, arguments.adapter)
+    processor = Processor.from_pretrained(directory)
+    result: Evaluation = evaluate(
+        model, processor, records, arguments.batch_size, arguments.max_new_tokens, cli.progress
+    )
+    if arguments.output:
+        result.save(arguments.output, model=arguments.model, adapter=arguments.adapter, prompt=arguments.prompt)
+    return result.score
+
+
+def open_records(arguments: argparse.Namespace) -> Any:
+    if not (arguments.questions and arguments.annotations and (arguments.images or arguments.results)):
+        raise ValueError(
+            "expected a CONFIG.yaml; or --model, --questions, --annotations and --images; or --results, "
+            "--questions and --annotations"
+        )
+    files = {name: getattr(arguments, name) for name in ("questions", "annotations", "images")}
+    return first(load_records(**files, prompt=arguments.prompt), arguments.limit)
+
+
+def first(records: Any, limit: int | None) -> Any:
+    return records if limit is None else records.select(range(min(limit, len(records))))
+
+
+def table_of(scores: dict[str, VQAScore]) -> Table:
+    types = sorted({name for scored in scores.values() for name in scored.by_answer_type})
+    table = Table("", "overall", "95%", *types, "questions", title="VQA accuracy, percent")
+    for name, scored in scores.items():
+        low, high = scored.interval
+        by_type = (f"{scored.by_answer_type[kind]:.2f}" if kind in scored.by_answer_type else "" for kind in types)
+        table.add_row(name, f"{scored.overall:.2f}", f"{low:.2f} to {high:.2f}", *by_type, f"{scored.questions:,}")
+    return table
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="a run, with section.key=value overrides")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*")
+    parser.add_argument("--model", help="checkpoint: a directory or a Hub id")
+    parser.add_argument("--revision", help="of a Hub id")
+    parser.add_argument("--adapter", help="directory of an adapter on that checkpoint")
+    parser.add_argument("--results", help="an official results file to score")
+    parser.add_argument("--questions", help="official questions file")
+    parser.add_argument("--annotations", help="official annotations file")
+    parser.add_argument("--images", help="directory of the pictures")
+    parser.add_argument("--prompt", default="answer en {question}")
+    parser.add_argument("--limit", type=int, help="take the first N questions only")
+    parser.add_argument("--output", type=Path, help="directory for results.json and metrics.json")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,88 @@
+"""Checkpoints to resume from: trained parameters, optimizer moments and the Trainer's state, in safetensors and JSON.
+
+A checkpoint is a directory `step-000100`, written beside its final name and renamed when it is complete. The data's
+state is the step itself, and dropout is keyed by it, so there is no random state to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
+
+
+def write_checkpoint(
+    directory: Path,
+    step: int,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    documents: Mapping[str, Any],
+) -> Path:
+    """Write `directory/step-NNNNNN`, `documents` as JSON files by name; it is there whole or not at all."""
+    path = directory / f"step-{step:06d}"
+    unfinished = directory / f".unfinished-step-{step:06d}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, unfinished / TRAINED)
+    save_file(moments(trained, optimizer), unfinished / MOMENTS)
+    for name, document in documents.items():
+        (unfinished / name).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
+    return path
+
+
+def moments(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors as `<parameter>/<name>`."""
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in trained.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def read_parameters(path: Path, trained: Mapping[str, nn.Parameter]) -> None:
+    """Fill the trained parameters from a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is of other parameters; names them.
+    """
+    stored = load_file(path / TRAINED)
+    wrong = stored.keys() ^ trained.keys() or {n for n, p in trained.items() if p.shape != stored[n].shape}
+    if wrong:
+        raise ValueError(
+            f"{path} is a checkpoint of other parameters ({len(wrong)} differ, e.g. {min(wrong)}): resume with the "
+            "configuration it was made with, or start afresh with --resume none"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(stored[name])
+
+
+def read_moments(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Fill the optimizer's state from a checkpoint."""
+    for name, value in load_file(path / MOMENTS).items():
+        parameter, key = name.rsplit("/", 1)
+        # AdamW keeps its step counts on the CPU whatever the device of the parameters.
+        optimizer.state[trained[parameter]][key] = value if value.ndim == 0 else value.to(trained[parameter].device)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def keep_newest(directory: Path, count: int) -> None:
+    """Delete all but the newest `count` checkpoints."""
+    for path in checkpoints(directory)[:-count]:
+        shutil.rmtree(path)

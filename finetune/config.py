@@ -1,0 +1,350 @@
+"""One YAML file is one run: its schema, and the reading of it with errors that say where and what instead.
+
+Sections are frozen pydantic models that refuse unknown keys and convert nothing: true is no 1, "8" no 8; only a whole
+number stands for a float. How scalars are read (2e-5, 1e5, off) is in `strict_yaml`. Help and the JSON schema for
+editors come from the models: `python -m finetune.config [--schema]`. Not here: whether paths exist, whether a run fits.
+"""
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from textwrap import fill, indent
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from finetune import strict_yaml
+from finetune.lora import LoRAConfig
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: every problem on a line of its own, with file and line or the override."""
+
+
+def _refuse_float16(value: object) -> object:
+    if value in ("float16", "fp16", "half"):
+        reason = "Gemma's activations overflow in fp16; use bfloat16, or float32 on a card without bfloat16"
+        raise ValueError(f"{value} is refused: {reason}")
+    return value
+
+
+def _fault(key: str, message: str) -> PydanticCustomError:
+    """An error at a key within the section that is being checked."""
+    return PydanticCustomError("fault", "{message}", {"key": key, "message": message})
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The network to start from."""
+
+    path: Text
+    """Checkpoint: a directory or a Hub id, such as google/paligemma-3b-pt-224."""
+    revision: Text | None = None
+    """Branch, tag or commit of a Hub id."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """random: seeded initial weights made from config.json alone."""
+    dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_refuse_float16)] = "bfloat16"
+    """Type of the base weights and of the arithmetic. Adapters are float32 always."""
+    device: Annotated[str, Field(pattern="^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
+    """auto, cpu, cuda, cuda:N or mps. auto takes cuda, then mps, then cpu."""
+
+
+class Source(Section):
+    """Examples: from the official VQA files (questions, annotations, images), or from a jsonl file (and images)."""
+
+    questions: Text | None = None
+    """Official questions file (JSON)."""
+    annotations: Text | None = None
+    """Official annotations file (JSON) with the answers of those questions."""
+    images: Text | None = None
+    """Directory of the images."""
+    jsonl: Text | None = None
+    """File of lines {"image": ..., "prefix": ..., "suffix": ...}."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Take this share of the examples, drawn with train.seed."""
+    count: Count | None = None
+    """Take this many examples, drawn with train.seed."""
+    sample_by: Literal["image", "question"] = "image"
+    """Draw whole images with all their questions, or single questions (which touches many more images)."""
+
+    @field_validator("jsonl")
+    @classmethod
+    def _one_kind(cls, jsonl: str | None, info: ValidationInfo) -> str | None:
+        if info.data.keys() >= {"questions", "annotations", "images"}:
+            questions, annotations, images = info.data["questions"], info.data["annotations"], info.data["images"]
+            if (jsonl and (questions or annotations)) or not (jsonl or (questions and images)):
+                raise ValueError("expected either questions and images (and annotations), or jsonl (and images)")
+        return jsonl
+
+    @field_validator("count")
+    @classmethod
+    def _one_limit(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count is not None and info.data.get("fraction") is not None:
+            raise ValueError(f"count ({count}) excludes fraction ({info.data['fraction']}): give one of them")
+        return count
+
+
+class DataConfig(Section):
+    """What is learned from."""
+
+    train: Source
+    """Examples to train on."""
+    validation: Source | None = None
+    """Examples to evaluate on."""
+    prompt: Text = "answer en {question}"
+    """Prompt of the official files' questions; {question} is where the question goes."""
+    answers: Literal["rotate", "majority"] = "rotate"
+    """rotate: another one of a question's answers at each visit; majority: the most frequent one always."""
+    max_text_tokens: Count = 128
+    """Tokens of prefix and suffix together; longer prefixes are cut."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that prepare examples; 0: the training process itself."""
+
+    @field_validator("train")
+    @classmethod
+    def _answered(cls, train: Source) -> Source:
+        if train.questions and not train.annotations:
+            raise _fault("annotations", "training needs the answers: give the annotations of questions")
+        return train
+
+    @field_validator("prompt")
+    @classmethod
+    def _asks(cls, prompt: str) -> str:
+        if "{question}" not in prompt or "\n" in prompt:
+            raise ValueError(f"expected one line that contains {{question}}, got {prompt!r}")
+        return prompt
+
+
+class TrainConfig(Section):
+    """How it is learned. A step is one update of the weights, by batch_size examples."""
+
+    epochs: Positive | None = None
+    """Passes over the training examples; this or max_steps."""
+    max_steps: Count | None = None
+    """Steps; this or epochs."""
+    batch_size: Count = 64
+    """Examples per step, over all micro-batches."""
+    micro_batch: Count = 8
+    """Examples at once on the device; memory, not the result, depends on it."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up: down to 0, or constant."""
+    warmup: BelowOne = 0.05
+    """Share of all steps in which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    beta1: BelowOne = 0.9
+    """Decay of the running mean of the gradient."""
+    beta2: BelowOne = 0.999
+    """Decay of the running mean of its square."""
+    max_grad_norm: Positive = 1.0
+    """Norm to which larger gradients are clipped."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of sampling, order, adapter start, dropout and random weights."""
+    log_every: Count = 10
+    """Steps between lines in metrics.jsonl."""
+    save_every: Count = 100
+    """Steps between checkpoints."""
+    eval_every: Count | None = None
+    """Steps between evaluations on data.validation; null: none during training."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints to keep."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _one_length(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
+        if "epochs" in info.data and (info.data["epochs"] is None) == (max_steps is None):
+            raise ValueError(
+                f"got {max_steps} with epochs {info.data['epochs']}; expected one of the two, null the other"
+            )
+        return max_steps
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _part_of_batch(cls, micro_batch: int, info: ValidationInfo) -> int:
+        if micro_batch > info.data.get("batch_size", micro_batch):
+            raise ValueError(f"micro_batch ({micro_batch}) must not exceed batch_size ({info.data['batch_size']})")
+        return micro_batch
+
+
+class EvaluationConfig(Section):
+    """How answers are generated, during training and afterwards."""
+
+    count: Count | None = 512
+    """Validation questions answered at each evaluation during training; null: all."""
+    batch_size: Count = 16
+    """Questions at once on the device."""
+    max_new_tokens: Count = 16
+    """Longest answer, in tokens."""
+
+
+class TrackingConfig(Section):
+    """Weights & Biases; metrics.jsonl is written in any case."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """offline writes files to upload later."""
+    project: Text = "paligemma-lora"
+    """Project there."""
+    name: Text | None = None
+    """Name of the run there; null: the name of the output directory."""
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoRAConfig | None = LoRAConfig()
+    """The adapter; null: all parameters are trained, without one."""
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: Text
+    """Directory of the run, such as runs/NAME."""
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("train")
+    @classmethod
+    def _can_evaluate(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        if train.eval_every and "data" in info.data:
+            validation = info.data["data"].validation
+            if validation is None or (validation.questions and not validation.annotations):
+                raise _fault("eval_every", "evaluating needs data.validation, with annotations where it has questions")
+        return train
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a YAML file with overrides `section.key=value` laid over it. ConfigError lists all problems."""
+    try:
+        document = strict_yaml.Document(Path(path).read_bytes(), str(path), count_lines=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    for override in overrides:
+        try:
+            for keys, value in parse_overrides([override]).items():
+                document.lay_over(keys, value, f"override {override!r}")
+        except ConfigError as error:
+            document.faults.append(str(error))
+    try:
+        config = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            within = (details["ctx"]["key"],) if details["type"] == "fault" else ()
+            document.fault(details["loc"] + within, _explain(details["loc"] + within, details))
+    if document.faults:
+        raise ConfigError("\n".join(document.faults))
+    return config
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[tuple[str, ...], Any]:
+    """`["data.train.count=100"]` -> `{("data", "train", "count"): 100}`. Values are YAML: `lora=null`, `key=[a, b]`."""
+    values: dict[tuple[str, ...], Any] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+){,9}", name):
+            raise ConfigError(f"override {override!r}: expected section.key=value, such as train.max_steps=100")
+        document = strict_yaml.Document(text, f"override {override!r}")
+        if document.faults:
+            raise ConfigError("\n".join(document.faults))
+        values[tuple(name.split("."))] = document.data
+    return values
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML with every key, which loads to an equal configuration."""
+    return strict_yaml.dump(config.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the file, for editors that complete and check."""
+    return RunConfig.model_json_schema()
+
+
+def describe() -> str:
+    """Help: every key with its type, default and meaning."""
+    lines = []
+    for name, field in _fields().items():
+        default = f" = {json.dumps(field['default'])}" if "default" in field and "properties" not in field else ""
+        lines.append(f"{name}: {_kind(field)}{' (required)' if field['required'] else default}")
+        lines.append(indent(fill(field["description"], 110), "    "))
+    return "\n".join(lines)
+
+
+@cache
+def _fields() -> dict[str, dict[str, Any]]:
+    """Dotted name of every key -> its JSON schema (of a section: the section's too) and whether it is `required`."""
+    schema = json_schema()
+
+    def below(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, field in section["properties"].items():
+            refs = [part["$ref"] for part in (field, *field.get("anyOf", ())) if "$ref" in part]
+            inner = schema["$defs"][refs[0].rpartition("/")[2]] if refs else {}
+            yield prefix + name, inner | field | {"required": name in section.get("required", ())}
+            if refs:
+                yield from below(inner, f"{prefix}{name}.")
+
+    return dict(below(schema, ""))
+
+
+def _kind(field: Mapping[str, Any]) -> str:
+    """What a key takes, in words, from its JSON schema."""
+    if "anyOf" in field:
+        return " or ".join(_kind(part) for part in field["anyOf"])
+    if "$ref" in field:
+        return "section"
+    if "enum" in field:
+        return " | ".join(field["enum"])
+    if field["type"] == "array":
+        return f"list of {_kind(field['items'])}"
+    if field["type"] == "object":
+        return f"mapping of names to {_kind(field['additionalProperties'])}"
+    word = {"integer": "whole number", "string": "text", "boolean": "true or false"}.get(field["type"], field["type"])
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "pattern": "matching"}
+    limits = [f"{sign} {field[limit]}" for limit, sign in signs.items() if limit in field]
+    return f"{word} {', '.join(limits)}".strip()
+
+
+def _explain(keys: tuple[str | int, ...], details: ErrorDetails) -> str:
+    """One of pydantic's errors in words: what was given, what was expected, what may have been meant."""
+    fields, name, given = _fields(), ".".join(map(str, keys)), details.get("input")
+    if details["type"] == "missing":
+        return f"required, but not given: {fields[name]['description']}"
+    if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        siblings = [key.rpartition(".")[2] for key in fields if key.rpartition(".")[0] == name.rpartition(".")[0]]
+        elsewhere = [key for key in fields if key.rpartition(".")[2] == keys[-1]]
+        meant = elsewhere or difflib.get_close_matches(str(keys[-1]), siblings, 1)
+        return "unknown key; " + (f"did you mean {' or '.join(meant)}?" if meant else f"expected {', '.join(siblings)}")
+    if details["type"] in ("fault", "value_error"):
+        return details["msg"].removeprefix("Value error, ")
+    expected = details["msg"].removeprefix("Input should be ")
+    if name in fields:
+        expected = _kind(fields[name])
+        meant = difflib.get_close_matches(str(given), fields[name].get("enum", ()), 1)
+        expected += f"; did you mean {meant[0]}?" if meant else ""
+        expected += ", in quotes" if "text" in expected and isinstance(given, bool | int | float | dict) else ""
+    return f"got {json.dumps(given, ensure_ascii=False)[:200]}; expected {expected}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m finetune.config", description="Every key of a configuration file.")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
+    print(json.dumps(json_schema(), indent=2) if parser.parse_args(argv).schema else describe())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Where a run computes, and in what: found, and refused with the reason where it cannot work."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes cuda, then mps, then cpu; any other name is taken at its word.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= available.get(device.type, 0):
+        raise ValueError(f"device {name!r} is not there: this machine has {available}; device=auto takes what there is")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a name. Raises ValueError for float16, and for bfloat16 on a card that has none."""
+    if name not in DTYPES:
+        raise ValueError(
+            f"dtype {name!r}: expected one of {', '.join(DTYPES)}; Gemma's activations overflow in float16"
+        )
+    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16, and Gemma's activations overflow in float16. What "
+            "works on it: float32 (twice the memory: 11.7 GB of weights for the 3B), or the CPU with bfloat16"
+        )
+    return DTYPES[name]

@@ -1,0 +1,117 @@
+"""What watches a run: a line per log in `metrics.jsonl`, a progress bar, and Weights & Biases when asked.
+
+Each is a Trainer callback. None of them can end a run: tracking that fails says so once and stays silent.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.config import RunConfig, dump_config
+from finetune.steps import Steps
+
+
+def callbacks_for(config: RunConfig, steps: Steps) -> list[TrainerCallback]:
+    """The callbacks of a run."""
+    made: list[TrainerCallback] = [MetricsFile(Path(config.output) / "metrics.jsonl", steps), ProgressBar()]
+    return made + ([Wandb(config)] if config.tracking.wandb != "off" else [])
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log and evaluation to a file of JSON lines, with step, epoch and seconds since the start."""
+
+    def __init__(self, path: Path, steps: Steps) -> None:
+        self.path, self.steps, self.start = path, steps, time.monotonic()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.global_step * self.steps.batch_size / self.steps.num_records, 4),
+            "seconds": round(time.monotonic() - self.start, 1),
+            **{name: value for name, value in (logs or {}).items() if name != "epoch"},
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """Steps done and left, with rate and remaining time, the last loss and the last accuracy."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[Any] | None = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", file=sys.stderr)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        for name, label, digits in (
+            ("loss", "loss", 4),
+            ("eval_loss", "val loss", 4),
+            ("eval_accuracy", "accuracy", 2),
+        ):
+            if name in (logs or {}):
+                self.shown[label] = f"{logs[name]:.{digits}f}"
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Wandb(TrainerCallback):
+    """Logs to Weights & Biases; `offline` needs no network, and nothing that goes wrong there ends the run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.logged = config, None
+
+    def attempt(self, action: str, call: Any) -> Any:
+        try:
+            return call()
+        except Exception as error:  # whatever it is, a night of training is worth more than its tracking
+            tqdm.write(
+                f"wandb: {action} failed ({type(error).__name__}: {error}); going on without it", file=sys.stderr
+            )
+            self.logged = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        def begin() -> Any:
+            import wandb
+            import yaml
+
+            tracking = self.config.tracking
+            return wandb.init(
+                mode="online" if tracking.wandb == "online" else "offline",
+                project=tracking.project,
+                name=tracking.name or Path(self.config.output).name,
+                dir=self.config.output,
+                config=yaml.safe_load(dump_config(self.config)),
+            )
+
+        self.logged = self.attempt("starting", begin)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if (run := self.logged) is not None:
+            self.attempt("logging", lambda: run.log(logs, step=state.global_step))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if (run := self.logged) is not None:
+            self.attempt("finishing", run.finish)

@@ -1,0 +1,307 @@
+"""Training: the Hugging Face Trainer does the loop, this module supplies the step.
+
+The loader hands over whole effective batches. `training_step` encodes the step's pictures, cuts the batch into
+micro-batches and divides by the supervised tokens of the whole step, so that the gradient does not depend on the cut.
+Only what is trained is saved and resumed, without pickle. The Trainer is used through its public seams; a contract test
+fails when one of their signatures moves. Not here: several processes, which are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from finetune import checkpoints
+from finetune.config import RunConfig
+from finetune.lora import LoRALinear, set_dropout_rows
+from finetune.steps import Steps
+from model import IGNORE_INDEX, PaliGemma, PaliGemmaOutput
+
+Example = dict[str, Any]
+Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
+Evaluate = Callable[[], dict[str, float]]
+
+
+class LoRATrainer(Trainer):
+    """Trains whatever in `model` requires a gradient: adapters, or the whole network.
+
+    Args:
+        config: the run.
+        model: on its device, adapters in place, the rest frozen.
+        dataset: gives the example of a (record, visit) pair.
+        steps: which pairs form which step.
+        collate: examples -> right-padded tensors.
+        save_result: called when an evaluation beat all before it, or at the end where nothing evaluates.
+        evaluate: metrics of the model as it is, `accuracy` among them; None where the run has nothing to evaluate on.
+        callbacks: what watches the run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PaliGemma,
+        dataset: Dataset[Example],
+        steps: Steps,
+        collate: Collate,
+        save_result: Callable[[], None],
+        evaluate: Evaluate | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        arguments = training_arguments(config, steps.total, model.device, evaluate is not None)
+        if arguments.n_gpu > 1 or arguments.world_size > 1:
+            raise ValueError(
+                f"{max(arguments.n_gpu, arguments.world_size)} devices are visible: this trains on one; choose it with "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
+        self.run, self.network, self.steps, self.collate = config, model, steps, collate
+        self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if config.model.dtype != "float32" and any(p.dtype != torch.float32 for p in self.trained.values()):
+            raise ValueError(
+                "lora=null trains the base weights themselves, and bfloat16 rounds small updates away: set "
+                "model.dtype=float32"
+            )
+        model.language_model.model.recompute = config.train.gradient_checkpointing
+        super().__init__(
+            model=WithoutConfig(model),
+            args=arguments,
+            train_dataset=dataset,
+            eval_dataset=dataset if evaluate else None,  # asked for by the Trainer, read by nobody: see `evaluate`
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)  # `callbacks` show what there is to see
+
+    # The data: whole effective batches, in the order of `steps`.
+
+    def get_train_dataloader(self) -> DataLoader[Example]:
+        workers = self.run.data.workers
+        assert self.train_dataset is not None
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.steps,
+            collate_fn=list,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+    # The step.
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Gradients of one effective batch (a list of examples), micro-batch by micro-batch; returns its mean loss.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+            RuntimeError: in the first step, a trained parameter got no gradient.
+        """
+        model.train()
+        examples: list[Example] = inputs
+        tokens = sum(int((example["labels"] != IGNORE_INDEX).sum()) for example in examples)
+        features = self.frozen_image_features(examples)
+        total = torch.zeros((), device=self.args.device)
+        for part in micro_batches(examples, self.run.train.micro_batch):
+            batch = self.collate(part)
+            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items() if name != "pixel_values"}
+            batch["image_features"] = self.image_features(part, features)
+            set_dropout_rows(self.network.language_model, self.dropout_keys([example["id"] for example in part]))
+            loss = self.compute_loss(model, batch, num_items_in_batch=tokens)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        if not total.isfinite():
+            raise FloatingPointError(
+                f"the loss of step {self.state.global_step + 1} is {total.item()}: nothing was updated"
+            )
+        if self.state.global_step == self._initial_global_step:
+            check_gradients(self.network)
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        output = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def frozen_image_features(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Image tokens [N, D] of each picture of a step, once each and without a graph; none where vision is
+        trained.
+        """
+        towers = (self.network.vision_tower, self.network.multi_modal_projector)
+        if any(parameter.requires_grad for tower in towers for parameter in tower.parameters()):
+            return {}
+        pixels = unique_images(examples)
+        features: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for names in cut(list(pixels), self.run.train.micro_batch):
+                encoded = self.network.encode_images(torch.stack([pixels[name] for name in names]).to(self.args.device))
+                features |= zip(names, encoded, strict=True)
+        return features
+
+    def image_features(self, examples: Sequence[Example], known: dict[str, Tensor]) -> Tensor:
+        """Image tokens [B, N, D] of the rows: looked up, or computed with a graph where vision is trained."""
+        if known:
+            return torch.stack([known[example["image_id"]] for example in examples])
+        pixels = unique_images(examples)
+        set_dropout_rows(self.network.vision_tower, self.dropout_keys(list(pixels)))
+        set_dropout_rows(self.network.multi_modal_projector, self.dropout_keys(list(pixels)))
+        encoded = self.network.encode_images(torch.stack(list(pixels.values())).to(self.args.device))
+        places = {name: place for place, name in enumerate(pixels)}
+        return encoded[[places[example["image_id"]] for example in examples]]
+
+    def dropout_keys(self, names: Sequence[str]) -> Tensor:
+        """i64 [B]: what the dropout of each row is drawn from: seed, step and record or picture, nothing else."""
+        prefix = f"{self.run.train.seed} {self.state.global_step} "
+        return torch.tensor([zlib.crc32((prefix + name).encode()) for name in names], device=self.args.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        train = self.run.train
+        betas = (train.beta1, train.beta2)
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=train.learning_rate, betas=betas, weight_decay=train.weight_decay
+        )
+        return self.optimizer
+
+    # Evaluation: loss and accuracy; the best adapter is kept.
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Metrics under `eval_` names, logged; saves the model where its accuracy is the best so far."""
+        assert self.evaluate_now is not None, "the arguments ask for evaluation only where there is one"
+        metrics = {f"eval_{name}": value for name, value in self.evaluate_now().items()}
+        if self.state.best_metric is None or metrics["eval_accuracy"] > self.state.best_metric:
+            self.save_result()
+        self.evaluated_step = self.state.global_step
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.network.train()
+        return metrics
+
+    def finish(self) -> None:
+        """After training: evaluate, where the last step did not; with nothing to evaluate, keep the last state."""
+        if self.evaluate_now is None:
+            self.save_result()
+        elif self.evaluated_step != self.state.global_step:
+            self.evaluate()
+
+    # Checkpoints: what is trained, the optimizer's moments, the Trainer's own state.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        directory = Path(self.run.output) / "checkpoints"
+        documents = {
+            "trainer_state.json": dataclasses.asdict(self.state),
+            "scheduler.json": self.schedule.state_dict(),
+        }
+        checkpoints.write_checkpoint(directory, self.state.global_step, self.trained, self.bare_optimizer, documents)
+        checkpoints.keep_newest(directory, self.run.train.keep_checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoints.read_parameters(Path(resume_from_checkpoint), self.trained)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.read_moments(Path(checkpoint), self.trained, self.bare_optimizer)
+            document = (Path(checkpoint) / "scheduler.json").read_text(encoding="utf-8")
+            self.schedule.load_state_dict(json.loads(document))
+            for group, rate in zip(self.bare_optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to do: order and dropout are functions of seed and step."""
+
+    @property
+    def bare_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that `create_optimizer` made, without the wrapper of accelerate."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(optimizer, torch.optim.Optimizer), "the optimizer exists from the start of training on"
+        return optimizer
+
+    @property
+    def schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        assert self.lr_scheduler is not None, "the schedule exists from the start of training on"
+        return self.lr_scheduler
+
+
+class WithoutConfig(nn.Module):
+    """What the Trainer holds: the network, but for the `config` that the Trainer would write into."""
+
+    def __init__(self, network: PaliGemma) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **inputs: Any) -> PaliGemmaOutput:
+        output: PaliGemmaOutput = self.network(**inputs)
+        return output
+
+
+def training_arguments(config: RunConfig, total: int, device: torch.device, evaluates: bool) -> TrainingArguments:
+    """The Trainer's arguments: what it does itself is the schedule, clipping, and when to log, evaluate and save."""
+    train = config.train
+    schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+    return TrainingArguments(
+        output_dir=config.output,
+        max_steps=total,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=schedules[train.schedule],
+        warmup_steps=round(train.warmup * total),
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        eval_strategy="steps" if evaluates and train.eval_every else "no",
+        eval_steps=train.eval_every,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        use_cpu=device.type == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    """An effective batch in parts of at most `size`: alike in length, questions of one picture side by side."""
+    longest: dict[str, int] = {}
+    for example in examples:
+        longest[example["image_id"]] = max(longest.get(example["image_id"], 0), len(example["input_ids"]))
+    ordered = sorted(examples, key=lambda e: (-longest[e["image_id"]], e["image_id"], -len(e["input_ids"])))
+    return cut(ordered, size)
+
+
+def cut(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    return (list(items[start : start + size]) for start in range(0, len(items), size))
+
+
+def unique_images(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Pixels by image id, each picture once."""
+    return {example["image_id"]: example["pixel_values"] for example in examples}
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Every trained parameter has a gradient, and every adapter's B one that is not zero.
+
+    A's is zero in a fresh adapter's first step, as B is; a B without one is an adapter that the loss does not see.
+    """
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for path, module in model.named_modules():
+        gradient = module.lora_B.grad if isinstance(module, LoRALinear) else None
+        if gradient is not None and not bool(gradient.any()):
+            silent.append(f"{path}.lora_B")
+    if silent:
+        raise RuntimeError(
+            f"{len(silent)} trained parameters got no gradient in the first step, so they would never learn: "
+            f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}"
+        )

@@ -1,0 +1,80 @@
+"""Picture + prompt -> answer. Every prompt is asked of every picture.
+
+    python predict.py --model assets/tiny-base --adapter runs/quickstart/adapter \\
+        --image scene.jpg --prompt "answer en how many circles are there?"
+
+The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+
+from data import Processor
+from finetune import cli, load_adapter
+from finetune.device import DTYPES, pick_device, pick_dtype
+from finetune.evaluate import generate_answers
+from model import PaliGemma, fetch
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    device = pick_device(arguments.device)
+    directory = fetch(arguments.model, arguments.revision)
+    model = PaliGemma.from_pretrained(directory, pick_dtype(arguments.dtype, device), device)
+    processor = Processor.from_pretrained(directory)
+    if arguments.adapter:
+        load_adapter(model, arguments.adapter)
+    records = [
+        {"id": f"{image}\n{prompt}", "image": image, "image_id": image, "prefix": prompt}
+        for image in dict.fromkeys(arguments.image)
+        for prompt in dict.fromkeys(arguments.prompt)
+    ]
+    answers = generate_answers(
+        model,
+        processor,
+        records,
+        arguments.batch_size,
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    for line in lines(records, answers, arguments.format):
+        print(line)
+
+
+def lines(records: Sequence[dict[str, str]], answers: dict[str, str], form: str) -> Iterator[str]:
+    for record in records:
+        answer = answers[record["id"]]
+        if form == "jsonl":
+            facts = {"image": record["image"], "prompt": record["prefix"], "answer": answer}
+            yield json.dumps(facts, ensure_ascii=False)
+        else:
+            yield answer if len(records) == 1 else f"{record['image']}\t{record['prefix']}\t{answer}"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint: a directory or a Hub id")
+    parser.add_argument("--revision", help="of a Hub id")
+    parser.add_argument("--adapter", help="directory of an adapter on that checkpoint")
+    parser.add_argument("--image", nargs="+", required=True, help="picture files")
+    parser.add_argument("--prompt", nargs="+", required=True, help="prompts, each asked of every picture")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely tokens of this mass")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--format", choices=["text", "jsonl"], default="text")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,141 @@
+"""Which answer a visit learns from, and that every example is one to learn from."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import PaliGemmaDataset, Processor, collate
+from data.records import FEATURES
+
+BASE = Path(__file__).parent.parent / "assets" / "tiny-base"
+TEN = ["3", "three", "4", "3 circles", "2", "1", "0", "five", "many", "six"]
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.from_pretrained(BASE, max_text_tokens=24)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for k in range(4):
+        path = tmp_path / f"{k}.png"
+        Image.fromarray(np.full((8, 8, 3), 60 * k, np.uint8)).save(path)
+        rows.append(
+            {
+                "id": f"q{k}",
+                "image": {"path": str(path), "bytes": None},
+                "image_id": f"i{k // 2}",
+                "question": "how many?",
+                "prefix": "answer en how many?",
+                "answers": TEN if k < 3 else ["yes"],
+                "answer": "3" if k < 3 else "yes",
+                "answer_type": "number",
+                "question_type": "how many",
+            }
+        )
+    return rows
+
+
+def learned(example: dict[str, Any], processor: Processor) -> str:
+    return processor.decode(example["labels"][example["labels"] != -100])
+
+
+def test_an_example_is_the_processors_tensors_and_two_names(
+    processor: Processor, records: list[dict[str, Any]]
+) -> None:
+    example = PaliGemmaDataset(records, processor, answers="majority")[1]
+    assert sorted(example) == ["id", "image_id", "input_ids", "labels", "pixel_values", "token_type_ids"]
+    assert (example["id"], example["image_id"]) == ("q1", "i0")
+    for name, row in processor.encode("answer en how many?", "3").items():
+        assert torch.equal(example[name], row)
+    assert torch.equal(example["pixel_values"], processor.pixels(records[1]["image"]))
+
+
+def test_ten_visits_learn_ten_different_answers_and_then_again(
+    processor: Processor, records: list[dict[str, Any]]
+) -> None:
+    dataset = PaliGemmaDataset(records, processor)
+    first = [learned(dataset[0, visit], processor) for visit in range(10)]
+    assert sorted(first) == sorted(TEN)
+    assert [learned(dataset[0, visit], processor) for visit in range(10, 20)] == first
+    assert [learned(dataset[3, visit], processor) for visit in range(3)] == ["yes"] * 3
+
+
+def test_an_answer_is_a_pure_function_of_seed_record_and_visit(
+    processor: Processor, records: list[dict[str, Any]]
+) -> None:
+    def orders(seed: int) -> list[tuple[str, ...]]:
+        dataset = PaliGemmaDataset(records, processor, seed=seed)
+        backwards = {(i, v): learned(dataset[i, v], processor) for i in (2, 1, 0) for v in reversed(range(10))}
+        return [tuple(backwards[i, v] for v in range(10)) for i in range(3)]
+
+    assert orders(5) == orders(5)
+    assert len(set(orders(5) + orders(6))) == 6  # another order for each record and seed
+
+
+def test_a_bare_index_is_visit_0_and_negative_ones_name_the_same_record(
+    processor: Processor, records: list[dict[str, Any]]
+) -> None:
+    dataset = PaliGemmaDataset(records, processor)
+    assert len(dataset) == 4
+    assert torch.equal(dataset[2]["labels"], dataset[2, 0]["labels"])
+    for visit in range(10):
+        assert torch.equal(dataset[-2, visit]["labels"], dataset[2, visit]["labels"])
+    with pytest.raises(IndexError):
+        dataset[4]
+
+
+def test_the_majority_is_learned_at_every_visit(processor: Processor, records: list[dict[str, Any]]) -> None:
+    dataset = PaliGemmaDataset(records, processor, answers="majority")
+    assert {learned(dataset[0, visit], processor) for visit in range(10)} == {"3"}
+
+
+@pytest.mark.filterwarnings("ignore:texts of more than")
+@pytest.mark.parametrize("suffix", ["", "yes", "a b " * 5, "a b " * 200])
+@pytest.mark.parametrize("prefix", ["", "answer en how many?", "q " * 200])
+def test_every_label_row_ends_in_eos_and_no_answer_leaks_into_the_prefix(
+    processor: Processor, records: list[dict[str, Any]], prefix: str, suffix: str
+) -> None:
+    row = {**records[0], "prefix": prefix, "answers": [suffix], "answer": suffix}
+    batch = collate([PaliGemmaDataset([row, records[3]], processor)[i] for i in range(2)], processor.pad_id)
+    for ids, mask, types, labels in zip(
+        *(batch[name] for name in ("input_ids", "attention_mask", "token_type_ids", "labels")), strict=True
+    ):
+        supervised = labels != -100
+        assert labels[supervised][-1] == processor.eos_id
+        assert (labels == processor.eos_id).sum() == 1
+        assert torch.equal(labels[supervised], ids[supervised])
+        assert torch.equal(supervised, types == 1)  # every supervised position is causal, every other is prompt
+        assert torch.equal(supervised.nonzero().max() + 1, mask.sum())
+        assert ids[types == 0][mask[types == 0] == 1][-1] == processor.newline_id
+        assert (ids == processor.bos_id).sum() == 1
+        assert (ids == processor.image_token_id).sum() == processor.num_image_tokens
+
+
+def test_a_record_without_answers_is_refused_by_name(processor: Processor, records: list[dict[str, Any]]) -> None:
+    records[1]["answers"] = []
+    for dataset in (PaliGemmaDataset(records, processor), PaliGemmaDataset(records, processor, answers="majority")):
+        with pytest.raises(ValueError, match="record 'q1' has no answer to learn from"):
+            dataset[1]
+    with pytest.raises(ValueError, match=r'answers is \'all\'; expected "rotate" or "majority"'):
+        PaliGemmaDataset(records, processor, answers="all")  # type: ignore[arg-type]
+
+
+def test_a_pickled_mapped_dataset_gives_the_same_examples(processor: Processor, records: list[dict[str, Any]]) -> None:
+    """What a worker of a DataLoader gets; literal special tokens must stay text there too."""
+    records[0]["prefix"] = "what is <image> <eos>"
+    mapped = datasets.Dataset.from_list(records, features=FEATURES)
+    worker = pickle.loads(pickle.dumps(PaliGemmaDataset(mapped, processor)))
+    here = PaliGemmaDataset(records, processor)
+    for key in [(i, visit) for i in range(4) for visit in range(2)]:
+        example = worker[key]
+        for name, value in here[key].items():
+            assert torch.equal(example[name], value) if isinstance(value, torch.Tensor) else example[name] == value

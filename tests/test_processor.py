@@ -1,0 +1,346 @@
+"""The processor against transformers' PaliGemmaProcessor with its Pillow image processor, and where it must differ."""
+
+import json
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PaliGemmaConfig, PaliGemmaProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from data.images import open_image
+from data.processor import FILES, Processor, single_line
+
+BASE = Path(__file__).parent.parent / "assets" / "tiny-base"
+PAD, EOS, BOS = 0, 1, 2
+SIDE = json.loads((BASE / "config.json").read_text())["vision_config"]["image_size"]
+N = (SIDE // 14) ** 2
+SPECIAL = ("<image>", "<bos>", "<eos>", "<pad>", "<unk>")
+
+
+@pytest.fixture(scope="module")
+def ours() -> Processor:
+    return Processor.from_pretrained(BASE, max_text_tokens=1000)  # rare characters take four tokens each
+
+
+def library(directory: Path) -> PaliGemmaProcessor:
+    images = SiglipImageProcessorPil.from_pretrained(directory)
+    return PaliGemmaProcessor(images, AutoTokenizer.from_pretrained(directory))
+
+
+@pytest.fixture(scope="module")
+def theirs() -> PaliGemmaProcessor:
+    return library(BASE)
+
+
+def picture(width: int = 67, height: int = 31) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def shown(processor: Processor, row: dict[str, torch.Tensor]) -> list[str]:
+    """The tokens of a row after <image> x N <bos>."""
+    ids = row["input_ids"].tolist()
+    assert ids[: N + 1] == [processor.image_token_id] * N + [BOS]
+    tokens = Tokenizer.from_file(str(BASE / "tokenizer.json"))
+    return [str(tokens.id_to_token(i)) for i in ids[N + 1 :]]
+
+
+PIECES = ["answer en ", "what color is ", "the", "circle", "  ", "?", "<loc0001>", "<seg012>", "<mask>", "é"]
+CHARACTERS = st.characters(exclude_characters="\r\n", exclude_categories=["Cs"])
+
+
+def texts(*pieces: str) -> st.SearchStrategy[str]:
+    """Words, tokens and noise, without special tokens."""
+    parts = st.lists(st.one_of(st.text(CHARACTERS, max_size=5), st.sampled_from([*PIECES, *pieces])), max_size=8)
+    return parts.map("".join).filter(lambda text: not any(token in text for token in SPECIAL))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(prefix=texts(), suffix=texts("\n", "\n\n"))
+def test_a_row_is_the_librarys_token_for_token(
+    ours: Processor, theirs: PaliGemmaProcessor, prefix: str, suffix: str
+) -> None:
+    expected = theirs(images=[picture(8, 8)], text=["<image>" + prefix], suffix=[suffix])
+    row = ours.encode(prefix, suffix)
+    assert row["input_ids"].tolist() == expected["input_ids"][0]
+    assert row["token_type_ids"].tolist() == expected["token_type_ids"][0]
+    assert row["labels"].tolist() == list(expected["labels"][0])
+    alone = theirs(images=[picture(8, 8)], text=["<image>" + prefix])
+    row = ours.encode(prefix)
+    assert row["input_ids"].tolist() == alone["input_ids"][0]
+    assert row["token_type_ids"].tolist() == [0] * len(row["input_ids"])
+
+
+def test_a_batch_is_the_librarys(ours: Processor, theirs: PaliGemmaProcessor) -> None:
+    prefixes = ["answer en how many circles are there?", "caption en", "detect circle ; cross"]
+    suffixes = ["3", "a red circle", "<loc0100><loc0200><loc0300><loc0400> circle"]
+    images = [picture(67, 31), picture(20, 90), picture(56, 56)]
+    expected = theirs(
+        images=[[image] for image in images],
+        text=["<image>" + prefix for prefix in prefixes],
+        suffix=suffixes,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    batch = ours(images=images, prefixes=prefixes, suffixes=suffixes)
+    assert sorted(batch) == ["attention_mask", "input_ids", "labels", "pixel_values", "token_type_ids"]
+    for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values"):
+        assert torch.equal(batch[name], expected[name]), name
+        assert batch[name].dtype == expected[name].dtype
+    assert torch.equal(batch["labels"], expected["labels"].masked_fill(expected["attention_mask"] == 0, -100))
+
+
+def test_without_suffixes_there_are_no_labels(ours: Processor) -> None:
+    batch = ours(images=[picture()], prefixes=["caption en"])
+    assert "labels" not in batch
+    assert batch["token_type_ids"].sum() == 0
+    assert "labels" not in ours.encode("caption en")
+
+
+@pytest.mark.parametrize("size", [(SIDE, SIDE), (640, 480), (31, 200), (3, 2), (1, 1)])
+def test_pixels_are_the_librarys_bit_for_bit(
+    ours: Processor, theirs: PaliGemmaProcessor, size: tuple[int, int]
+) -> None:
+    image = picture(*size)
+    expected = theirs.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    found = ours.pixels(image)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    assert torch.equal(found, expected)
+
+
+def test_every_level_of_every_channel_is_the_librarys(ours: Processor, theirs: PaliGemmaProcessor) -> None:
+    levels = np.arange(SIDE * SIDE * 3).reshape(SIDE, SIDE, 3) % 256
+    image = Image.fromarray(levels.astype(np.uint8))
+    expected = theirs.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    assert len(expected.unique()) == 256
+    assert torch.equal(ours.pixels(image), expected)
+    assert (expected.min(), expected.max()) == (-1, 1)
+
+
+def test_pixels_are_those_of_the_opened_picture(ours: Processor, tmp_path: Path) -> None:
+    """Orientation and transparency go through data/images.py, whatever the picture is given as."""
+    path = tmp_path / "a.png"
+    exif = Image.Exif()
+    exif[274] = 6
+    image = picture()
+    image.putalpha(100)
+    image.save(path, exif=exif)
+    expected = ours.pixels(open_image(path))
+    for source in (path, str(path), path.read_bytes(), {"path": str(path), "bytes": None}):
+        assert torch.equal(ours.pixels(source), expected)
+    with pytest.raises(ValueError, match=r"gone\.jpg"):
+        ours(images=[tmp_path / "gone.jpg"], prefixes=["caption en"])
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+def test_special_tokens_in_a_text_are_spelled_out(ours: Processor, token: str) -> None:
+    for processor in (ours, pickle.loads(pickle.dumps(ours))):
+        row = processor.encode(f"what is {token} here", f"{token}it{token}")
+        tokens = shown(ours, row)
+        assert tokens.count(token) == (1 if token == "<eos>" else 0)
+        assert tokens[-1] == "<eos>"
+        assert processor.decode(row["input_ids"][row["token_type_ids"] == 1]) == f"{token}it{token}"
+
+
+def test_locations_and_segments_stay_tokens(ours: Processor) -> None:
+    row = ours.encode("detect cat", "<loc0010><loc0020><seg003> cat")
+    answer = row["input_ids"][row["token_type_ids"] == 1]
+    assert shown(ours, row)[-len(answer) :][:3] == ["<loc0010>", "<loc0020>", "<seg003>"]
+    assert ours.decode(answer) == "<loc0010><loc0020><seg003> cat"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a\n", "a"), ("\n\na\r\n", "a"), ("a\nb", "a b"), ("a\n\n\r\nb", "a b"), (" a ", " a "), ("\n", ""), ("", "")],
+)
+def test_newlines_in_a_prefix_become_spaces(ours: Processor, text: str, line: str) -> None:
+    assert single_line(text) == line
+    tokens = shown(ours, ours.encode(text, "x"))
+    assert tokens.count("\n") == 1
+    assert tokens[-3:] == ["\n", "x", "<eos>"]
+    assert torch.equal(ours.encode(text)["input_ids"], ours.encode(line)["input_ids"])
+
+
+def test_newlines_in_a_suffix_stay(ours: Processor) -> None:
+    row = ours.encode("read", "one\ntwo")
+    assert ours.decode(row["input_ids"][row["token_type_ids"] == 1]) == "one\ntwo"
+
+
+@pytest.mark.filterwarnings("ignore:texts of more than")
+@pytest.mark.parametrize("limit", [3, 4, 5, 8, 12, 13, 14, 40])
+@pytest.mark.parametrize("suffix", [None, "", "x", "x " * 6, "x " * 300])
+def test_truncation_takes_text_only(limit: int, suffix: str | None) -> None:
+    processor = Processor.from_pretrained(BASE, max_text_tokens=limit)
+    whole = Processor.from_pretrained(BASE, max_text_tokens=10_000).encode("answer en " + "q " * 30, suffix)
+    row = processor.encode("answer en " + "q " * 30, suffix)
+    ids, types = row["input_ids"].tolist(), row["token_type_ids"].tolist()
+    assert ids[: N + 1] == [processor.image_token_id] * N + [BOS]
+    assert ids.count(processor.image_token_id) == N
+    assert ids.count(BOS) == 1
+    assert len(ids) - N - 1 == min(limit, len(whole["input_ids"]) - N - 1)
+    assert ids[types.count(0) - 1] == processor.newline_id
+    kept = ids[N + 1 : types.count(0) - 1]
+    assert kept == whole["input_ids"].tolist()[N + 1 :][: len(kept)]
+    if suffix is None:
+        assert 1 not in types
+        return
+    answer = whole["input_ids"][whole["token_type_ids"] == 1].tolist()
+    if len(answer) < limit:  # the suffix is whole: the prefix pays
+        assert ids[types.count(0) :] == answer
+    else:
+        assert kept == []
+        assert ids[types.count(0) :] == [*answer[: limit - 2], EOS]
+    assert row["labels"].tolist() == [-100] * types.count(0) + ids[types.count(0) :]
+
+
+def test_truncation_says_so() -> None:
+    processor = Processor.from_pretrained(BASE, max_text_tokens=8)
+    with pytest.warns(UserWarning, match="max_text_tokens = 8 tokens are cut"):
+        processor.encode("q " * 30, "x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        processor.encode("q", "x")
+
+
+def test_decode_stops_at_eos_and_drops_special_tokens(ours: Processor) -> None:
+    answer = ours.encode("", "a red circle")["input_ids"][N + 2 :]
+    assert ours.decode(answer) == "a red circle"
+    assert ours.decode([PAD, BOS, *answer.tolist(), *answer.tolist(), PAD]) == "a red circle"
+    assert ours.decode(answer[:-1]) == "a red circle"
+    assert ours.decode([ours.image_token_id, *answer.tolist()]) == "a red circle"
+    assert ours.decode([]) == ""
+    assert ours.decode([EOS, *answer.tolist()]) == ""
+    assert ours.decode(ours.encode("", " é 猫 ")["input_ids"][N + 2 :]) == "é 猫"
+
+
+def test_counts_must_agree(ours: Processor) -> None:
+    with pytest.raises(ValueError, match="1 images, 2 prefixes and 2 suffixes"):
+        ours(images=[picture()], prefixes=["a", "b"], suffixes=["c", "d"])
+    with pytest.raises(ValueError, match="1 images, 1 prefixes and 2 suffixes"):
+        ours(images=[picture()], prefixes=["a"], suffixes=["c", "d"])
+
+
+def test_the_form_5x_saves_is_read_alike(ours: Processor, theirs: PaliGemmaProcessor, tmp_path: Path) -> None:
+    """processor_config.json instead of preprocessor_config.json, no special_tokens_map.json, another config.json."""
+    theirs.save_pretrained(tmp_path)
+    PaliGemmaConfig.from_pretrained(BASE).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    processor = Processor.from_pretrained(tmp_path)
+    image, prefix, suffix = picture(), "answer en is there a <loc0001> circle?", "yes"
+    for name, tensor in ours([image], [prefix], [suffix]).items():
+        assert torch.equal(processor([image], [prefix], [suffix])[name], tensor), name
+
+
+def test_what_is_saved_opens_here_and_in_transformers(
+    ours: Processor, theirs: PaliGemmaProcessor, tmp_path: Path
+) -> None:
+    ours.save_pretrained(tmp_path / "new" / "run")
+    shutil.copyfile(BASE / "config.json", tmp_path / "new" / "run" / "config.json")
+    again = Processor.from_pretrained(tmp_path / "new" / "run")
+    again.save_pretrained(tmp_path / "new" / "run")
+    saved = {path.name for path in (tmp_path / "new" / "run").iterdir()}
+    assert saved == {"config.json"} | {name for name in FILES if (BASE / name).exists()}
+    image = picture()
+    expected = theirs(images=[image], text=["<image>caption en"], return_tensors="pt")
+    found = library(tmp_path / "new" / "run")(images=[image], text=["<image>caption en"], return_tensors="pt")
+    for name in ("input_ids", "pixel_values"):
+        assert torch.equal(found[name], expected[name])
+        assert torch.equal(again([image], ["caption en"])[name], expected[name])
+
+
+def changed(tmp_path: Path, name: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of the base whose JSON file `name` is changed."""
+    for path in BASE.glob("*.json"):
+        shutil.copyfile(path, tmp_path / path.name)
+    content = json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+    change(content)
+    (tmp_path / name).write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_what_the_files_say_about_pixels_is_honoured(tmp_path: Path) -> None:
+    """Not only SigLIP's values: checked against the library, which reads the same file."""
+    form = {"image_mean": [0.4, 0.45, 0.5], "image_std": [0.2, 0.3, 0.4], "resample": 2, "rescale_factor": 1 / 128}
+    directory = changed(tmp_path, "preprocessor_config.json", lambda content: content.update(form))
+    expected = SiglipImageProcessorPil.from_pretrained(directory)(images=[picture()], return_tensors="pt")
+    assert torch.equal(Processor.from_pretrained(directory).pixels(picture()), expected["pixel_values"][0])
+
+
+def test_values_left_out_are_siglips(ours: Processor, tmp_path: Path) -> None:
+    def strip(content: dict[str, Any]) -> None:
+        for key in list(content):
+            if key != "image_processor_type":
+                del content[key]
+
+    directory = changed(tmp_path, "preprocessor_config.json", strip)
+    assert torch.equal(Processor.from_pretrained(directory).pixels(picture()), ours.pixels(picture()))
+
+
+def test_a_tokenizer_saved_after_truncating_does_not_truncate(ours: Processor, tmp_path: Path) -> None:
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    directory = changed(tmp_path, "tokenizer.json", lambda content: content.update(truncation=truncation))
+    text = "answer en what color is the circle?"
+    assert torch.equal(Processor.from_pretrained(directory).encode(text)["input_ids"], ours.encode(text)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("preprocessor_config.json", {"size": {"height": 223, "width": 224}}, f"size is .*223.* it should be .*{SIDE}"),
+        ("preprocessor_config.json", {"image_seq_length": 255}, "image_seq_length is 255, by config.json"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is False"),
+        ("preprocessor_config.json", {"image_std": [0.5, 0.5, 0]}, "no std of 0"),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.4, 0.5, 0.5]}}, "both alike"),
+        ("config.json", {"image_token_index": 5}, r"<image> is 5 in config.json, \d+ as special"),
+        ("config.json", {"eos_token_id": 107}, "<eos> is 107 in config.json, 1 as special"),
+    ],
+)
+def test_files_that_contradict_each_other_are_refused(
+    tmp_path: Path, name: str, change: dict[str, Any], message: str
+) -> None:
+    directory = changed(tmp_path, name, lambda content: content.update(change))
+    with pytest.raises(ValueError, match=message):
+        Processor.from_pretrained(directory)
+
+
+def test_a_tokenizer_that_would_take_image_for_a_word_is_refused(tmp_path: Path) -> None:
+    """An added token that is not special cannot be spelled out: a person's "<image>" would be one."""
+
+    def demote(content: dict[str, Any]) -> None:
+        next(token for token in content["added_tokens"] if token["content"] == "<image>")["special"] = False
+
+    with pytest.raises(ValueError, match=r"<image> is \d+ in config\.json, None as special"):
+        Processor.from_pretrained(changed(tmp_path, "tokenizer.json", demote))
+
+
+def test_a_processor_config_without_pixels_changes_nothing(tmp_path: Path) -> None:
+    directory = changed(tmp_path, "processor_config.json", lambda content: content.update(processor_class="x"))
+    assert Processor.from_pretrained(directory).image_size == SIDE
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_missing_and_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    directory = changed(tmp_path, name, lambda content: None)
+    (directory / name).write_text("{")
+    with pytest.raises(ValueError, match=name):
+        Processor.from_pretrained(directory)
+    (directory / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        Processor.from_pretrained(directory)
+
+
+def test_a_limit_too_small_for_any_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_text_tokens is 2; expected at least 3"):
+        Processor.from_pretrained(BASE, max_text_tokens=2)

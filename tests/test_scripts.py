@@ -1,0 +1,256 @@
+"""The scripts as a person runs them: every configuration, the whole way from training to a merged checkpoint,
+mistakes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+import merge_lora
+import predict
+import train
+from data import shapes
+from finetune.config import load_config
+from model import PaliGemma
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base's files with random weights, and scenes to ask about."""
+    directory = tmp_path_factory.mktemp("base")
+    PaliGemma.from_random(ROOT / "assets/tiny-base", seed=0).save_pretrained(directory)
+    for split, seed in (("train2014", 1), ("val2014", 2)):
+        shapes.write(directory / "data", scenes=12, seed=seed, split=split)
+    return directory
+
+
+def files(base: Path, split: str) -> dict[str, str]:
+    return {
+        "questions": f"{base}/data/v2_OpenEnded_mscoco_{split}_questions.json",
+        "annotations": f"{base}/data/v2_mscoco_{split}_annotations.json",
+        "images": f"{base}/data/images",
+    }
+
+
+def overrides(base: Path, output: Path, *more: str) -> list[str]:
+    """Two small steps on the scenes instead of what a configuration asks for."""
+    train_files, validation_files = (json.dumps(files(base, split)) for split in ("train2014", "val2014"))
+    return [
+        f"model={{path: {base}, dtype: float32, device: cpu}}",
+        f"data={{train: {train_files}, validation: {validation_files}, workers: 0}}",
+        "train={max_steps: 2, batch_size: 4, micro_batch: 2, log_every: 1, eval_every: 2}",
+        "evaluation={count: 5, batch_size: 4, max_new_tokens: 2}",
+        f"output={output}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the quickstart's configuration."""
+    output = tmp_path_factory.mktemp("runs") / "quickstart"
+    train.main([str(ROOT / "configs/quickstart.yaml"), *overrides(base, output)])
+    return output
+
+
+def arguments(base: Path, output: Path) -> list[str]:
+    return [str(ROOT / "configs/quickstart.yaml"), *overrides(base, output)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs(base: Path, tmp_path: Path, path: Path) -> None:
+    """As it stands but for its files, its size and its length."""
+    config = load_config(path)
+    changes = [
+        f"model.path={base}",
+        "model.revision=null",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "train.epochs=null",
+        "train.max_steps=2",
+        "train.batch_size=4",
+        "train.micro_batch=2",
+        "data.workers=0",
+        f"output={tmp_path}/run",
+    ]
+    for section, source in (("train", config.data.train), ("validation", config.data.validation)):
+        split = "train2014" if section == "train" else "val2014"
+        if source is not None and source.jsonl:
+            changes.append(f"data.{section}.jsonl={base}/data/captions_{split}.jsonl")
+        elif source is not None:
+            changes += [f"data.{section}.{name}={value}" for name, value in files(base, split).items()]
+            changes += [f"data.{section}.fraction=null", f"data.{section}.count=20"]
+    if config.data.validation is not None:
+        changes += ["train.eval_every=2", "evaluation.count=4"]
+    train.main([str(path), *changes])
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists() or (tmp_path / "run/model").is_dir()
+
+
+def test_a_run_directory_describes_itself(base: Path, run: Path) -> None:
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "adapter", "checkpoints", "metrics.jsonl"}
+    assert load_config(run / "config.yaml") == load_config(*split_arguments(arguments(base, run)))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "eval_loss", "eval_accuracy", "eval_accuracy_yes/no"} <= set().union(*lines)
+    config = json.loads((run / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+
+
+def split_arguments(argv: list[str]) -> tuple[str, list[str]]:
+    return argv[0], argv[1:]
+
+
+def test_merged_answers_as_the_adapter_and_results_are_official(
+    base: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge_lora.main([str(run / "adapter"), "--output", str(run / "merged"), "--dtype", "float32"])
+    assert "verified" in capsys.readouterr().out
+    evaluate.main(arguments(base, run))
+    shown = capsys.readouterr().out
+    assert all(arm in shown for arm in ("base", "adapter", "merged"))
+    results = {arm: json.loads((run / f"eval/{arm}/results.json").read_text()) for arm in ("base", "adapter", "merged")}
+    assert results["merged"] == results["adapter"] != results["base"]
+    asked = json.loads((base / "data/v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
+    assert [set(answer) for answer in results["adapter"]] == [{"question_id", "answer"}] * len(asked)
+    assert {answer["question_id"] for answer in results["adapter"]} == {question["question_id"] for question in asked}
+    # Scoring the written file gives the score that was written beside it.
+    official = files(base, "val2014")
+    capsys.readouterr()
+    written = str(run / "eval/adapter/results.json")
+    evaluate.main(
+        ["--results", written, "--questions", official["questions"], "--annotations", official["annotations"]]
+    )
+    overall = json.loads((run / "eval/adapter/metrics.json").read_text())["overall"]
+    assert f"{overall:.2f}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_evaluated_without_a_config(base: Path, run: Path, tmp_path: Path) -> None:
+    named = [word for name, value in files(base, "val2014").items() for word in (f"--{name}", value)]
+    options = ["--limit", "7", "--dtype", "float32", "--device", "cpu", "--output", str(tmp_path)]
+    evaluate.main(["--model", str(base), "--adapter", str(run / "adapter"), *named, *options])
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 7
+    assert json.loads((tmp_path / "metrics.json").read_text())["prompt"] == "answer en {question}"
+
+
+def test_a_finished_run_is_not_trained_again(base: Path, run: Path) -> None:
+    before = load_file(run / "adapter/adapter_model.safetensors")
+    train.main(arguments(base, run))
+    after = load_file(run / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture(scope="module")
+def pictures(base: Path) -> list[str]:
+    return sorted(str(path) for path in (base / "data/images").iterdir())[:3]
+
+
+def predictions(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
+    capsys.readouterr()
+    predict.main([*argv, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "4"])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_predict_asks_every_prompt_of_every_picture(
+    base: Path, run: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["answer en is there a circle?", "caption en"]
+    common = ["--model", str(base), "--adapter", str(run / "adapter")]
+    rows = predictions(capsys, *common, "--image", *pictures, "--prompt", *prompts, "--format", "jsonl")
+    asked = [(row["image"], row["prompt"]) for row in map(json.loads, rows)]
+    assert asked == [(picture, prompt) for picture in pictures for prompt in prompts]
+    for row in map(json.loads, rows[:2]):
+        assert predictions(capsys, *common, "--image", row["image"], "--prompt", row["prompt"]) == [row["answer"]]
+
+
+def test_predict_samples_by_seed(base: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    hot = ["--model", str(base), "--image", *pictures, "--prompt", "caption en", "--temperature", "1.5"]
+    first, again, other = (predictions(capsys, *hot, "--seed", seed) for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_inspect_shows_the_first_examples_and_trains_nothing(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*arguments(base, tmp_path / "run"), "--inspect"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "in order: image tokens" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_does_not_go_on_with_a_run(base: Path, run: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)another configuration.*lora\.rank: was 32, is 8"):
+        train.main([*arguments(base, run), "lora.rank=8", "lora.alpha=64"])
+    with pytest.raises(ValueError, match="to start afresh choose another output"):
+        train.main([*arguments(base, run), "--resume", "none"])
+    with pytest.raises(ValueError, match="expected auto, none or a checkpoint"):
+        train.main([*arguments(base, run), "--resume", "/nowhere"])
+
+
+def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a checkpoint already"):
+        merge_lora.main([str(run / "adapter"), "--output", str(base)])
+    with pytest.raises(ValueError, match="give --base"):
+        merge_lora.main([str(tmp_path), "--output", str(tmp_path / "merged")])
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        ("train.py", ["no-such.yaml"], "no-such.yaml"),
+        ("train.py", ["configs/quickstart.yaml", "trian.seed=1"], "did you mean"),
+        ("train.py", ["configs/quickstart.yaml", "model.dtype=float16"], "overflow in fp16"),
+        ("train.py", ["configs/quickstart.yaml", "model.path=no/such/dir"], "neither a directory nor a Hub id"),
+        ("evaluate.py", ["--model", "assets/tiny-base"], "expected a CONFIG.yaml"),
+        ("predict.py", ["--model", "no/such/dir", "--image", "x.jpg", "--prompt", "y"], "neither a directory"),
+        ("merge_lora.py", ["/nowhere", "--output", "/nowhere/merged"], "give --base"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(script: str, argv: list[str], message: str) -> None:
+    ran = subprocess.run([sys.executable, script, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2, ran.stderr
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_help_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "train.learning_rate" in shown
+    assert "Peak learning rate" in shown
+
+
+def test_a_device_that_is_not_there_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'cuda:7' is not there"):
+        train.main([*arguments(base, tmp_path), "model.device=cuda:7"])
+
+
+def test_a_card_without_bfloat16_is_told_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.device import pick_dtype
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
+    with pytest.raises(ValueError, match=r"RTX 2080 has no bfloat16.*What works on it: float32"):
+        pick_dtype("bfloat16", torch.device("cuda"))
+    assert pick_dtype("float32", torch.device("cuda")) == torch.float32
+
+
+def test_a_picture_that_cannot_be_opened_is_named(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"broken\.jpg"):
+        predict.main(
+            ["--model", str(base), "--image", str(tmp_path / "broken.jpg"), "--prompt", "x", "--device", "cpu"]
+        )
+    Image.new("RGB", (4, 4)).save(tmp_path / "fine.png")
+    predict.main(["--model", str(base), "--image", str(tmp_path / "fine.png"), "--prompt", "x", "--device", "cpu"])

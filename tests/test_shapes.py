@@ -1,0 +1,218 @@
+"""The generated question set: reproducible, true to its scenes, balanced, and in VQAv2's own files."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data import shapes
+from data.shapes import Question, Scene
+
+SCENES = 400
+
+
+def scene_of(index: int, split: str = "train2014", seed: int = 1) -> Scene:
+    return shapes.make_scene(shapes.rng_of(split, seed, index, "scene"))
+
+
+def questions_of(index: int) -> list[Question]:
+    return shapes.make_questions(scene_of(index), shapes.rng_of("train2014", 1, index, "questions"))
+
+
+def true_answer(scene: Scene, question: str) -> str:
+    """The answer worked out from the words of the question alone, apart from the code that asked it."""
+    words = re.findall("[a-z]+", question)
+    singular = {f"{shape}s": shape for shape in shapes.SHAPES}
+    named = {singular.get(word, word) for word in words}
+    colors, kinds = named & set(shapes.COLORS), named & set(shapes.SHAPES)
+    meant = [f for f in scene if (not colors or f.color in colors) and (not kinds or f.shape in kinds)]
+    if words[0] == "is":
+        return "yes" if meant else "no"
+    if words[0] == "how":
+        return str(len(meant))
+    assert len(meant) == 1, f"{question!r} is about {meant}"
+    return meant[0].color if words[1] == "color" else meant[0].shape
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set, written through the command line."""
+    output = tmp_path_factory.mktemp("shapes")
+    shapes.main(["--output", str(output), "--scenes", "12", "--seed", "7", "--split", "val2014"])
+    return output
+
+
+def test_every_answer_is_true_to_its_scene() -> None:
+    for index in range(SCENES):
+        for question in questions_of(index):
+            assert question.answer == true_answer(scene_of(index), question.text), (index, question)
+
+
+def captions_of(index: int, split: str = "train2014", seed: int = 1) -> list[tuple[str, str]]:
+    return shapes.make_captions(scene_of(index, split, seed), shapes.rng_of(split, seed, index, "captions"))
+
+
+def test_captions_tell_what_their_prefix_asks_for() -> None:
+    """Worked out from the words of prefix and caption alone, apart from the code that wrote them."""
+    absent = 0
+    for index in range(SCENES):
+        scene = scene_of(index)
+        for prefix, caption in captions_of(index):
+            colors, kinds = (set(prefix.split()) & set(names) for names in (shapes.COLORS, shapes.SHAPES))
+            meant = [f for f in scene if (not colors or f.color in colors) and (not kinds or f.shape in kinds)]
+            assert shapes.NUMBERS.index(caption.split()[0]) == len(meant), (prefix, caption, scene)
+            absent += not meant
+            if ":" in caption:
+                told = sorted(re.split(", | and ", caption.split(": ")[1]))
+                expected = [" ".join([f.color] * (not colors) + [f.shape] * (not kinds)) for f in meant]
+                assert told == sorted(expected), (prefix, caption, scene)
+    assert 0.2 < absent / sum(len(captions_of(index)) for index in range(SCENES)) < 0.5
+
+
+def test_figures_neither_overlap_nor_leave_the_picture() -> None:
+    for index in range(SCENES):
+        boxes = []
+        for figure in scene_of(index):
+            xs, ys = zip(*shapes.outline(figure), strict=True)
+            boxes.append((min(xs), min(ys), max(xs), max(ys)))
+            assert min(boxes[-1]) >= 0
+            assert max(boxes[-1]) <= shapes.CANVAS
+        for a, b in combinations(boxes, 2):
+            assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1], (index, a, b)
+
+
+def test_pictures_show_each_figure_in_its_color() -> None:
+    for index in range(20):
+        scene = scene_of(index)
+        image = shapes.render(scene, shapes.rng_of("train2014", 1, index, "picture"))
+        for figure in scene:
+            pixel = image.getpixel((round(figure.x), round(figure.y)))
+            assert isinstance(pixel, tuple)
+            assert max(abs(a - b) for a, b in zip(pixel, figure.rgb, strict=True)) < 25
+        corner = image.getpixel((shapes.CANVAS // 3, 0))
+        assert isinstance(corner, tuple)
+        assert min(corner) > 180
+
+
+def test_answers_are_balanced() -> None:
+    """No answer is so frequent that a blind guess would come near the bar; every template and every answer occurs."""
+    questions = [question for index in range(SCENES) for question in questions_of(index)]
+    share = Counter(question.answer_type for question in questions)
+    assert min(share.values()) / len(questions) > 0.2, share
+    for answer_type in ("yes/no", "number", "other"):
+        answers = Counter(q.answer for q in questions if q.answer_type == answer_type)
+        assert max(answers.values()) / sum(answers.values()) < 0.58, answers
+    assert {q.answer for q in questions} == set(shapes.ALTERNATIVES)
+    existence = Counter(q.answer for q in questions if q.answer_type == "yes/no")
+    assert abs(existence["yes"] - existence["no"]) < 0.1 * existence.total(), existence
+
+
+def test_the_majority_of_ten_answers_is_the_true_one_and_scores_fully() -> None:
+    disagreeing = 0
+    for index in range(SCENES):
+        for answer in shapes.ALTERNATIVES:
+            answers = shapes.make_answers(answer, shapes.rng_of("train2014", 1, index, answer))
+            assert len(answers) == 10
+            # Leave-one-out leaves at least six matches where three are enough.
+            assert answers.count(answer) >= 7
+            disagreeing += answers.count(answer) < 10
+    assert 0.3 < disagreeing / (SCENES * len(shapes.ALTERNATIVES)) < 0.7
+
+
+def test_same_command_same_bytes(written: Path, tmp_path: Path) -> None:
+    """Run in another process, whose string hashes differ."""
+    command = ["--output", ".", "--scenes", "12", "--seed", "7", "--split", "val2014"]
+    root = Path(shapes.__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-m", "data.shapes", *command], check=True, cwd=tmp_path, env={"PYTHONPATH": str(root)}
+    )
+    files = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
+    assert len(files) == 12 + 3
+    assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    for path in files:
+        assert (written / path).read_bytes() == (tmp_path / path).read_bytes(), path
+
+
+def test_a_larger_set_begins_with_the_smaller(written: Path, tmp_path: Path) -> None:
+    shapes.write(tmp_path, scenes=3, seed=7, split="val2014")
+    for image in (tmp_path / "images").iterdir():
+        assert image.read_bytes() == (written / "images" / image.name).read_bytes()
+    few, many = (json.loads((d / "v2_mscoco_val2014_annotations.json").read_text()) for d in (tmp_path, written))
+    assert few["annotations"] == many["annotations"][: len(few["annotations"])]
+
+
+def test_other_seeds_and_other_splits_hold_other_scenes() -> None:
+    sets = [
+        {scene_of(index, split, seed) for index in range(SCENES)}
+        for split, seed in (("train2014", 1), ("train2014", 2), ("val2014", 1))
+    ]
+    assert [len(scenes) for scenes in sets] == [SCENES] * 3
+    assert not sets[0] & sets[1]
+    assert not sets[0] & sets[2]
+
+
+def test_image_ids_of_other_seeds_differ(written: Path, tmp_path: Path) -> None:
+    shapes.write(tmp_path, scenes=12, seed=8, split="val2014")
+    names = [{path.name for path in (directory / "images").iterdir()} for directory in (written, tmp_path)]
+    assert not names[0] & names[1]
+
+
+def test_files_have_the_official_keys(written: Path) -> None:
+    head = {"info", "license", "data_type", "data_subtype"}
+    task = json.loads((written / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    truth = json.loads((written / "v2_mscoco_val2014_annotations.json").read_text())
+    assert set(task) == head | {"task_type", "questions"}
+    assert set(truth) == head | {"annotations"}
+    assert (task["data_type"], task["data_subtype"], task["task_type"]) == ("mscoco", "val2014", "Open-Ended")
+    assert len(task["questions"]) == len(truth["annotations"]) > 40
+    for asked, answered in zip(task["questions"], truth["annotations"], strict=True):
+        assert set(asked) == {"image_id", "question", "question_id"}
+        assert asked["question_id"] // 1000 == asked["image_id"]
+        assert {key: answered[key] for key in ("image_id", "question_id")} == {
+            key: asked[key] for key in ("image_id", "question_id")
+        }
+        assert set(answered) == {
+            "image_id",
+            "question_id",
+            "question_type",
+            "answer_type",
+            "multiple_choice_answer",
+            "answers",
+        }
+        assert asked["question"].startswith(answered["question_type"])
+        assert answered["answer_type"] in {"yes/no", "number", "other"}
+        assert [answer["answer_id"] for answer in answered["answers"]] == list(range(1, 11))
+        assert all(set(answer) == {"answer_id", "answer", "answer_confidence"} for answer in answered["answers"])
+        spoken = Counter(answer["answer"] for answer in answered["answers"])
+        assert spoken.most_common(1)[0][0] == answered["multiple_choice_answer"]
+    question_ids = [asked["question_id"] for asked in task["questions"]]
+    assert len(set(question_ids)) == len(question_ids)
+
+
+def test_every_question_has_its_picture(written: Path) -> None:
+    task = json.loads((written / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    for asked in task["questions"]:
+        with Image.open(written / "images" / f"COCO_val2014_{asked['image_id']:012d}.jpg") as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (shapes.CANVAS, shapes.CANVAS))
+
+
+def test_captions_are_image_prefix_suffix_lines(written: Path) -> None:
+    lines = [json.loads(line) for line in (written / "captions_val2014.jsonl").read_text().splitlines()]
+    assert {path.name for path in (written / "images").iterdir()} == {Path(line["image"]).name for line in lines}
+    for line in lines:
+        assert set(line) == {"image", "prefix", "suffix"}
+        assert (written / line["image"]).is_file()
+        index = int(Path(line["image"]).stem.rsplit("_", 1)[1]) % shapes.ID_SPAN - 1
+        assert (line["prefix"], line["suffix"]) in captions_of(index, "val2014", 7)
+
+
+@pytest.mark.parametrize(("scenes", "seed"), [(0, 1), (1_000_000, 1), (5, -1), (5, 1_000_000)])
+def test_numbers_out_of_range_are_refused(tmp_path: Path, scenes: int, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"scenes={scenes}, seed={seed}"):
+        shapes.write(tmp_path, scenes=scenes, seed=seed, split="train2014")

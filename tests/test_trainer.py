@@ -1,0 +1,369 @@
+"""Training: the step is one whatever its cut, a resumed run is the uninterrupted one, and only adapters are kept."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from data import collate
+from finetune import LoRAConfig, inject_lora
+from finetune.checkpoints import checkpoints
+from finetune.config import RunConfig
+from finetune.lora import trained_parameters
+from finetune.steps import Steps
+from finetune.tracking import callbacks_for
+from finetune.trainer import LoRATrainer, check_gradients, micro_batches
+from model import PaliGemma
+from tests import tiny
+
+ADAPTERS = {"targets": ["language.*"], "rank": 4}
+EVERYWHERE = {"targets": ["language.*", "vision.*"], "rank": 4, "train_in_full": ["connector.linear"], "dropout": 0.3}
+
+
+class Examples(Dataset[dict[str, Any]]):
+    """Forty questions of different lengths on eight pictures."""
+
+    def __init__(self) -> None:
+        made = tiny.batch(tiny.CONFIG, [2 + i % 7 for i in range(40)], [1 + i % 3 for i in range(40)])
+        pixels = made.pop("pixel_values")
+        rows = list(tiny.rows_of(made))
+        self.examples = [
+            {name: tensor[0] for name, tensor in row.items() if name != "attention_mask"}
+            | {"pixel_values": pixels[i % 8], "image_id": f"picture {i % 8}", "id": str(i)}
+            for i, row in enumerate(rows)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
+        return self.examples[pair[0]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_library_model(tiny.library_model(tiny.CONFIG), tmp_path_factory.mktemp("tiny"))
+
+
+def run_config(base: Path, output: Path, lora: dict[str, Any] | None, **train: Any) -> RunConfig:
+    settings = {"max_steps": 6, "batch_size": 10, "micro_batch": 10, "learning_rate": 1e-2, "log_every": 1, **train}
+    return RunConfig.model_validate(
+        {
+            "model": {"path": str(base), "dtype": "float32", "device": "cpu"},
+            "data": {"train": {"jsonl": "unused.jsonl"}, "validation": {"jsonl": "unused.jsonl"}, "workers": 0},
+            "lora": lora,
+            "train": settings,
+            "output": str(output),
+        }
+    )
+
+
+def trainer_of(config: RunConfig, **keywords: Any) -> LoRATrainer:
+    model = PaliGemma.from_pretrained(config.model.path, dtype=torch.float32)
+    if config.lora:
+        inject_lora(model, config.lora, config.train.seed)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    steps = Steps(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
+    keywords = {"save_result": lambda: None, **keywords}
+    return LoRATrainer(config, model, Examples(), steps, partial(collate, pad_id=0), **keywords)
+
+
+def gradients(config: RunConfig) -> dict[str, Tensor]:
+    """The gradients of the first step, from adapters that are off their start."""
+    trainer = trainer_of(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained_parameters(trainer.network).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    trainer._initial_global_step = 0
+    examples = [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
+    trainer.training_step(trainer.network, examples)
+    return {name: p.grad for name, p in trained_parameters(trainer.network).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [ADAPTERS, EVERYWHERE], ids=["language", "everywhere, with dropout"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7])
+def test_the_gradient_does_not_depend_on_the_cut(
+    base: Path, tmp_path: Path, lora: dict[str, Any], micro_batch: int
+) -> None:
+    whole = gradients(run_config(base, tmp_path, lora))
+    parts = gradients(run_config(base, tmp_path, lora, micro_batch=micro_batch))
+    assert whole.keys() == parts.keys()
+    largest = max(gradient.abs().max().item() for gradient in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6 * max(1.0, largest), msg=name)
+
+
+def test_dropout_is_active_and_keyed_by_step(base: Path, tmp_path: Path) -> None:
+    with_dropout = gradients(run_config(base, tmp_path, EVERYWHERE))
+    other_seed = gradients(run_config(base, tmp_path, EVERYWHERE, seed=1))
+    without = gradients(run_config(base, tmp_path, {**EVERYWHERE, "dropout": 0.0}))
+    name = "language_model.model.layers.0.mlp.up_proj.lora_B"
+    assert not torch.equal(with_dropout[name], without[name])
+    assert not torch.equal(with_dropout[name], other_seed[name])
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_steps_tokens(base: Path, tmp_path: Path) -> None:
+    """Against one plain forward and backward pass of the whole batch."""
+    config = run_config(base, tmp_path, ADAPTERS, micro_batch=3)
+    trainer = trainer_of(config)
+    trainer._initial_global_step = 0
+    examples = [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
+    loss = trainer.training_step(trainer.network, examples)
+    ours = {name: p.grad.clone() for name, p in trained_parameters(trainer.network).items() if p.grad is not None}
+    trainer.network.zero_grad()
+    reference = trainer.network(**collate(examples, 0)).loss
+    reference.backward()
+    torch.testing.assert_close(loss, reference.detach(), rtol=0, atol=1e-6)
+    for name, parameter in trained_parameters(trainer.network).items():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=0, atol=1e-6)
+
+
+def test_micro_batches_are_alike_in_length_and_keep_pictures_together() -> None:
+    examples = Examples().examples
+    parts = list(micro_batches(examples, 8))
+    assert {str(example["id"]) for part in parts for example in part} == {str(e["id"]) for e in examples}
+    assert [len(part) for part in parts] == [8] * 5
+    assert sum(len({example["image_id"] for example in part}) for part in parts) <= 8 + len(parts)
+    longest = [max(len(example["input_ids"]) for example in part) for part in parts]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_each_picture_of_a_step_passes_the_tower_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = PaliGemma.encode_images
+
+    def counted(self: PaliGemma, pixel_values: Tensor) -> Tensor:
+        encoded.append(len(pixel_values))
+        return encode(self, pixel_values)
+
+    monkeypatch.setattr(PaliGemma, "encode_images", counted)
+    trainer = trainer_of(run_config(base, tmp_path, ADAPTERS, micro_batch=2))
+    trainer._initial_global_step = 0
+    examples = [trainer.train_dataset[(i, 0)] for i in range(20)]  # type: ignore[index]
+    trainer.training_step(trainer.network, examples)
+    assert sum(encoded) == 8
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+@pytest.mark.parametrize("lora", [EVERYWHERE, None], ids=["adapters", "in full"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    base: Path, tmp_path: Path, stop: int, lora: dict[str, Any] | None
+) -> None:
+    straight = trainer_of(run_config(base, tmp_path / "straight", lora))
+    straight.train()
+    config = run_config(base, tmp_path / "cut", lora, save_every=2, keep_checkpoints=9)
+    first = trainer_of(config)
+    first.train()
+    checkpoint = tmp_path / f"cut/checkpoints/step-{stop:06d}"
+    resumed = trainer_of(config)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 6
+    for name, parameter in straight.trained.items():
+        assert torch.equal(parameter, first.trained[name])
+        assert torch.equal(parameter, resumed.trained[name]), name
+
+
+def test_checkpoints_hold_what_is_trained_without_pickle_and_the_newest_stay(base: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(run_config(base, tmp_path, ADAPTERS, save_every=1, keep_checkpoints=2))
+    trainer.train()
+    found = checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in found] == ["step-000005", "step-000006"]
+    files = sorted(path.name for path in found[-1].iterdir())
+    assert files == ["optimizer.safetensors", "scheduler.json", "trained.safetensors", "trainer_state.json"]
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jsonl"}
+    assert (found[-1] / "trained.safetensors").stat().st_size < 200_000
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(base: Path, tmp_path: Path) -> None:
+    trainer_of(run_config(base, tmp_path / "a", ADAPTERS, save_every=2)).train()
+    other = trainer_of(run_config(base, tmp_path / "b", {**ADAPTERS, "rank": 5}))
+    with pytest.raises(ValueError, match="checkpoint of other parameters"):
+        other.train(resume_from_checkpoint=str(tmp_path / "a/checkpoints/step-000006"))
+
+
+def test_training_lowers_the_loss_and_logs_every_step(base: Path, tmp_path: Path) -> None:
+    config = run_config(base, tmp_path, ADAPTERS, max_steps=30)
+    steps = Steps(40, 10, 0, 30)
+    trainer_of(config, callbacks=callbacks_for(config, steps)).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert (lines[3]["step"], lines[3]["epoch"]) == (4, 1.0)
+
+
+def test_the_best_adapter_by_accuracy_is_kept(base: Path, tmp_path: Path) -> None:
+    accuracies = iter([10.0, 30.0, 20.0])
+    events: list[str] = []
+
+    def evaluate() -> dict[str, float]:
+        accuracy = next(accuracies)
+        events.append(f"{accuracy:.0f}")
+        return {"loss": 1.0, "accuracy": accuracy}
+
+    config = run_config(base, tmp_path, ADAPTERS, eval_every=2)
+    trainer = trainer_of(config, evaluate=evaluate, save_result=lambda: events.append("saved"))
+    trainer.train()
+    trainer.finish()
+    assert events == ["10", "saved", "30", "saved", "20"]
+    assert trainer.state.best_metric == 30.0
+
+
+def test_without_evaluation_the_last_adapter_is_the_result(base: Path, tmp_path: Path) -> None:
+    events: list[str] = []
+    trainer = trainer_of(run_config(base, tmp_path, ADAPTERS), save_result=lambda: events.append("saved"))
+    trainer.train()
+    assert events == []
+    trainer.finish()
+    assert events == ["saved"]
+
+
+def test_a_last_step_without_evaluation_is_evaluated_at_the_end(base: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def evaluate() -> dict[str, float]:
+        calls.append(len(calls))
+        return {"accuracy": float(len(calls))}
+
+    trainer = trainer_of(run_config(base, tmp_path, ADAPTERS, eval_every=4), evaluate=evaluate)
+    trainer.train()
+    trainer.finish()
+    assert len(calls) == 2
+
+
+def test_an_adapter_without_gradient_stops_the_first_step(base: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(run_config(base, tmp_path, ADAPTERS))
+    adapter = trainer.network.get_submodule("language_model.model.layers.1.mlp.up_proj")
+    adapter.forward = lambda x: torch.nn.functional.linear(x, adapter.weight)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"2 trained parameters got no gradient.*layers\.1\.mlp\.up_proj\.lora_A"):
+        trainer.train()
+
+
+def test_an_adapter_whose_gradient_is_zero_stops_the_first_step(base: Path) -> None:
+    model = PaliGemma.from_pretrained(base, dtype=torch.float32)
+    inject_lora(model, LoRAConfig(rank=4, targets=("language.q_proj",)))
+    for parameter in trained_parameters(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(RuntimeError, match=r"3 trained parameters.*q_proj\.lora_B"):
+        check_gradients(model)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(base: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(run_config(base, tmp_path, ADAPTERS))
+    with torch.no_grad():
+        trainer.network.get_parameter("language_model.model.norm.weight").fill_(torch.nan)
+    before = {name: parameter.clone() for name, parameter in trainer.trained.items()}
+    with pytest.raises(FloatingPointError, match="loss of step 1 is nan"):
+        trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.trained.items())
+
+
+def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: Path) -> None:
+    config = run_config(base, tmp_path, None)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    model = PaliGemma.from_pretrained(base, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"model\.dtype=float32"):
+        LoRATrainer(config, model, Examples(), Steps(40, 10, 0, 1), partial(collate, pad_id=0), lambda: None)
+
+
+def test_gradient_checkpointing_changes_nothing(base: Path, tmp_path: Path) -> None:
+    kept = gradients(run_config(base, tmp_path, EVERYWHERE))
+    recomputed = gradients(run_config(base, tmp_path, EVERYWHERE, gradient_checkpointing=True))
+    torch.testing.assert_close(recomputed, kept, rtol=0, atol=0)
+
+
+def test_warm_up_and_cosine(base: Path, tmp_path: Path) -> None:
+    config = run_config(base, tmp_path, ADAPTERS, max_steps=20, warmup=0.2, batch_size=2, micro_batch=2)
+    trainer_of(config, callbacks=callbacks_for(config, Steps(40, 2, 0, 20))).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] / 1e-2 for line in lines if "learning_rate" in line]
+    # The rate of a step is logged after the schedule has moved on: the fourth line shows the peak.
+    assert rates[0] < rates[1] < rates[2] < rates[3]
+    assert max(rates) <= 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 0.02
+
+
+def with_wandb(config: RunConfig, mode: str) -> RunConfig:
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb": mode})})
+
+
+def test_wandb_that_fails_is_said_once_and_does_not_end_the_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    def fail(**_: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    config = with_wandb(run_config(base, tmp_path, ADAPTERS), "online")
+    trainer = trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, 6)))
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert capsys.readouterr().err.count("wandb: starting failed (ConnectionError: no route to host)") == 1
+
+
+def test_wandb_gets_config_and_logs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    class Run:
+        def log(self, logs: dict[str, float], step: int) -> None:
+            logged.append((step, logs))
+
+        def finish(self) -> None:
+            logged.append((-1, {}))
+
+    def init(**keywords: Any) -> Run:
+        assert keywords["mode"] == "offline"
+        assert keywords["config"]["lora"]["rank"] == 4
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = with_wandb(run_config(base, tmp_path, ADAPTERS), "offline")
+    trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, 6))).train()
+    assert [step for step, logs in logged if "loss" in logs] == [1, 2, 3, 4, 5, 6]
+    assert logged[-1] == (-1, {})
+
+
+SEAMS: dict[str, list[str]] = {
+    "get_train_dataloader": ["self"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "create_optimizer": ["self", "model"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_rng_state": ["self", "checkpoint"],
+}
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_the_trainers_seams_are_where_they_were(name: str) -> None:
+    """A new release of transformers that moves one of them fails here, not in somebody's night."""
+    assert list(inspect.signature(getattr(Trainer, name)).parameters) == SEAMS[name]
+
+
+def test_the_trainer_does_not_use_several_devices_by_itself(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0"):
+        trainer_of(run_config(base, tmp_path, ADAPTERS))
