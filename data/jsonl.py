@@ -71,8 +71,7 @@ def _examples(file: Path, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _example(line: Any, number: int, folder: Path) -> dict[str, Any]:
-    keys = set(line) if isinstance(line, dict) else set()
-    if keys - {"id"} != {"image", "prefix", "suffix"}:
+    if not isinstance(line, dict) or set(line) - {"id"} != {"image", "prefix", "suffix"}:
         raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}} and perhaps "id", got {line!r:.200}')
     answers = line["suffix"] if isinstance(line["suffix"], list) else [line["suffix"]]
     if not all(isinstance(text, str) for text in (line["image"], line["prefix"], *answers)):

@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
+Rows = Callable[[], Iterable[dict[str, Any]]]
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     {
@@ -78,18 +79,14 @@ def majority(answers: Sequence[str]) -> str:
 
 def require_pictures(names: Iterable[str], folder: Path) -> None:
     """Raises ValueError with the first few names that are no files of the folder."""
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(f"{len(missing):,} pictures are not in {folder}: {some}; add them, or mend the images folder")
 
 
 def memory_mapped(
-    rows: Callable[[], Iterable[dict[str, Any]]],
-    files: Iterable[Path],
-    options: Sequence[Any],
-    selection: Selection,
-    cache_dir: str | PathLike[str] | None,
+    rows: Rows, files: list[Path], options: list[Any], selection: Selection, cache_dir: str | PathLike[str] | None
 ) -> datasets.Dataset:
     """What `rows()` yields, written once, then memory-mapped until `files`, `options` or `selection` change."""
     drawn = selection.fraction is not None or selection.count is not None  # else the seed changes nothing

@@ -12,6 +12,7 @@ object: once for where each stands, once more for those that were chosen. Not he
 import codecs
 import json
 import mmap
+import os
 import re
 from array import array
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ UNANSWERED = {"answers": [], "answer": "", "answer_type": "", "question_type": "
 def load_vqav2(
     questions: str | PathLike[str],
     annotations: str | PathLike[str] | None,
-    images: str | PathLike[str],
+    images: str | PathLike[str] | None,
     *,
     prompt: str = "answer en {question}",
     fraction: float | None = None,
@@ -48,7 +49,7 @@ def load_vqav2(
     """Records of the chosen questions, in the order of the file.
 
     Args:
-        questions, annotations, images: as above; annotations may be None.
+        questions, annotations, images: as above; annotations may be None, and images where pictures are not needed.
         prompt: the prefix, with {question} where the question goes.
         fraction, count, seed: draw this share or number of the questions.
         sample_by: draw whole images with all their questions, or single questions.
@@ -62,30 +63,32 @@ def load_vqav2(
         raise ValueError(f"prompt is {prompt!r}; expected one with {{question}} where the question goes")
     selection = Selection(fraction, count, sample_by, seed)
     files = [Path(file) for file in (questions, annotations) if file is not None]
-    options = ["vqav2", Path(images).resolve(), prompt, split]
-    rows = partial(_records, files, Path(images).absolute(), prompt, split, selection)
+    folder = None if images is None else Path(images).absolute()
+    options = ["vqav2", folder, prompt, split]
+    rows = partial(_records, files, folder, prompt, split, selection)
     return memory_mapped(rows, files, options, selection, cache_dir)
 
 
 def _records(
-    files: list[Path], folder: Path, prompt: str, split: str | None, selection: Selection
+    files: list[Path], folder: Path | None, prompt: str, split: str | None, selection: Selection
 ) -> Iterator[dict[str, Any]]:
     questions = ObjectList(files[0], "questions", split)
     annotations = ObjectList(files[1], "annotations", split) if files[1:] else None
     where = _join(questions, annotations) if annotations else questions.ids
     if questions.split is None:
         raise ValueError(f"{questions.path} does not say its split, by which pictures are named; give one")
-    folder = folder / questions.split if (folder / questions.split).is_dir() else folder
     chosen = selection.choose(questions.image_ids.tolist())
     name = f"COCO_{questions.split}_{{:012d}}.jpg".format
-    require_pictures(map(name, np.unique(questions.image_ids[chosen])), folder)
+    if folder is not None:
+        folder = folder / questions.split if (folder / questions.split).is_dir() else folder
+        require_pictures(map(name, np.unique(questions.image_ids[chosen])), folder)
     for position in chosen:
         question, image_id = questions[position], int(questions.image_ids[position])
         if not isinstance(question.get("question"), str):
             raise ValueError(f"{questions.path}: expected a text as question in {question}")
         yield {
             "id": str(questions.ids[position]),
-            "image": str(folder / name(image_id)),
+            "image": os.path.join(folder or "", name(image_id)),  # no Path: each would be interned
             "image_id": str(image_id),
             "question": question["question"],
             "prefix": single_line(prompt.replace("{question}", question["question"])),

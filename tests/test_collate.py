@@ -35,6 +35,10 @@ def test_rows_are_padded_on_the_right() -> None:
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "attention_mask", "token_type_ids", "labels"))
 
 
+def test_a_pad_token_within_a_row_is_no_padding() -> None:
+    assert collate([example(3, 1), example(4, 1)], pad_id=0)["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
 @pytest.mark.parametrize("absent", ["labels", "pixel_values"])
 def test_labels_and_pixels_are_in_all_examples_or_in_none(absent: str) -> None:
     examples = [example(3, 1), example(4, 1), example(5, 1)]

@@ -47,7 +47,7 @@ def test_the_network_needs_torch_and_safetensors_only() -> None:
             "datasets, peft, accelerate, PIL, wandb, pydantic, yaml, rich, bitsandbytes",
         ),
         ("data, finetune.evaluate, finetune.vqa_accuracy", "datasets, peft, wandb, bitsandbytes, pydantic"),
-        ("finetune.trainer, finetune.tracking, train", "peft, wandb, bitsandbytes, datasets"),
+        ("finetune.trainer, finetune.tracking", "peft, wandb, bitsandbytes, datasets"),
     ],
 )
 def test_what_imports_without_which_packages(modules: str, absent: str) -> None:

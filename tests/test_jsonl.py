@@ -115,13 +115,16 @@ def test_a_line_that_is_no_example_is_named(tmp_path: Path, bad: Any, message: s
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     file = write(inside, line(image="link/a.jpg"))
     write(outside, line())
     (inside / "link").symlink_to(outside)
     with pytest.raises(ValueError, match=r"line 1: image 'link/a\.jpg' leads out of"):
         load_jsonl(file, cache_dir=tmp_path)
+    absolute = write(inside, line(image=str(inside / "a.jpg")))
+    with pytest.raises(ValueError, match=r"line 1: image .* leads out of .*; give a path within it"):
+        load_jsonl(absolute, cache_dir=tmp_path)
     (tmp_path / "alias").symlink_to(inside)  # the folder itself may be reached by a link
     write(inside, line())
     assert len(load_jsonl(tmp_path / "alias" / "train.jsonl", cache_dir=tmp_path)) == 1

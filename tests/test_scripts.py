@@ -5,6 +5,7 @@ mistakes.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ import predict
 import train
 from data import shapes
 from finetune.config import load_config
-from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -28,9 +28,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base's files with random weights, and scenes to ask about."""
+    """The tiny base, and scenes to ask about."""
     directory = tmp_path_factory.mktemp("base")
-    PaliGemma.from_random(ROOT / "assets/tiny-base", seed=0).save_pretrained(directory)
+    shutil.copytree(ROOT / "assets/tiny-base", directory, dirs_exist_ok=True)
     for split, seed in (("train2014", 1), ("val2014", 2)):
         shapes.write(directory / "data", scenes=12, seed=seed, split=split)
     return directory
@@ -50,8 +50,8 @@ def overrides(base: Path, output: Path, *more: str) -> list[str]:
     return [
         f"model={{path: {base}, dtype: float32, device: cpu}}",
         f"data={{train: {train_files}, validation: {validation_files}, workers: 0}}",
-        "train={max_steps: 2, batch_size: 4, micro_batch: 2, log_every: 1, eval_every: 2}",
-        "evaluation={count: 5, batch_size: 4, max_new_tokens: 2}",
+        "train={max_steps: 4, batch_size: 8, micro_batch: 4, learning_rate: 1e-2, log_every: 1, eval_every: 2}",
+        "evaluation={count: 5, batch_size: 4, max_new_tokens: 6}",
         f"output={output}",
         *more,
     ]
@@ -210,7 +210,11 @@ def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_
         ("train.py", ["no-such.yaml"], "no-such.yaml"),
         ("train.py", ["configs/quickstart.yaml", "trian.seed=1"], "did you mean"),
         ("train.py", ["configs/quickstart.yaml", "model.dtype=float16"], "overflow in fp16"),
-        ("train.py", ["configs/quickstart.yaml", "model.path=no/such/dir"], "neither a directory nor a Hub id"),
+        (
+            "train.py",
+            ["configs/quickstart.yaml", "model.path=no/such/dir", "output=no/such/run"],
+            "neither a directory nor a Hub id",
+        ),
         ("evaluate.py", ["--model", "assets/tiny-base"], "expected a CONFIG.yaml"),
         ("predict.py", ["--model", "no/such/dir", "--image", "x.jpg", "--prompt", "y"], "neither a directory"),
         ("merge_lora.py", ["/nowhere", "--output", "/nowhere/merged"], "give --base"),
