@@ -154,6 +154,23 @@ def test_padding_changes_nothing(pair: Any) -> None:
             torch.testing.assert_close(together[i, : len(alone)], alone, rtol=0, atol=LOGITS_FP32)
 
 
+def test_positions_count_from_one_as_in_the_library(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary attention sees differences only, so the logits would hardly tell."""
+    seen: list[Tensor] = []
+    at = Rotation.at
+
+    def recorded(position_ids: Tensor, config: TextConfig, dtype: torch.dtype) -> Rotation:
+        seen.append(position_ids)
+        return at(position_ids, config, dtype)
+
+    monkeypatch.setattr(Rotation, "at", recorded)
+    pair[1](**without_labels(tiny.batch(tiny.CONFIG, [5], [2])))
+    pair[1].generate(**tiny.batch(tiny.CONFIG, [5, 3]), max_new_tokens=2)
+    assert seen[0].tolist() == [list(range(1, 12))]
+    assert seen[1].tolist() == [list(range(1, 10))] * 2
+    assert seen[2].tolist() == [[10], [8]]
+
+
 def test_only_supervised_positions_reach_the_output_head(pair: Any) -> None:
     library, ours = pair
     batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
