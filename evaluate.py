@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import print as show
 from rich.table import Table
 
 from data import Processor
 from data.sources import load_records
 from finetune import cli, load_adapter
-from finetune.config import load_config
+from finetune.config import EvaluationConfig, load_config
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.evaluate import Evaluation, evaluate
 from finetune.vqa_accuracy import VQAScore, read_results, score
@@ -59,11 +60,8 @@ def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
     scores = {}
     for arm, (path, adapter) in arms.items():
         directory = fetch(path, config.model.revision if path == config.model.path else None)
-        model = PaliGemma.from_pretrained(directory, dtype, device)
         processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
-        if adapter:
-            load_adapter(model, adapter)
-        result = evaluate(model, processor, records, settings.batch_size, settings.max_new_tokens, cli.progress)
+        result = answer(directory, adapter, processor, records, dtype, device, settings)
         result.save(output / "eval" / arm, model=str(path), adapter=str(adapter) if adapter else None)
         scores[arm] = result.score
     return scores
@@ -75,16 +73,29 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> VQAScore:
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
     directory = fetch(arguments.model, arguments.revision)
-    model = PaliGemma.from_pretrained(directory, dtype, device)
-    if arguments.adapter:
-        load_adapter(model, arguments.adapter)
-    processor = Processor.from_pretrained(directory)
-    result: Evaluation = evaluate(
-        model, processor, records, arguments.batch_size, arguments.max_new_tokens, cli.progress
+    settings = EvaluationConfig(batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)
+    result = answer(
+        directory, arguments.adapter, Processor.from_pretrained(directory), records, dtype, device, settings
     )
     if arguments.output:
         result.save(arguments.output, model=arguments.model, adapter=arguments.adapter, prompt=arguments.prompt)
     return result.score
+
+
+def answer(
+    directory: Path,
+    adapter: Path | None,
+    processor: Processor,
+    records: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: EvaluationConfig,
+) -> Evaluation:
+    """Open a network, let it answer, and let go of it: two of them would not fit on a small card."""
+    model = PaliGemma.from_pretrained(directory, dtype, device)
+    if adapter:
+        load_adapter(model, adapter)
+    return evaluate(model, processor, records, settings.batch_size, settings.max_new_tokens, cli.progress)
 
 
 def open_records(arguments: argparse.Namespace) -> Any:

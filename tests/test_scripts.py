@@ -8,7 +8,9 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import predict
 import train
 from data import shapes
 from finetune.config import load_config
+from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -133,6 +136,24 @@ def test_merged_answers_as_the_adapter_and_results_are_official(
     )
     overall = json.loads((run / "eval/adapter/metrics.json").read_text())["overall"]
     assert f"{overall:.2f}" in capsys.readouterr().out
+
+
+def test_a_network_is_gone_before_the_next_one_is_loaded(
+    base: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them would not fit on a small card."""
+    loaded: list[weakref.ref[PaliGemma]] = []
+    load = PaliGemma.from_pretrained
+
+    def counted(*arguments: Any) -> PaliGemma:
+        assert not any(reference() for reference in loaded)
+        model = load(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(PaliGemma, "from_pretrained", counted)
+    evaluate.main([*arguments(base, run), "--limit", "3"])
+    assert len(loaded) >= 2
 
 
 def test_a_checkpoint_is_evaluated_without_a_config(base: Path, run: Path, tmp_path: Path) -> None:
