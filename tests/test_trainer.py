@@ -103,7 +103,11 @@ def test_the_gradient_does_not_depend_on_the_cut(
         torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6 * max(1.0, largest), msg=name)
 
 
-def test_dropout_is_active_and_keyed_by_step(base: Path, tmp_path: Path) -> None:
+def test_dropout_is_active_and_keyed_by_seed_step_and_record(base: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(run_config(base, tmp_path, EVERYWHERE))
+    first = trainer.dropout_keys(["a", "b"]).tolist()
+    trainer.state.global_step = 1
+    assert len({*first, *trainer.dropout_keys(["a", "b"]).tolist()}) == 4
     with_dropout = gradients(run_config(base, tmp_path, EVERYWHERE))
     other_seed = gradients(run_config(base, tmp_path, EVERYWHERE, seed=1))
     without = gradients(run_config(base, tmp_path, {**EVERYWHERE, "dropout": 0.0}))
