@@ -1,0 +1,52 @@
+"""Answers in batches, questions of one picture together: the same as one by one, and each picture encoded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import Processor, shapes
+from data.sources import load_records
+from finetune.evaluate import generate_answers, mean_loss
+from model import PaliGemma
+
+BASE = Path(__file__).parent.parent / "assets/tiny-base"
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """Two captions (the tiny base can do those) of each of five scenes, in mixed order."""
+    directory = tmp_path_factory.mktemp("scenes")
+    shapes.write(directory, scenes=5, seed=3, split="val2014")
+    source = load_records(
+        questions=f"{directory}/v2_OpenEnded_mscoco_val2014_questions.json",
+        annotations=f"{directory}/v2_mscoco_val2014_annotations.json",
+        images=f"{directory}/images",
+    )
+    pictures = {record["image_id"]: record for record in source}
+    return [
+        {**record, "id": f"{record['id']}-{start}", "prefix": f"caption en {start}".strip(), "answer": "a red circle"}
+        for start in ("", "red")
+        for record in pictures.values()
+    ]
+
+
+def test_a_batch_of_several_pictures_answers_as_each_record_alone(records: list[dict[str, object]]) -> None:
+    model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
+    encoded: list[int] = []
+    model.vision_tower.register_forward_hook(lambda _module, inputs, _output: encoded.append(len(inputs[0])))
+    answers = generate_answers(model, processor, records, batch_size=4, max_new_tokens=12)
+    assert sum(encoded) == 5
+    assert list(answers) == [record["id"] for record in records]
+    assert len(set(answers.values())) > 4  # the pictures differ, and so do their captions
+    for record in records:
+        batch = processor(images=[record["image"]], prefixes=[record["prefix"]])  # type: ignore[list-item]
+        alone = processor.decode(model.generate(batch["input_ids"], batch["pixel_values"], max_new_tokens=12)[0])
+        assert answers[str(record["id"])] == alone
+
+
+def test_the_mean_loss_does_not_depend_on_the_batches(records: list[dict[str, object]]) -> None:
+    model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
+    assert mean_loss(model, processor, records, 3) == pytest.approx(mean_loss(model, processor, records, 10), rel=1e-5)
