@@ -12,10 +12,13 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 SCOPES = {
     "language": "language_model.model.",
@@ -87,22 +90,17 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        base = F.linear(x, self.weight, self.bias)
+        rows = None
         if self.training and self.dropout > 0:
-            x = self.drop(x)
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return (base + update * self.scale).to(base.dtype)  # summed in fp32, rounded once
-
-    def drop(self, x: Tensor) -> Tensor:
-        if self.dropout_rows is None:
-            return F.dropout(x, self.dropout)
-        if len(self.dropout_rows) != len(x):
-            raise ValueError(f"{len(self.dropout_rows)} dropout rows were set for a batch of {len(x)}")
-        cells = mix(torch.arange(x[0].numel(), device=x.device)).view_as(x[0])
-        rows = mix(self.dropout_rows + self.key)
-        threshold = int(self.dropout * 2**32)
-        keep = torch.stack([mix(cells ^ row) >= threshold for row in rows])
-        return x * keep / (1 - self.dropout)
+            rows = self.dropout_rows
+            if rows is None:
+                rows = torch.randint(2**31, (len(x),)).to(x.device)
+            if len(rows) != len(x):
+                raise ValueError(f"{len(rows)} dropout rows were set for a batch of {len(x)}")
+            rows = rows + self.key
+        flat, update = LowRank.apply(x, self.lora_A, self.lora_B, self.bias, self.scale, rows, self.dropout)
+        output: Tensor = update.addmm_(flat, self.weight.t())  # in place: one buffer
+        return output.view(*x.shape[:-1], -1)
 
     def fold(self) -> Tensor:
         """W + scale * B A, summed in fp32 and cast once; [out, in] in the dtype of W."""
@@ -110,6 +108,51 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, rank={self.rank}, scale={self.scale:g}"
+
+
+class LowRank(Function):
+    """(x, A, B, b, ...) -> (x [n, in] to be multiplied by the frozen weight, b + scale * B A dropout(x) [n, out]).
+
+    Keeps x, which linears that read the same x share, and neither a copy of it in another dtype, nor what dropout left
+    of it, nor A x. Passing x through lets the two parts of its gradient end up in one buffer. Products are taken in the
+    dtype of x; as the low-rank ones come first, a checkpointed region ends before the frozen one is computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, rows: Tensor | None, p: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, a, b, rows)
+        ctx.scale, ctx.p = scale, p
+        through = x.flatten(0, -2)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(through)
+        low = F.linear(dropped(x, rows, p).flatten(0, -2), a.to(x.dtype)) * scale
+        return through, F.linear(low, b.to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, rows = ctx.saved_tensors
+        left = dropped(x, rows, ctx.p).flatten(0, -2)
+        low = F.linear(left, a.to(x.dtype)) * ctx.scale  # [n, r]
+        grad_low = grad @ b.to(x.dtype) * ctx.scale  # [n, r]
+        grad_a, grad_b = (grad_low.t() @ left).to(a.dtype), (grad.t() @ low).to(b.dtype)
+        total = None
+        if ctx.needs_input_grad[0] and rows is None:
+            total = grad_x.addmm(grad_low, a.to(x.dtype)).view_as(x)
+        elif ctx.needs_input_grad[0]:
+            total = grad_x.view_as(x) + dropped((grad_low @ a.to(x.dtype)).view_as(x), rows, ctx.p)
+        return total, grad_a, grad_b, None, None, None, None
+
+
+def dropped(x: Tensor, rows: Tensor | None, p: float) -> Tensor:
+    """Dropout of x [B, ...] with probability p, a function of each row's key i64 [B]; x itself without keys."""
+    if rows is None:
+        return x
+    cells = mix(torch.arange(x[0].numel(), device=x.device)).view_as(x[0])
+    keep = torch.stack([mix(cells ^ row) >= int(p * 2**32) for row in mix(rows)])
+    return x * keep / (1 - p)
 
 
 class TrainedInFull(nn.Module):

@@ -70,7 +70,7 @@ class LoRATrainer(Trainer):
                 "lora=null trains the base weights themselves, and bfloat16 rounds small updates away: set "
                 "model.dtype=float32"
             )
-        model.language_model.model.recompute = config.train.gradient_checkpointing
+        model.language_model.model.set_recompute(99 * config.train.gradient_checkpointing)
         super().__init__(
             model=WithoutConfig(model),
             args=arguments,

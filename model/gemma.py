@@ -4,12 +4,15 @@ Numerics follow the published reference, so that fp32 and bf16 agree with it: RM
 weight` and cast once; rotary angles, cos and sin are fp32 and the rotation runs in the activations' dtype. The output
 head is the embedding itself (tied); it has no second name and no second tensor.
 
-Axes: B batch, S sequence (queries), T keys, D hidden, h heads, g key/value heads, d head width, V vocabulary.
+Axes: B batch, S sequence, U the positions that are used after the last layer, T keys, D hidden, h heads, g key/value
+heads, d head width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import TextConfig
+from model.lean import gated, remade, rms_norm
 
 
 class KVCache:
@@ -43,22 +47,31 @@ class KVCache:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotation:
-    """cos and sin of the rotary angles, [B, 1, S, d], in the activations' dtype (arXiv 2104.09864)."""
+class Sight:
+    """Where tokens stand and what they see; made once for all layers.
+
+    Attributes:
+        cos, sin: of the rotary angles (arXiv 2104.09864), [B, 1, S, d] in the activations' dtype.
+        bias: [B, 1, S * h/g, T], 0 at keys that a query may look at, -inf elsewhere.
+    """
 
     cos: Tensor
     sin: Tensor
+    bias: Tensor
 
     @classmethod
-    def at(cls, position_ids: Tensor, config: TextConfig, dtype: torch.dtype) -> Rotation:
+    def of(cls, mask: Tensor, position_ids: Tensor, config: TextConfig, dtype: torch.dtype) -> Sight:
+        """From a bool mask [B, 1, S, T] and positions i64 [B, S]."""
         # Made anew for each pass: a buffer would be cast along with the model and lose the frequencies' precision.
         powers = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
-        frequencies = 1.0 / (config.rope_theta**powers)
+        frequencies = 1.0 / config.rope_theta**powers
         angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, S, d/2)
         angles = torch.cat((angles, angles), dim=-1)
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        bias = bias.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype), bias)
 
-    def apply(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=-1)  # half-split, not interleaved
         return x * self.cos + torch.cat((-right, left), dim=-1) * self.sin
 
@@ -96,33 +109,36 @@ class GemmaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * (1.0 + self.weight.float())).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GemmaAttention(nn.Module):
+    """Grouped-query attention. The heads of a group are more query rows of its one key/value head: keys and values are
+    never repeated.
+    """
+
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.head_dim
-        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim, self.key_heads = config.head_dim, config.num_key_value_heads
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+    def forward(self, queries: Tensor, seeing: Sight, x: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+        """Tokens `queries` [B, U, D] look at the tokens x [B, S, D], and at those in the cache."""
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h or g, S, d)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(t).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h or g, U or S, d)
+            for projection, t in ((self.q_proj, queries), (self.k_proj, x), (self.v_proj, x))
         )
-        q, k = rotation.apply(q), rotation.apply(k)
+        q, k = seeing.rotate(q), sight.rotate(k)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, h, T, d)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        output: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))  # (B, S, D)
+        q = q.unflatten(1, (self.key_heads, -1)).transpose(2, 3)  # (B, g, U, h/g, d)
+        attended = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=seeing.bias)
+        attended = attended.unflatten(2, q.shape[2:4]).transpose(1, 2)  # (B, U, g, h/g, d)
+        output: Tensor = self.o_proj(attended.flatten(2))  # (B, U, D)
         return output
 
 
@@ -133,8 +149,14 @@ class GemmaMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+    def forward(self, x: Tensor, checkpointed: bool = False) -> Tensor:
+        """The backward pass keeps gate and up, and makes their product again; within a checkpoint it keeps nothing."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = gated(gate, up)
+        if checkpointed or not product.requires_grad:
+            return self.down_proj(product)
+        with remade(product, partial(gated, gate.detach(), up.detach())):
+            return self.down_proj(product)
 
 
 class GemmaLayer(nn.Module):
@@ -144,18 +166,33 @@ class GemmaLayer(nn.Module):
         self.self_attn = GemmaAttention(config, layer)
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GemmaMLP(config)
+        self.recompute: Literal["nothing", "gate_up", "layer"] = "nothing"
 
-    def forward(self, x: Tensor, mask: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), mask, rotation, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, *inputs: Any) -> Tensor:
+        """`transform`, recomputed in the backward pass if so asked."""
+        if self.recompute == "layer" and torch.is_grad_enabled():
+            return checkpoint(self.transform, *inputs, use_reentrant=False)
+        return self.transform(*inputs)
+
+    def transform(
+        self, x: Tensor, sight: Sight, cache: KVCache | None, used: Tensor | None = None, seeing: Sight | None = None
+    ) -> Tensor:
+        """[B, S, D] -> [B, S, D], or where only the positions `used` i64 [B, U] are wanted, `seeing` so, [B, U, D]."""
+        normed = self.input_layernorm(x)
+        x = pick(x, used) + self.self_attn(pick(normed, used), seeing or sight, normed, sight, cache)
+        normed = self.post_attention_layernorm(x)
+        if self.recompute == "gate_up" and torch.is_grad_enabled():
+            return x + checkpoint(self.mlp, normed, True, use_reentrant=False)
+        return x + self.mlp(normed, checkpointed=self.recompute == "layer")
+
+
+def pick(x: Tensor, positions: Tensor | None) -> Tensor:
+    """[B, S, D] at positions i64 [B, U] -> [B, U, D]; all of it for None."""
+    return x if positions is None else x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class GemmaModel(nn.Module):
-    """Embedding, layers, final norm.
-
-    `recompute` trades time for memory in training: a layer's activations are computed again in the backward pass
-    instead of being kept. Non-reentrant, so that adapters behind frozen inputs get their gradients.
-    """
+    """Embedding, layers, final norm."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -163,7 +200,13 @@ class GemmaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GemmaLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False
+
+    def set_recompute(self, layers: int = 0, gate_up: bool = False) -> None:
+        """Trade time for memory in training: the first `layers` layers are computed again in the backward pass instead
+        of keeping activations, of the others the products of gate and up. Values and gradients stay the same.
+        """
+        for i, layer in enumerate(self.layers):
+            layer.recompute = "layer" if i < layers else "gate_up" if gate_up else "nothing"  # type: ignore[assignment]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [B, S] -> embeddings [B, S, D], scaled by sqrt(D) rounded to the weights' dtype as in the
@@ -173,19 +216,28 @@ class GemmaModel(nn.Module):
         embedded: Tensor = self.embed_tokens(input_ids) * scale.to(input_ids.device)
         return embedded
 
-    def forward(self, x: Tensor, mask: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Embeddings [B, S, D] -> final hidden states [B, S, D].
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        position_ids: Tensor,
+        cache: KVCache | None = None,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings [B, S, D] -> final hidden states [B, S, D], or [B, U, D] at the positions `used` i64 [B, U]: the
+        last layer then works for those alone.
 
         mask: bool [B, 1, S, T], True where a query may look at a key. position_ids: i64 [B, S].
         """
-        rotation = Rotation.at(position_ids, self.config, x.dtype)
-        for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mask, rotation, cache, use_reentrant=False)
-            else:
-                x = layer(x, mask, rotation, cache)
+        sight, seeing = Sight.of(mask, position_ids, self.config, x.dtype), None
+        if used is not None:
+            seeing = Sight.of(pick(mask[:, 0], used)[:, None], position_ids.gather(1, used), self.config, x.dtype)
+        *layers, last = self.layers
+        for layer in layers:
+            x = layer(x, sight, cache)
+        x = last(x, sight, cache, used, seeing)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.length += mask.shape[2]
         normed: Tensor = self.norm(x)
         return normed
 

@@ -68,8 +68,8 @@ def generate(
 
     x = model.embed(input_ids, image_features)
     positions = (slots + 1).expand(batch, -1)
-    hidden = decoder.model(x, prefix_lm_mask(attention_mask, token_type_ids), positions, cache)
-    hidden = hidden[torch.arange(batch), lengths - 1]  # (B, D), the last real token of each prompt
+    last = (lengths - 1)[:, None]  # the last real token of each prompt
+    hidden = decoder.model(x, prefix_lm_mask(attention_mask, token_type_ids), positions, cache, used=last)[:, 0]
 
     visible = attention_mask.bool()  # (B, slots so far)
     finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)

@@ -130,8 +130,13 @@ class PaliGemma(nn.Module):
         image_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        used: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states [B, S, D], before the output head; arguments as in `forward`."""
+        """Final hidden states [B, S, D], before the output head; arguments as in `forward`.
+
+        used: i64 [B, U], the positions that are wanted, where not all are: the last layer works for those alone, and
+        the result is [B, U, D].
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
@@ -142,7 +147,8 @@ class PaliGemma(nn.Module):
         positions = torch.arange(1, x.shape[1] + 1, device=x.device).expand(
             x.shape[:2]
         )  # published models count from 1
-        hidden: Tensor = self.language_model.model(x, prefix_lm_mask(attention_mask, token_type_ids), positions)
+        mask = prefix_lm_mask(attention_mask, token_type_ids)
+        hidden: Tensor = self.language_model.model(x, mask, positions, used=used)
         return hidden
 
     def forward(
@@ -178,15 +184,19 @@ class PaliGemma(nn.Module):
             if image_features is not None:
                 raise ValueError("pixel_values and image_features were both given: pass one of them")
             image_features = self.encode_images(pixel_values)
-        hidden = self.hidden_states(input_ids, image_features, attention_mask, token_type_ids)
         if labels is None:
+            hidden = self.hidden_states(input_ids, image_features, attention_mask, token_type_ids)
             return PaliGemmaOutput(self.language_model.head(hidden))
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        logits = self.language_model.head(hidden[:, :-1][supervised])  # (L, V)
-        if len(logits) == 0:
+        supervised = labels[:, 1:] != IGNORE_INDEX  # (B, S-1), at the positions that predict
+        counts = supervised.sum(dim=1, keepdim=True)
+        if not (most := int(counts.max())):
             raise ValueError("labels hold no supervised position: their loss is not a number; drop such rows")
-        total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        # Each row's own positions first, filled up with others.
+        used = supervised.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, U)
+        hidden = self.hidden_states(input_ids, image_features, attention_mask, token_type_ids, used)
+        own = torch.arange(most, device=counts.device) < counts
+        logits = self.language_model.head(hidden[own])  # (L, V)
+        total = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum")
         return PaliGemmaOutput(logits, total / (num_items_in_batch or len(logits)))
 
     generate = generate

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import LoRAConfig, LoRALinear, eject_lora, inject_lora
-from finetune.lora import adapter_table, matches, mix, set_dropout_rows, trained_parameters
+from finetune.lora import adapter_table, dropped, matches, mix, set_dropout_rows, trained_parameters
 from model import PaliGemma
 from tests import tiny
 
@@ -239,29 +239,41 @@ def test_dropout_of_a_row_does_not_depend_on_its_batch(dropping: LoRALinear) -> 
     x = torch.randn(3, 10, 64)
     rows = torch.tensor([5, 9, 2])
     set_dropout_rows(dropping, rows)
-    together = dropping.drop(x)
+    together = dropping(x)
     for i in range(3):
         set_dropout_rows(dropping, rows[i : i + 1])
         padded = torch.cat((x[i : i + 1], torch.zeros(1, 4, 64)), dim=1)
-        assert torch.equal(dropping.drop(padded)[0, :10], together[i])
+        torch.testing.assert_close(dropping(padded)[0, :10], together[i])
+    with pytest.raises(ValueError, match="1 dropout rows were set for a batch of 3"):
+        dropping(x)
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean(dropping: LoRALinear) -> None:
-    set_dropout_rows(dropping, torch.arange(40))
-    dropped = dropping.drop(torch.ones(40, 50, 64))
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
-    assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
-    masks = (dropped == 0).flatten(1).float()
+def test_dropout_without_rows_differs_at_each_call_and_follows_the_seed(dropping: LoRALinear) -> None:
+    x = torch.randn(3, 10, 64)
+    torch.manual_seed(0)
+    first, second = dropping(x), dropping(x)
+    torch.manual_seed(0)
+    assert torch.equal(dropping(x), first)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    left = dropped(torch.ones(40, 50, 64), torch.arange(40), 0.25)
+    assert (left == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
+    assert left.mean().item() == pytest.approx(1.0, abs=0.01)
+    masks = (left == 0).flatten(1).float()
     assert torch.corrcoef(masks).fill_diagonal_(0).abs().max() < 0.08  # rows are independent
 
 
 def test_dropout_differs_between_modules_and_rows_and_is_off_in_evaluation(dropping: LoRALinear) -> None:
-    other = LoRALinear(nn.Linear(64, 8), rank=4, alpha=4, rslora=False, dropout=0.25, key=12, seed=0).train()
-    x = torch.randn(2, 10, 64)
+    other = copy.deepcopy(dropping)
+    x = torch.ones(2, 10, 64)
     for adapter in (dropping, other):
         set_dropout_rows(adapter, torch.tensor([1, 2]))
-    assert not torch.equal(dropping.drop(x), other.drop(x))
-    first, second = dropping.drop(torch.ones_like(x))
+    assert torch.equal(dropping(x), other(x))
+    other.key = 12
+    assert not torch.equal(dropping(x), other(x))
+    first, second = dropping(x)
     assert not torch.equal(first, second)
     plain = dropping.eval()(x)
     set_dropout_rows(dropping, None)

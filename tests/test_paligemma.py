@@ -17,7 +17,7 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from model import PaliGemma, TextConfig, VisionConfig, prefix_lm_mask
-from model.gemma import GemmaLayer, Rotation
+from model.gemma import GemmaLayer, Sight
 from model.siglip import SiglipLayer
 from tests import tiny
 
@@ -105,7 +105,8 @@ def test_a_decoder_layer_of_true_width_equals_the_library() -> None:
     mask = prefix_lm_mask(torch.ones_like(types), types)
     with torch.no_grad():
         expected = theirs(x, attention_mask=mask, position_embeddings=GemmaRotaryEmbedding(hf)(x, position_ids))
-        actual = ours(x, mask, Rotation.at(position_ids, TextConfig(), x.dtype), None)
+        sight = Sight.of(mask, position_ids, TextConfig(), x.dtype)
+        actual = ours(x, sight, None)
     torch.testing.assert_close(actual, expected, rtol=0, atol=TRUE_WIDTH_FP32)
 
 
@@ -157,18 +158,19 @@ def test_padding_changes_nothing(pair: Any) -> None:
 def test_positions_count_from_one_as_in_the_library(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotary attention sees differences only, so the logits would hardly tell."""
     seen: list[Tensor] = []
-    at = Rotation.at
+    of = Sight.of
 
-    def recorded(position_ids: Tensor, config: TextConfig, dtype: torch.dtype) -> Rotation:
+    def recorded(mask: Tensor, position_ids: Tensor, config: TextConfig, dtype: torch.dtype) -> Sight:
         seen.append(position_ids)
-        return at(position_ids, config, dtype)
+        return of(mask, position_ids, config, dtype)
 
-    monkeypatch.setattr(Rotation, "at", recorded)
+    monkeypatch.setattr(Sight, "of", recorded)
     pair[1](**without_labels(tiny.batch(tiny.CONFIG, [5], [2])))
     pair[1].generate(**tiny.batch(tiny.CONFIG, [5, 3]), max_new_tokens=2)
     assert seen[0].tolist() == [list(range(1, 12))]
     assert seen[1].tolist() == [list(range(1, 10))] * 2
-    assert seen[2].tolist() == [[10], [8]]
+    assert seen[2].tolist() == [[9], [7]]  # the last prompt token, which alone passes the last layer
+    assert seen[3].tolist() == [[10], [8]]
 
 
 def test_only_supervised_positions_reach_the_output_head(pair: Any) -> None:
@@ -193,12 +195,13 @@ def test_loss_is_divided_by_the_tokens_of_the_whole_step(pair: Any) -> None:
 def test_recomputation_changes_no_gradient(pair: Any) -> None:
     batch = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
     gradients = []
-    for recompute in (False, True):
+    for recompute in ({}, {"layers": 1}, {"layers": 9}, {"gate_up": True}):
         ours = copy.deepcopy(pair[1])
-        ours.language_model.model.recompute = recompute
+        ours.language_model.model.set_recompute(**recompute)
         ours(**batch).loss.backward()
         gradients.append([parameter.grad for parameter in ours.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+    for recomputed in gradients[1:]:
+        torch.testing.assert_close(recomputed, gradients[0], rtol=0, atol=0)
 
 
 def test_image_features_stand_in_for_pixels(pair: Any) -> None:

@@ -1,0 +1,241 @@
+"""Operations that keep little for the backward pass: same values, same gradients, fewer bytes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune import LoRAConfig, LoRALinear, eject_lora, inject_lora
+from finetune.lora import put_adapter, set_dropout_rows
+from model import PaliGemma, TextConfig
+from model.gemma import GemmaLayer, GemmaMLP, Sight
+from model.lean import gated, rms_norm
+from tests import tiny
+
+
+def kept_bytes(run: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that the graph of `run` keeps for its backward pass, each storage once, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # or its address could be used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+class Executed(TorchDispatchMode):
+    """The names of the operations that are executed within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).to(x.dtype)
+
+
+def plain_gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def test_gradients_of_the_norm_in_fp64() -> None:
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-6), (double(2, 3, 8), double(8)))
+
+
+def test_gradients_of_the_gated_activation_in_fp64() -> None:
+    assert torch.autograd.gradcheck(gated, (double(2, 3, 8), double(2, 3, 8)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_the_adapted_linear_in_fp64(bias: bool, dropout: float) -> None:
+    adapter = LoRALinear(nn.Linear(6, 5, bias=bias), 3, 2.0, False, dropout, key=1, seed=0).double().train()
+    set_dropout_rows(adapter, torch.tensor([4, 7]))
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(adapter, {"lora_A": a, "lora_B": b}, (x,))
+        return output
+
+    for parameter in (adapter.weight, adapter.bias):
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    assert torch.autograd.gradcheck(run, (double(2, 4, 6), double(3, 6), double(5, 3)))
+    assert torch.autograd.gradcheck(run, (double(2, 4, 6).detach(), double(3, 6), double(5, 3)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("lean", "plain", "shapes"),
+    [
+        (lambda x, weight: rms_norm(x, weight, 1e-6), plain_rms_norm, [(2, 9, 16), (16,)]),
+        (gated, plain_gated, [(2, 9, 16), (2, 9, 16)]),
+    ],
+    ids=["norm", "gated"],
+)
+def test_values_and_gradients_are_those_of_plain_autograd_with_fewer_bytes(
+    lean: Any, plain: Any, shapes: Any, dtype: torch.dtype, tolerance: float
+) -> None:
+    inputs = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    grad = torch.randn(shapes[0], dtype=dtype)
+    nothing = nn.Module()
+    for ours, theirs in zip(
+        (lean(*inputs), *torch.autograd.grad(lean(*inputs), inputs, grad)),
+        (plain(*inputs), *torch.autograd.grad(plain(*inputs), inputs, grad)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert kept_bytes(lambda: lean(*inputs), nothing) < kept_bytes(lambda: plain(*inputs), nothing)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_adapted_linear_keeps_its_input_and_nothing_else(dropout: float) -> None:
+    linear = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    adapter = LoRALinear(linear, 8, 8.0, False, dropout, key=1, seed=0).train()
+    nn.init.normal_(adapter.lora_B)
+    x = torch.randn(2, 50, 64, dtype=torch.bfloat16).requires_grad_()
+
+    def plain(x: Tensor) -> Tensor:
+        update = F.linear(F.linear(F.dropout(x.float(), dropout), adapter.lora_A), adapter.lora_B)
+        return (F.linear(x, linear.weight) + adapter.scale * update).to(x.dtype)
+
+    keys = 2 * 8 if dropout else 0
+    assert kept_bytes(lambda: adapter(x), adapter) == x.nbytes + keys
+    assert kept_bytes(lambda: plain(x), adapter) > 2 * x.nbytes
+    assert kept_bytes(lambda: torch.cat([adapter(x), adapter(x)]), adapter) == x.nbytes + 2 * keys  # shared
+    if not dropout:
+        torch.testing.assert_close(adapter(x), plain(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> TextConfig:
+    return TextConfig(32, 256, 2, 4, 1, 8)
+
+
+def test_the_mlp_keeps_gate_and_up_and_not_their_product(narrow: TextConfig) -> None:
+    mlp = GemmaMLP(narrow).requires_grad_(False)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        nn.init.normal_(put_adapter(mlp, name, rank=4, alpha=4.0).lora_B)
+    plain = copy.deepcopy(mlp)
+    x, grad = torch.randn(2, 9, 32).requires_grad_(), torch.randn(2, 9, 32)
+
+    def unlean(x: Tensor) -> Tensor:
+        product: Tensor = plain.down_proj(plain_gated(plain.gate_proj(x), plain.up_proj(x)))
+        return product
+
+    one = 2 * 9 * 256 * 4
+    assert kept_bytes(lambda: mlp(x), mlp) == x.nbytes + 2 * one
+    assert kept_bytes(lambda: unlean(x), plain) >= x.nbytes + 4 * one
+    ours = torch.autograd.grad(mlp(x), [x, *(p for p in mlp.parameters() if p.requires_grad)], grad)
+    theirs = torch.autograd.grad(unlean(x), [x, *(p for p in plain.parameters() if p.requires_grad)], grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpointed_layer_does_not_compute_its_last_product_again(narrow: TextConfig) -> None:
+    layer = GemmaLayer(narrow, 0).requires_grad_(False)
+    put_adapter(layer, "mlp.down_proj", rank=4, alpha=4.0)
+    layer.recompute = "layer"
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    sight = Sight.of(mask, torch.arange(5)[None], narrow, torch.float32)
+
+    def frozen_products_again() -> int:
+        output = layer(torch.randn(1, 5, 32).requires_grad_(), sight, None)
+        with Executed() as executed:
+            output.sum().backward()
+        return executed.names.count("aten::addmm_")
+
+    assert frozen_products_again() == 0
+    with set_checkpoint_early_stop(False):
+        assert frozen_products_again() == 1
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> PaliGemma:
+    directory = tiny.save_library_model(tiny.library_model(tiny.CONFIG), tmp_path_factory.mktemp("tiny"))
+    model = PaliGemma.from_pretrained(directory, dtype=torch.float32)
+    inject_lora(model, LoRAConfig(rank=4, dropout=0.2))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def step(model: PaliGemma) -> tuple[Tensor, list[Tensor]]:
+    batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
+    set_dropout_rows(model, torch.tensor([3, 1, 4]))
+    loss = model(**batch).loss
+    return loss, list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize("how", [{"gate_up": True}, {"layers": 1}, {"layers": 2, "gate_up": True}, {"layers": 3}])
+def test_recomputation_changes_no_bit_and_keeps_less(adapted: PaliGemma, how: dict[str, Any]) -> None:
+    decoder = adapted.language_model.model
+    kept, (loss, gradients) = kept_bytes(lambda: step(adapted)[0], adapted), step(adapted)
+    decoder.set_recompute(**how)
+    try:
+        less, (loss_again, gradients_again) = kept_bytes(lambda: step(adapted)[0], adapted), step(adapted)
+    finally:
+        decoder.set_recompute()
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
+    assert less < kept
+
+
+def test_nothing_is_kept_below_the_lowest_adapter(adapted: PaliGemma) -> None:
+    """With adapters in the last layer alone, the layers below cost no more memory than their output."""
+    model = copy.deepcopy(adapted)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear) and ".layers.2." not in path:
+            module.requires_grad_(False)
+    assert kept_bytes(lambda: step_loss(model), model) < kept_bytes(lambda: step_loss(adapted), adapted) / 2.5
+
+
+def step_loss(model: PaliGemma) -> Tensor:
+    loss: Tensor = model(**tiny.batch(tiny.CONFIG, [9, 9, 9], [3, 3, 3])).loss
+    return loss
+
+
+def products(run: Callable[[], Any]) -> int:
+    """FLOP of the matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_the_last_layer_works_for_used_positions_alone(adapted: PaliGemma) -> None:
+    model, text = copy.deepcopy(adapted).eval(), adapted.config.text
+    eject_lora(model)
+    batch = tiny.batch(tiny.CONFIG, [9, 9], [3, 3])
+    with torch.no_grad():
+        labelled = products(lambda: model(**batch))
+        del batch["labels"]
+        every = products(lambda: model(**batch))
+    width, attention = text.hidden_size, text.num_attention_heads * text.head_dim
+    one_row = 2 * (2 * width * attention + 3 * width * text.intermediate_size + width * text.vocab_size)
+    assert every - labelled >= 2 * (16 - 3) * one_row
