@@ -20,7 +20,7 @@ from rich import print as show
 from rich.table import Table
 
 from data import Processor
-from data.sources import load_records
+from data.records import load_records
 from finetune import cli, load_adapter
 from finetune.config import EvaluationConfig, load_config
 from finetune.device import DTYPES, pick_device, pick_dtype

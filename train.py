@@ -17,7 +17,7 @@ from rich import print as show
 from rich.table import Table
 
 from data import PaliGemmaDataset, Processor, collate
-from data.sources import load_records
+from data.records import load_records
 from finetune import cli, inject_lora, save_adapter
 from finetune.config import RunConfig, describe, load_config
 from finetune.device import pick_device, pick_dtype

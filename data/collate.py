@@ -26,15 +26,12 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Ten
     """
     if not examples:
         raise ValueError("got no examples; a batch needs at least one")
-    fills = {"input_ids": pad_id, "token_type_ids": 0, "labels": IGNORE_INDEX}
+    fills = {"input_ids": pad_id, "token_type_ids": 0, "labels": IGNORE_INDEX, "pixel_values": 0}
     batch = {"attention_mask": [torch.ones_like(example["input_ids"]) for example in examples]}
-    for name in (*fills, "pixel_values"):
+    for name in fills:
         rows = [example[name] for example in examples if name in example]
         if len(rows) not in (0, len(examples)):
             raise ValueError(f"{len(rows)} of {len(examples)} examples have {name}; expected all of them or none")
         if rows:
             batch[name] = rows
-    return {
-        name: torch.stack(rows) if name == "pixel_values" else pad_sequence(rows, True, fills.get(name, 0))
-        for name, rows in batch.items()
-    }
+    return {name: pad_sequence(rows, True, fills.get(name, 0)) for name, rows in batch.items()}

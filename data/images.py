@@ -6,7 +6,8 @@ says. Not here: colour management (the reference processors ignore ICC profiles 
 """
 
 import io
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ def open_image(source: ImageSource) -> Image.Image:
     except Exception as error:  # decoders raise all kinds of errors on broken files
         mend = f"give a whole 8-bit one of at most {MAX_PIXELS:,} pixels ({', '.join(FORMATS)}), or leave it out"
         raise ValueError(f"{name} cannot be used: {error}; {mend}") from error
+
+
+def require_pictures(names: Iterable[str], folder: Path) -> None:
+    """Raises ValueError with the first few names that are no files of the folder."""
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        some = ", ".join(missing[:3])
+        raise ValueError(f"{len(missing):,} pictures are not in {folder}, such as {some}; add them, or mend the folder")
 
 
 def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:

@@ -6,50 +6,24 @@
 """
 
 import json
-from collections.abc import Iterator
-from functools import partial
-from os import PathLike
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
-
+from data.images import require_pictures
 from data.processor import single_line
-from data.records import Selection, majority, memory_mapped, require_pictures
 
 
-def load_jsonl(
-    path: str | PathLike[str],
-    *,
-    images: str | PathLike[str] | None = None,
-    fraction: float | None = None,
-    count: int | None = None,
-    sample_by: Literal["image", "question"] = "image",
-    seed: int = 0,
-    cache_dir: str | PathLike[str] | None = None,
-) -> datasets.Dataset:
-    """Records of the chosen lines, in the order of the file.
+def read_jsonl(file: Path, folder: Path, choose: Callable[[Sequence[str]], list[int]]) -> Iterator[dict[str, Any]]:
+    """Records of the lines at the positions that `choose` takes from all lines' image ids, in the order of the file.
 
-    Args:
-        path: the file of lines.
-        images: the folder that holds the pictures, by default the file's own; links and paths out of it are refused.
-        fraction, count, sample_by, seed, cache_dir: as for `load_vqav2`.
-
-    Raises:
-        ValueError: a line is no example, with file and line; an id occurs twice; pictures are missing.
+    ValueError if a line is no example, with file and line, if an id occurs twice, or if an image is missing from the
+    folder or leads out of it, by its path or by a link.
     """
-    file = Path(path)
-    folder = (Path(images) if images else file.parent).absolute()
-    selection = Selection(fraction, count, sample_by, seed)
-    rows = partial(_records, file, folder, selection)
-    return memory_mapped(rows, [file], ["jsonl", folder.resolve()], selection, cache_dir)
-
-
-def _records(file: Path, folder: Path, selection: Selection) -> Iterator[dict[str, Any]]:
     image_ids = [example["image_id"] for example in _examples(file, folder)]
     if not image_ids:
         raise ValueError(f"{file} holds no examples; expected one JSON object a line")
-    chosen = set(selection.choose(image_ids))
+    chosen = set(choose(image_ids))
     require_pictures(dict.fromkeys(image_ids[position] for position in sorted(chosen)), folder)
     return (example for position, example in enumerate(_examples(file, folder)) if position in chosen)
 
@@ -74,10 +48,9 @@ def _example(line: Any, number: int, folder: Path) -> dict[str, Any]:
     if not isinstance(line, dict) or set(line) - {"id"} != {"image", "prefix", "suffix"}:
         raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}} and perhaps "id", got {line!r:.200}')
     answers = line["suffix"] if isinstance(line["suffix"], list) else [line["suffix"]]
-    if not all(isinstance(text, str) for text in (line["image"], line["prefix"], *answers)):
-        raise ValueError(f"expected texts as image, prefix and suffix, got {line!r:.200}")
-    if not (answers and line["image"] and all(answer.strip() for answer in answers)):
-        raise ValueError(f"expected an image and at least one suffix, none of them empty, got {line!r:.200}")
+    texts = (line["prefix"], line["image"], *answers)
+    if not answers or not all(isinstance(text, str) for text in texts) or not all(map(str.strip, texts[1:])):
+        raise ValueError(f"expected texts, of which only the prefix may be empty, got {line!r:.200}")
     if not isinstance(line.get("id", ""), str | int):
         raise ValueError(f"expected a text or a whole number as id, got {line['id']!r}")
     image = Path(line["image"])
@@ -91,7 +64,4 @@ def _example(line: Any, number: int, folder: Path) -> dict[str, Any]:
         "question": line["prefix"],
         "prefix": single_line(line["prefix"]),
         "answers": answers,
-        "answer": majority(answers),
-        "answer_type": "",
-        "question_type": "",
     }

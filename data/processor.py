@@ -11,9 +11,9 @@ newline says where the answer begins; a text that is too long never loses image 
 
 import json
 import re
-import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +26,6 @@ from torch import Tensor
 
 from data.collate import IGNORE_INDEX, collate
 from data.images import ImageSource, open_image
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-FILES = (*TOKENIZER_FILES, "tokenizer.model", "preprocessor_config.json", "processor_config.json")
 
 
 def single_line(text: str) -> str:
@@ -45,41 +42,20 @@ class PixelForm(NamedTuple):
     std: tuple[float, ...]
 
 
+@dataclass(frozen=True, eq=False)
 class Processor:
-    """Pictures and texts -> what the network takes; made by `from_pretrained`.
+    """Pictures and texts -> what the network takes; made by `from_pretrained`."""
 
-    Attributes:
-        image_size: height and width of a picture, in pixels.
-        num_image_tokens: N, one for each patch.
-        pad_id, bos_id, eos_id, newline_id, image_token_id: the tokens that structure a row.
-        max_text_tokens: the most that prefix, newline, suffix and <eos> take together.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        tokenizer: Tokenizer,
-        special_ids: Mapping[str, int],
-        image_size: int,
-        num_image_tokens: int,
-        pixel_form: PixelForm,
-        max_text_tokens: int,
-    ) -> None:
-        if max_text_tokens < 3:
-            raise ValueError(f"max_text_tokens is {max_text_tokens}; expected at least 3: newline, a token, <eos>")
-        special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        for token, expected in special_ids.items():
-            if special.get(token) != expected:
-                fault = f"{token} is {expected} in config.json, {special.get(token)} as special token in tokenizer.json"
-                raise ValueError(f"{directory}: {fault}; copy both files from one PaliGemma checkpoint")
-        # A tokenizer.json carries the truncation and padding with which it was last used.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._directory, self._tokenizer, self._pixel_form = directory, tokenizer, pixel_form
-        self.image_size, self.num_image_tokens, self.max_text_tokens = image_size, num_image_tokens, max_text_tokens
-        self.pad_id, self.eos_id = special_ids["<pad>"], special_ids["<eos>"]
-        self.bos_id, self.image_token_id = special_ids["<bos>"], special_ids["<image>"]
-        (self.newline_id,) = self._ids("\n")
+    tokenizer: Tokenizer
+    pixel_form: PixelForm
+    image_size: int  # height and width of a picture, in pixels
+    num_image_tokens: int  # N, one for each patch
+    max_text_tokens: int  # the most that prefix, newline, suffix and <eos> take together
+    pad_id: int  # this one and the next four: the tokens that structure a row
+    eos_id: int
+    bos_id: int
+    image_token_id: int
+    newline_id: int
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike[str], max_text_tokens: int = 128) -> "Processor":
@@ -87,6 +63,8 @@ class Processor:
 
         ValueError if one is missing or broken, or if two contradict each other.
         """
+        if max_text_tokens < 3:
+            raise ValueError(f"max_text_tokens is {max_text_tokens}; expected at least 3: newline, a token, <eos>")
         folder = Path(directory)
         config = _read_json(folder / "config.json")
         special_ids = {f"<{name}>": config.get(f"{name}_token_id", i) for i, name in enumerate(("pad", "eos", "bos"))}
@@ -99,15 +77,17 @@ class Processor:
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{folder / 'tokenizer.json'}: {error}; copy it from the base checkpoint") from error
         pixel_form = _read_pixel_form(folder, image_size, num_image_tokens)
-        return cls(folder, tokenizer, special_ids, image_size, num_image_tokens, pixel_form, max_text_tokens)
-
-    def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Copies the tokenizer and processor files it was loaded from; config.json is the model's to write."""
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (self._directory / name).exists() and not target.samefile(self._directory):
-                shutil.copyfile(self._directory / name, target / name)
+        special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        for token, expected in special_ids.items():
+            if special.get(token) != expected:
+                fault = f"{token} is {expected} in config.json, {special.get(token)} as special token in tokenizer.json"
+                raise ValueError(f"{folder}: {fault}; copy both files from one PaliGemma checkpoint")
+        # A tokenizer.json carries the truncation and padding with which it was last used.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        (newline_id,) = tokenizer.encode("\n", add_special_tokens=False).ids
+        ids = (*special_ids.values(), newline_id)
+        return cls(tokenizer, pixel_form, image_size, num_image_tokens, max_text_tokens, *ids)
 
     def __call__(
         self, images: Sequence[ImageSource], prefixes: Sequence[str], suffixes: Sequence[str] | None = None
@@ -144,7 +124,7 @@ class Processor:
 
     def pixels(self, image: ImageSource) -> Tensor:
         """One picture in the reference's order of roundings, f32[3, H, W]; ValueError if it cannot be used."""
-        form = self._pixel_form
+        form = self.pixel_form
         picture = open_image(image).resize((self.image_size, self.image_size), form.resample)  # u8[H, W, 3]
         scaled = (np.asarray(picture, np.float64) * form.factor).astype(np.float32)
         values = (scaled - np.array(form.mean, np.float32)) / np.array(form.std, np.float32)
@@ -154,12 +134,12 @@ class Processor:
         """The text of new tokens up to <eos>, without special tokens and outer spaces; <loc0000> stays."""
         tokens = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         end = tokens.index(self.eos_id) if self.eos_id in tokens else len(tokens)
-        return self._tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+        return self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of a person's text, special ones spelled out."""
-        self._tokenizer.encode_special_tokens = True  # at each call, for pickling (to a worker) forgets it
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        self.tokenizer.encode_special_tokens = True  # at each call, for pickling (to a worker) forgets it
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _read_pixel_form(folder: Path, image_size: int, num_image_tokens: int) -> PixelForm:
@@ -189,7 +169,6 @@ def _read_pixel_form(folder: Path, image_size: int, num_image_tokens: int) -> Pi
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}; give the directory of a PaliGemma checkpoint") from error
-    return content

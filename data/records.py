@@ -1,6 +1,7 @@
-"""What data/vqav2.py and data/jsonl.py share: the columns of a record, the choice of some, the file they live in.
+"""A source as a configuration names it -> records: their columns, the choice of some, the file they are kept in.
 
-A record holds the absolute path of its picture: `datasets` never opens it, data/images.py does.
+A record holds the absolute path of its picture: `datasets` never opens it, data/images.py does. Not here: reading the
+official files (data/vqav2.py) and a person's own lines (data/jsonl.py).
 """
 
 import hashlib
@@ -8,89 +9,115 @@ import json
 import os
 import random
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-Rows = Callable[[], Iterable[dict[str, Any]]]
+from data.jsonl import read_jsonl
+from data.vqav2 import read_vqav2
+
+File = str | PathLike[str]
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
-    {
-        "id": TEXT,
-        "image": datasets.Image(decode=False),
-        "image_id": TEXT,  # the same for all questions of one picture
-        "question": TEXT,  # as it was asked
-        "prefix": TEXT,  # the whole prompt, one line
-        "answers": datasets.List(TEXT),  # empty where unknown
-        "answer": TEXT,  # the most frequent one; "" where unknown, as the two below
-        "answer_type": TEXT,
-        "question_type": TEXT,
-    }
+    id=TEXT,
+    image=datasets.Image(decode=False),
+    image_id=TEXT,  # the same for all questions of one picture
+    question=TEXT,  # as it was asked
+    prefix=TEXT,  # the whole prompt, one line
+    answers=datasets.List(TEXT),  # empty where unknown
+    answer=TEXT,  # the most frequent one; "" where unknown, as the two below
+    answer_type=TEXT,
+    question_type=TEXT,
 )
 FORMAT = 1  # goes up when records are written differently, so that kept ones are written anew
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A share (`fraction`) or a number (`count`) of all questions, drawn by `seed`; neither: all of them.
+def load_records(
+    *,
+    questions: File | None = None,
+    annotations: File | None = None,
+    images: File | None = None,
+    jsonl: File | None = None,
+    fraction: float | None = None,
+    count: int | None = None,
+    sample_by: Literal["image", "question"] = "image",
+    prompt: str = "answer en {question}",
+    seed: int = 0,
+    split: str | None = None,
+    cache_dir: File | None = None,
+) -> datasets.Dataset:
+    """Records of the chosen questions or lines, in the order of their file.
 
-    Drawn by image, 10% of VQAv2's questions touch 10% of its pictures; drawn by question, 43%.
+    Args:
+        questions, annotations: the official files, the second one only where answers are needed.
+        jsonl: or a file of lines.
+        images: the folder of the pictures, by default that of the lines; without it official questions need none.
+        fraction, count, sample_by, seed: draw this share or number, by whole images or by single questions.
+        prompt: the prefix of an official question, with {question} where the question goes.
+        split: such as "train2014", where the official files do not say it.
+        cache_dir: where the records are kept for the next time, by default beside those of `datasets`.
+
+    Raises:
+        ValueError: as `read_vqav2` and `read_jsonl` say; a file is missing; there are too few questions to draw from.
     """
+    folder = None if images is None else Path(images).absolute()
+    if jsonl is not None:
+        files = [Path(jsonl)]
+        rows = partial(read_jsonl, files[0], folder or files[0].parent.absolute())
+    elif questions is not None:
+        files = [Path(file) for file in (questions, annotations) if file is not None]
+        rows = partial(read_vqav2, files, folder, prompt, split)
+    else:
+        raise ValueError("a source needs questions (with annotations and images), or jsonl")
+    draw = partial(choose, fraction=fraction, count=count, sample_by=sample_by, seed=seed)
+    drawn = fraction is not None or count is not None  # else the seed changes nothing
+    options = [rows.func.__name__, *rows.args, draw.keywords if drawn else ""]
+    return memory_mapped(partial(rows, draw), files, options, cache_dir)
 
-    fraction: float | None
-    count: int | None
-    sample_by: str
-    seed: int
 
-    def __post_init__(self) -> None:
-        if self.sample_by not in ("image", "question"):
-            raise ValueError(f'sample_by is {self.sample_by!r}; expected "image" or "question"')
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction is {self.fraction}; expected above 0, at most 1")
-        if self.count is not None and (self.count < 1 or self.fraction is not None):
-            raise ValueError(f"count is {self.count}, fraction {self.fraction}; expected a count from 1, or a fraction")
+def choose(
+    image_ids: Sequence[Hashable], *, fraction: float | None, count: int | None, sample_by: str, seed: int
+) -> list[int]:
+    """Positions of a share or a number of all questions, ascending; of all, if both are None.
 
-    def choose(self, image_ids: Sequence[Hashable]) -> list[int]:
-        """Positions of the chosen questions, ascending; by image, of the last one only as many as `count` needs."""
-        if self.fraction is None and self.count is None:
-            return list(range(len(image_ids)))
-        if self.count is not None and self.count > len(image_ids):
-            raise ValueError(f"count is {self.count:,}; there are only {len(image_ids):,} questions")
-        groups: dict[Hashable, list[int]] = {}
-        for position, image_id in enumerate(image_ids):
-            groups.setdefault(image_id if self.sample_by == "image" else position, []).append(position)
-        order = list(groups.values())
-        random.Random(self.seed).shuffle(order)
-        if self.fraction is not None:
-            order = order[: max(1, round(self.fraction * len(order)))]
-        return sorted([position for group in order for position in group][: self.count])
+    Drawn by image, 10% of VQAv2's questions touch 10% of its pictures; drawn by question, 43%. By image, of the last
+    one only as many are taken as `count` needs.
+    """
+    if sample_by not in ("image", "question"):
+        raise ValueError(f'sample_by is {sample_by!r}; expected "image" or "question"')
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; expected above 0, at most 1")
+    if count is not None and (count < 1 or fraction is not None):
+        raise ValueError(f"count is {count}, fraction {fraction}; expected a count from 1, or a fraction")
+    if fraction is None and count is None:
+        return list(range(len(image_ids)))
+    if count is not None and count > len(image_ids):
+        raise ValueError(f"count is {count:,}; there are only {len(image_ids):,} questions")
+    groups: dict[Hashable, list[int]] = {}
+    for position, image_id in enumerate(image_ids):
+        groups.setdefault(image_id if sample_by == "image" else position, []).append(position)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    if fraction is not None:
+        order = order[: max(1, round(fraction * len(order)))]
+    return sorted([position for group in order for position in group][:count])
 
 
 def majority(answers: Sequence[str]) -> str:
-    """The most frequent answer, the first of them in a tie."""
-    return Counter(answers).most_common(1)[0][0]
-
-
-def require_pictures(names: Iterable[str], folder: Path) -> None:
-    """Raises ValueError with the first few names that are no files of the folder."""
-    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-    if missing:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(f"{len(missing):,} pictures are not in {folder}: {some}; add them, or mend the images folder")
+    """The most frequent answer, the first of them in a tie, "" if there is none."""
+    return max(answers, key=answers.count, default="")
 
 
 def memory_mapped(
-    rows: Rows, files: list[Path], options: list[Any], selection: Selection, cache_dir: str | PathLike[str] | None
+    rows: Callable[[], Iterable[dict[str, Any]]], files: list[Path], options: list[Any], cache_dir: File | None
 ) -> datasets.Dataset:
-    """What `rows()` yields, written once, then memory-mapped until `files`, `options` or `selection` change."""
-    drawn = selection.fraction is not None or selection.count is not None  # else the seed changes nothing
-    key: list[Any] = [FORMAT, *map(str, options), str(selection) if drawn else ""]
+    """What `rows()` yields, written once, then memory-mapped until `files` or `options` change."""
+    key: list[Any] = [FORMAT, *map(str, options)]
     for file in files:
         if not file.is_file() or not (status := file.stat()).st_size:
             raise ValueError(f"{file} does not exist or is empty; mend its path")
@@ -103,7 +130,7 @@ def memory_mapped(
             written = f"{unfinished}/records.arrow"
             with ArrowWriter(path=written, features=FEATURES) as writer:
                 for row in rows():
-                    writer.write(row)
+                    writer.write({"answer": majority(row["answers"]), "answer_type": "", "question_type": "", **row})
                 writer.finalize()
             os.replace(written, kept)  # whole or not at all, also when several processes write it
     return datasets.Dataset.from_file(str(kept))

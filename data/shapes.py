@@ -23,24 +23,18 @@ import argparse
 import json
 import math
 import random
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
 CANVAS = 112  # pixels a side
 ID_SPAN = 1_000_000
 GRID = 4  # figures stand in different cells of a GRID x GRID raster: they never overlap, each fills one 14-pixel patch
-COLORS = {
-    "red": (214, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 214),
-    "yellow": (240, 205, 30),
-}
-SHAPES = ("circle", "square", "triangle")
+COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 214), "yellow": (240, 205, 30)}
+CORNERS = {"circle": (32, 1.0, 0.0), "square": (4, 1.2, math.tau / 8), "triangle": (3, 1.1, -math.tau / 4)}
+SHAPES = tuple(CORNERS)
 NUMBERS = ("no", "one", "two", "three")
 ALTERNATIVES = {  # what the few who disagree say: other words for the same thing, slips of the pen, mistakes
     "yes": ("yeah", "yep", "no"),
@@ -59,8 +53,7 @@ ALTERNATIVES = {  # what the few who disagree say: other words for the same thin
 }
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """Centre and radius in pixels of the canvas (a figure keeps within 1.1 radii of its centre), angle in radians."""
 
     shape: str
@@ -75,8 +68,7 @@ class Figure:
 Scene = tuple[Figure, ...]
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question with its true answer; the two types are VQAv2's."""
 
     text: str
@@ -108,15 +100,11 @@ def make_scene(rng: random.Random) -> Scene:
 
 
 def outline(figure: Figure) -> list[tuple[float, float]]:
-    """The figure's corners in canvas pixels (a circle has 32)."""
-    if figure.shape == "circle":
-        polar = [(1.0, i * math.tau / 32) for i in range(32)]
-    elif figure.shape == "square":
-        polar = [(1.2, (i + 0.5) * math.tau / 4) for i in range(4)]
-    else:
-        polar = [(1.1, -math.pi / 2 + i * math.tau / 3) for i in range(3)]
-    turned = ((r * figure.radius, a + figure.angle) for r, a in polar)
-    return [(figure.x + r * math.cos(a), figure.y + r * math.sin(a)) for r, a in turned]
+    """The figure's corners in canvas pixels: how many, how many radii out, angle of the first one."""
+    corners, reach, first = CORNERS[figure.shape]
+    angles = [first + i * math.tau / corners + figure.angle for i in range(corners)]
+    r = reach * figure.radius
+    return [(figure.x + r * math.cos(a), figure.y + r * math.sin(a)) for a in angles]
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
@@ -131,19 +119,15 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     return Image.blend(image, noise, 0.08)
 
 
-def joined(parts: Sequence[str]) -> str:
-    """["red", "blue", "green"] -> "red, blue and green"."""
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-
-
 def caption_of(scene: Scene, color: str | None, shape: str | None) -> tuple[str, str]:
     """Prefix and caption for the figures of a color, of a shape, of both, or, with neither, for all."""
     chosen = [f for f in scene if color in (None, f.color) and shape in (None, f.shape)]
     chosen.sort(key=lambda f: (SHAPES.index(f.shape), list(COLORS).index(f.color)))
     thing = " ".join(filter(None, [color, shape or "shape"]))
     number = f"{NUMBERS[len(chosen)]} {thing}{'' if len(chosen) == 1 else 's'}"
-    told = [f.color if shape else f.shape if color else f"{f.color} {f.shape}" for f in chosen]
-    whole = number if not told or (color and shape) else f"{number}: {joined(told)}"
+    told = ", ".join(f.color if shape else f.shape if color else f"{f.color} {f.shape}" for f in chosen)
+    listed = " and ".join(told.rsplit(", ", 1))  # red, blue and green
+    whole = number if not told or (color and shape) else f"{number}: {listed}"
     return " ".join(filter(None, ["caption en", color, shape])), whole
 
 
@@ -160,58 +144,46 @@ def ask_whether(scene: Scene, rng: random.Random) -> Question:
     """Yes in half of all cases; most of the "no" are near misses: the color or the shape does occur."""
     yes = rng.random() < 0.5
     kind = rng.choice(("shape", "color", "both", "both"))
-    if kind == "shape":
-        present = {f.shape for f in scene}
-        shape = rng.choice([s for s in SHAPES if (s in present) == yes] or SHAPES)
-        return Question(f"is there a {shape}?", "yes" if shape in present else "no", "yes/no", "is there a")
-    if kind == "color":
-        present = {f.color for f in scene}
-        color = rng.choice([c for c in COLORS if (c in present) == yes] or list(COLORS))
-        return Question(f"is there anything {color}?", "yes" if color in present else "no", "yes/no", "is there")
     pairs = [(f.color, f.shape) for f in scene]
-    if not yes:
-        pairs = [
-            (c, s) for c in COLORS for s in SHAPES if (c, s) not in pairs and any(c == a or s == b for a, b in pairs)
-        ]
-    color, shape = rng.choice(pairs)
+    colors, shapes = zip(*pairs, strict=True)
+    if kind == "shape":
+        shape = rng.choice([s for s in SHAPES if (s in shapes) == yes] or SHAPES)
+        return Question(f"is there a {shape}?", "yes" if shape in shapes else "no", "yes/no", "is there a")
+    if kind == "color":
+        color = rng.choice([c for c in COLORS if (c in colors) == yes] or list(COLORS))
+        return Question(f"is there anything {color}?", "yes" if color in colors else "no", "yes/no", "is there")
+    near = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in pairs and (c in colors or s in shapes)]
+    color, shape = rng.choice(pairs if yes else near)
     return Question(f"is there a {color} {shape}?", "yes" if yes else "no", "yes/no", "is there a")
 
 
 def ask_how_many(scene: Scene, rng: random.Random) -> Question:
     """All figures, those of one shape or those of one color; one time in six of a shape or color that may be absent."""
     kind = rng.choice(("all", "shape", "color"))
-    if kind == "all":
-        return Question("how many shapes are there?", str(len(scene)), "number", "how many")
-    absent = rng.random() < 1 / 6
+    things, number = "shapes", len(scene)
+    absent = kind != "all" and rng.random() < 1 / 6
     if kind == "shape":
         shape = rng.choice(SHAPES if absent else [f.shape for f in scene])
-        number = sum(f.shape == shape for f in scene)
-        return Question(f"how many {shape}s are there?", str(number), "number", "how many")
-    color = rng.choice(list(COLORS) if absent else [f.color for f in scene])
-    return Question(
-        f"how many {color} shapes are there?", str(sum(f.color == color for f in scene)), "number", "how many"
-    )
+        things, number = f"{shape}s", sum(f.shape == shape for f in scene)
+    elif kind == "color":
+        color = rng.choice(list(COLORS) if absent else [f.color for f in scene])
+        things, number = f"{color} shapes", sum(f.color == color for f in scene)
+    return Question(f"how many {things} are there?", str(number), "number", "how many")
 
 
 def ask_which(scene: Scene, rng: random.Random) -> Question | None:
     """Color of the only figure of its shape, shape of the only one of its color; None where there is no such figure."""
-    shapes, colors = Counter(f.shape for f in scene), Counter(f.color for f in scene)
-    questions = [
-        Question(f"what color is the {f.shape}?", f.color, "other", "what color is the")
-        for f in scene
-        if shapes[f.shape] == 1
-    ] + [
-        Question(f"what is the {f.color} shape?", f.shape, "other", "what is the")
-        for f in scene
-        if colors[f.color] == 1
-    ]
+    shapes, colors = [f.shape for f in scene], [f.color for f in scene]
+    only = [f for f in scene if shapes.count(f.shape) == 1]
+    questions = [Question(f"what color is the {f.shape}?", f.color, "other", "what color is the") for f in only]
+    only = [f for f in scene if colors.count(f.color) == 1]
+    questions += [Question(f"what is the {f.color} shape?", f.shape, "other", "what is the") for f in only]
     return rng.choice(questions) if questions else None
 
 
 def make_questions(scene: Scene, rng: random.Random) -> list[Question]:
     """Up to two different questions of each answer type."""
-    askers: Sequence[Callable[[Scene, random.Random], Question | None]] = (ask_whether, ask_how_many, ask_which)
-    asked = [ask(scene, rng) for ask in askers for _ in range(2)]
+    asked = [ask(scene, rng) for ask in (ask_whether, ask_how_many, ask_which) for _ in range(2)]
     return list({question.text: question for question in asked if question is not None}.values())
 
 
@@ -239,10 +211,8 @@ def annotation(question: Question, answers: Sequence[str], ids: dict[str, int]) 
 def write(output: Path, scenes: int, seed: int, split: str) -> None:
     """Writes the pictures and the three files named above; an image id is seed x 1,000,000 + index + 1."""
     if not (0 < scenes < ID_SPAN and 0 <= seed < ID_SPAN):
-        raise ValueError(
-            f"scenes={scenes}, seed={seed}: image ids have 12 digits, six for the seed and six for the scene; "
-            f"give 1 to {ID_SPAN - 1} scenes and a seed of 0 to {ID_SPAN - 1}"
-        )
+        wanted = f"1 to {ID_SPAN - 1} scenes and a seed of 0 to {ID_SPAN - 1}"
+        raise ValueError(f"scenes={scenes}, seed={seed}: image ids have six digits for each; give {wanted}")
     (output / "images").mkdir(parents=True, exist_ok=True)
     questions, annotations, captions = [], [], []
     for index in range(scenes):
@@ -257,12 +227,9 @@ def write(output: Path, scenes: int, seed: int, split: str) -> None:
             ids = {"image_id": image_id, "question_id": image_id * 1000 + number}
             questions.append({**ids, "question": question.text})
             annotations.append(annotation(question, make_answers(question.answer, rng), ids))
+    description = f"Scenes generated with seed {seed}"
     head = {
-        "info": {
-            "description": f"Scenes generated with seed {seed}",
-            "version": "1.0",
-            "contributor": "data/shapes.py",
-        },
+        "info": {"description": description, "version": "1.0", "contributor": "data/shapes.py"},
         "license": {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         "data_type": "mscoco",
         "data_subtype": split,
@@ -278,11 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory to write to")
     parser.add_argument("--scenes", type=int, required=True, help="number of pictures (about 5.5 questions each)")
     parser.add_argument("--seed", type=int, required=True, help="another seed, other scenes")
-    parser.add_argument(
-        "--split", required=True, help="name used in the files, such as train2014; another split, other scenes"
-    )
-    args = parser.parse_args(argv)
-    write(args.output, args.scenes, args.seed, args.split)
+    parser.add_argument("--split", required=True, help="named in the files, as train2014 is; another one, other scenes")
+    write(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

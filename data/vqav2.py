@@ -14,73 +14,39 @@ import json
 import mmap
 import os
 import re
-from array import array
-from collections.abc import Iterator
-from functools import partial
-from os import PathLike
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
 import numpy as np
 
+from data.images import require_pictures
 from data.processor import single_line
-from data.records import Selection, majority, memory_mapped, require_pictures
 
-CHUNK = 1 << 16  # bytes decoded at once, more where an object is longer
+CHUNK = 1 << 12  # bytes decoded at once, more where an object is longer
 LONGEST = 1 << 24  # bytes of one object; beyond, the file is taken as broken
-SEPARATORS = frozenset(" \t\r\n,")
-UNANSWERED = {"answers": [], "answer": "", "answer_type": "", "question_type": ""}
+OPTIONAL = {"answer": "multiple_choice_answer", "answer_type": "answer_type", "question_type": "question_type"}
 
 
-def load_vqav2(
-    questions: str | PathLike[str],
-    annotations: str | PathLike[str] | None,
-    images: str | PathLike[str] | None,
-    *,
-    prompt: str = "answer en {question}",
-    fraction: float | None = None,
-    count: int | None = None,
-    sample_by: Literal["image", "question"] = "image",
-    seed: int = 0,
-    split: str | None = None,
-    cache_dir: str | PathLike[str] | None = None,
-) -> datasets.Dataset:
-    """Records of the chosen questions, in the order of the file.
+def read_vqav2(
+    files: list[Path], folder: Path | None, prompt: str, split: str | None, choose: Callable[[Sequence[int]], list[int]]
+) -> Iterator[dict[str, Any]]:
+    """Records of the questions at the positions that `choose` takes from all questions' image ids, in file order.
 
-    Args:
-        questions, annotations, images: as above; annotations may be None, and images where pictures are not needed.
-        prompt: the prefix, with {question} where the question goes.
-        fraction, count, seed: draw this share or number of the questions.
-        sample_by: draw whole images with all their questions, or single questions.
-        split: such as "train2014", where the files do not say it.
-        cache_dir: where the records are kept for the next time, by default beside those of `datasets`.
-
-    Raises:
-        ValueError: the files contradict themselves, each other or the folder of images.
+    `files` are the questions and, where there are any, the annotations; `folder` is where the pictures are, or a folder
+    of the split's name with them, or None where they need not exist. ValueError if the files contradict themselves,
+    each other or the folder, or if the prompt has no {question}.
     """
     if "{question}" not in prompt:
         raise ValueError(f"prompt is {prompt!r}; expected one with {{question}} where the question goes")
-    selection = Selection(fraction, count, sample_by, seed)
-    files = [Path(file) for file in (questions, annotations) if file is not None]
-    folder = None if images is None else Path(images).absolute()
-    options = ["vqav2", folder, prompt, split]
-    rows = partial(_records, files, folder, prompt, split, selection)
-    return memory_mapped(rows, files, options, selection, cache_dir)
-
-
-def _records(
-    files: list[Path], folder: Path | None, prompt: str, split: str | None, selection: Selection
-) -> Iterator[dict[str, Any]]:
-    questions = ObjectList(files[0], "questions", split)
-    annotations = ObjectList(files[1], "annotations", split) if files[1:] else None
+    questions = ObjectList(files[0], "questions")
+    annotations = ObjectList(files[1], "annotations") if files[1:] else None
+    split = split or _one_split(questions.splits | (annotations.splits if annotations else {}))
     where = _join(questions, annotations) if annotations else questions.ids
-    if questions.split is None:
-        raise ValueError(f"{questions.path} does not say its split, by which pictures are named; give one")
-    chosen = selection.choose(questions.image_ids.tolist())
-    name = f"COCO_{questions.split}_{{:012d}}.jpg".format
+    chosen = choose(questions.image_ids.tolist())
+    name = f"COCO_{split}_{{:012d}}.jpg".format
     if folder is not None:
-        folder = folder / questions.split if (folder / questions.split).is_dir() else folder
+        folder = folder / split if (folder / split).is_dir() else folder
         require_pictures(map(name, np.unique(questions.image_ids[chosen])), folder)
     for position in chosen:
         question, image_id = questions[position], int(questions.image_ids[position])
@@ -92,15 +58,20 @@ def _records(
             "image_id": str(image_id),
             "question": question["question"],
             "prefix": single_line(prompt.replace("{question}", question["question"])),
-            **(_answers(annotations, where[position]) if annotations else UNANSWERED),
+            **(_answers(annotations, where[position]) if annotations else {"answers": []}),
         }
+
+
+def _one_split(said: Mapping[str, str | None]) -> str:
+    """The one by which pictures are named, if all agree; questions of test-dev2015 are about those of test2015."""
+    splits = {split.replace("-dev", "") for split in said.values() if split}
+    if len(splits) != 1:
+        raise ValueError(f"expected data_subtype or file names of one split, found {dict(said)}; rename the files")
+    return splits.pop()
 
 
 def _join(questions: "ObjectList", annotations: "ObjectList") -> np.ndarray:
     """The position of each question's annotation, i64[questions]."""
-    if questions.split and annotations.split and questions.split != annotations.split:
-        both = f"{questions.path} is of {questions.split}, {annotations.path} of {annotations.split}"
-        raise ValueError(f"{both}; give two files of one split")
     order = np.argsort(annotations.ids)
     found = np.searchsorted(annotations.ids, questions.ids, sorter=order)
     where: np.ndarray = order[np.minimum(found, len(order) - 1)]
@@ -113,7 +84,7 @@ def _join(questions: "ObjectList", annotations: "ObjectList") -> np.ndarray:
 
 
 def _answers(annotations: "ObjectList", position: int) -> dict[str, Any]:
-    """The columns that an annotation fills; all but `answers` are missing in some files."""
+    """The columns that an annotation fills; some files have nothing but the answers."""
     annotation = annotations[position]
     try:
         answers = [answer["answer"] for answer in annotation["answers"]]
@@ -122,28 +93,24 @@ def _answers(annotations: "ObjectList", position: int) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         wanted = f'expected answers like [{{"answer": "yes"}}] in {annotation!r:.200}'
         raise ValueError(f"{annotations.path}: {wanted}") from error
-    top = annotation.get("multiple_choice_answer") or majority(answers)
-    types = {name: annotation.get(name) or "" for name in ("answer_type", "question_type")}
-    return {"answers": answers, "answer": top, **types}
+    return {"answers": answers} | {column: annotation[key] for column, key in OPTIONAL.items() if annotation.get(key)}
 
 
 class ObjectList:
     """The objects of a list in a JSON file, read one by one: 32 bytes of memory for each.
 
-    `ids` and `image_ids` are i64[N]; `split` says whose pictures they are about, if anything does.
+    `ids` and `image_ids` are i64[N]; `splits` maps what says whose pictures they are about to what it says, or None.
     """
 
-    def __init__(self, path: Path, name: str, split: str | None) -> None:
+    def __init__(self, path: Path, name: str) -> None:
         self.path = path
         with path.open("rb") as file:
             self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.split = split or self._find_split()
-        columns = [array("q") for _ in range(4)]
-        for value, offset, length in self._walk(name):
-            ids = (_whole_number(value, key, path) for key in ("question_id", "image_id"))
-            for column, number in zip(columns, (*ids, offset, length), strict=True):
-                column.append(number)
-        self.ids, self.image_ids, self._offsets, self._lengths = map(np.array, columns)
+        within = re.search(rb'"data_subtype"\s*:\s*"([^"]+)"', self._content)
+        named = re.search(r"_((?:train|val|test)(?:-dev)?\d{4})_", path.name)
+        self.splits = {f"data_subtype of {path}": within and within[1].decode(), f"name of {path}": named and named[1]}
+        rows = np.fromiter(self._walk(name), np.dtype((np.int64, 4)))
+        self.ids, self.image_ids, self._offsets, self._lengths = rows.T
         unique, counts = np.unique(self.ids, return_counts=True)
         if not len(unique) or counts.max() > 1:
             fault = f"{_some(unique[counts > 1])} more than once" if len(unique) else f"no {name}"
@@ -151,43 +118,32 @@ class ObjectList:
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         offset = self._offsets[position]
-        value: dict[str, Any] = json.loads(self._content[offset : offset + self._lengths[position]])
-        return value
+        return json.loads(self._content[offset : offset + self._lengths[position]])
 
-    def _find_split(self) -> str | None:
-        """What data_subtype or else the file's name says; test-dev2015 asks about pictures of test2015."""
-        within = re.search(rb'"data_subtype"\s*:\s*"([^"]+)"', self._content)
-        named = re.search(r"_((?:train|val|test)(?:-dev)?\d{4})_", self.path.name)
-        found = [match.replace("-dev", "") for match in (within and within[1].decode(), named and named[1]) if match]
-        if len(set(found)) > 1:
-            raise ValueError(f"{self.path} is of {found[0]} by its data_subtype; rename it, or give the split")
-        return found[0] if found else None
-
-    def _walk(self, name: str) -> Iterator[tuple[Any, int, int]]:
-        """(object, byte offset, byte length) of the objects in the list `name`."""
+    def _walk(self, name: str) -> Iterator[tuple[int, int, int, int]]:
+        """(question_id, image_id, byte offset, byte length) of the objects in the list `name`."""
         begin = re.search(rb'"%s"\s*:\s*\[' % name.encode(), self._content)
         if begin is None:
             raise ValueError(f'{self.path} has no list "{name}"; give the official file of {name}')
         offset, size, decode = begin.end(), CHUNK, json.JSONDecoder().raw_decode
         while True:
-            chunk = offset
+            chunk = self._content[offset : offset + size]
+            content = chunk.lstrip(b" \t\r\n,")
+            if content.startswith(b"]"):
+                return
+            offset += len(chunk) - len(content)
             try:
-                text, _ = codecs.utf_8_decode(self._content[chunk : chunk + size], "strict", False)
-                at = 0
-                while True:
-                    start = at
-                    while text[start : start + 1] in SEPARATORS:
-                        start += 1
-                    if text.startswith("]", start):
-                        return
-                    value, end = decode(text, start)
-                    length = len(text[start:end].encode())
-                    yield value, offset + start - at, length
-                    at, offset = end, offset + start - at + length
-            except ValueError as error:  # an object goes on after this chunk, or the file is broken
-                if chunk + size >= len(self._content) or size > LONGEST:
+                text, _ = codecs.utf_8_decode(content, "strict", False)
+                value, end = decode(text)
+            except ValueError as error:  # the object goes on after this chunk, or the file is broken
+                if len(chunk) < size or size > LONGEST:
                     raise ValueError(f"{self.path} is cut off or no JSON at byte {offset:,}: {error}") from error
-            size = CHUNK if offset > chunk else 2 * size
+                size *= 2
+                continue
+            length = len(text[:end].encode())
+            question_id, image_id = (_whole_number(value, key, self.path) for key in ("question_id", "image_id"))
+            yield question_id, image_id, offset, length
+            offset, size = offset + length, CHUNK
 
 
 def _whole_number(value: Any, key: str, path: Path) -> int:

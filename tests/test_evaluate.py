@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import Processor, shapes
-from data.sources import load_records
+from data.records import load_records
 from finetune.evaluate import generate_answers, mean_loss
 from model import PaliGemma
 

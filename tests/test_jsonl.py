@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.jsonl import load_jsonl
-from data.records import FEATURES
+from data.records import FEATURES, load_records
 
 
 def write(
@@ -36,7 +35,7 @@ def test_every_column_is_what_the_line_says(tmp_path: Path) -> None:
         line(image="sub/c.jpg", prefix="", id=7),
         pictures=("a.jpg", "b.jpg", "sub/c.jpg"),
     )
-    records = load_jsonl(file, cache_dir=tmp_path / "cache")
+    records = load_records(jsonl=file, cache_dir=tmp_path / "cache")
     assert records.features == FEATURES
     shared = {"answer_type": "", "question_type": ""}
     assert records.to_list() == [
@@ -75,15 +74,15 @@ def test_every_column_is_what_the_line_says(tmp_path: Path) -> None:
 
 def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
     file = write(tmp_path, line(), pictures=("pictures/a.jpg",))
-    record = load_jsonl(file, images=tmp_path / "pictures", cache_dir=tmp_path)[0]
+    record = load_records(jsonl=file, images=tmp_path / "pictures", cache_dir=tmp_path)[0]
     assert record["image"]["path"] == str(tmp_path / "pictures" / "a.jpg")
-    with pytest.raises(ValueError, match=r"1 pictures are not in .*: a\.jpg; add them"):
-        load_jsonl(file, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"1 pictures are not in .*, such as a\.jpg; add them"):
+        load_records(jsonl=file, cache_dir=tmp_path)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
     file = write(tmp_path, b"\xef\xbb\xbf" + json.dumps(line()).encode() + b"\r", line())
-    assert load_jsonl(file, cache_dir=tmp_path)["id"] == ["1", "2"]
+    assert load_records(jsonl=file, cache_dir=tmp_path)["id"] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +93,12 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
         ("[]", r'expected \{"image"'),
         ({"image": "a.jpg", "prefix": "x"}, r'expected \{"image".*perhaps "id", got'),
         (line(sufix="y"), r'expected \{"image"'),
-        (line(suffix=3), "expected texts"),
-        (line(suffix=[]), "at least one suffix"),
-        (line(suffix=["x", ""]), "none of them empty"),
-        (line(suffix=" "), "none of them empty"),
+        (line(suffix=3), "expected texts, of which only the prefix may be empty, got"),
+        (line(suffix=[]), "only the prefix may be empty"),
+        (line(suffix=["x", ""]), "only the prefix may be empty"),
+        (line(suffix=" "), "only the prefix may be empty"),
         (line(prefix=None), "expected texts"),
-        (line(image=""), "none of them empty"),
+        (line(image=""), "only the prefix may be empty"),
         (line(id=1.5), "a text or a whole number as id"),
         (line(id="1"), "id '1' is that of line 1 too"),
         (line(image="../a.jpg"), r"'\.\./a\.jpg' leads out of"),
@@ -111,7 +110,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
 def test_a_line_that_is_no_example_is_named(tmp_path: Path, bad: Any, message: str) -> None:
     file = write(tmp_path, line(), "", bad)
     with pytest.raises(ValueError, match=rf"(?s)train\.jsonl, line 3: .*({message})"):
-        load_jsonl(file, cache_dir=tmp_path / "cache")
+        load_records(jsonl=file, cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -121,38 +120,38 @@ def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Pat
     write(outside, line())
     (inside / "link").symlink_to(outside)
     with pytest.raises(ValueError, match=r"line 1: image 'link/a\.jpg' leads out of"):
-        load_jsonl(file, cache_dir=tmp_path)
+        load_records(jsonl=file, cache_dir=tmp_path)
     absolute = write(inside, line(image=str(inside / "a.jpg")))
     with pytest.raises(ValueError, match=r"line 1: image .* leads out of .*; give a path within it"):
-        load_jsonl(absolute, cache_dir=tmp_path)
+        load_records(jsonl=absolute, cache_dir=tmp_path)
     (tmp_path / "alias").symlink_to(inside)  # the folder itself may be reached by a link
     write(inside, line())
-    assert len(load_jsonl(tmp_path / "alias" / "train.jsonl", cache_dir=tmp_path)) == 1
+    assert len(load_records(jsonl=tmp_path / "alias" / "train.jsonl", cache_dir=tmp_path)) == 1
 
 
 def test_missing_files_and_empty_ones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone\.jsonl does not exist"):
-        load_jsonl(tmp_path / "gone.jsonl", cache_dir=tmp_path)
+        load_records(jsonl=tmp_path / "gone.jsonl", cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"train\.jsonl holds no examples"):
-        load_jsonl(write(tmp_path, "", " ", ""), cache_dir=tmp_path)
+        load_records(jsonl=write(tmp_path, "", " ", ""), cache_dir=tmp_path)
 
 
 def test_examples_are_drawn_by_picture_or_singly(tmp_path: Path) -> None:
     names = tuple(f"{k}.jpg" for k in range(20))
     file = write(tmp_path, *[line(image=name) for name in names for _ in range(3)], pictures=names)
-    whole = load_jsonl(file, fraction=0.2, cache_dir=tmp_path)
+    whole = load_records(jsonl=file, fraction=0.2, cache_dir=tmp_path)
     assert (len(whole), len(set(whole["image_id"]))) == (12, 4)
     assert whole["id"] == sorted(whole["id"], key=int)
-    spread = load_jsonl(file, fraction=0.2, sample_by="question", cache_dir=tmp_path)
+    spread = load_records(jsonl=file, fraction=0.2, sample_by="question", cache_dir=tmp_path)
     assert len(spread) == 12
     assert len(set(spread["image_id"])) > 6
-    chosen = [tuple(load_jsonl(file, count=7, seed=seed, cache_dir=tmp_path)["id"]) for seed in (3, 3, 4)]
+    chosen = [tuple(load_records(jsonl=file, count=7, seed=seed, cache_dir=tmp_path)["id"]) for seed in (3, 3, 4)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(chosen[0]) == 7
 
 
 def test_a_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, line())
-    first = load_jsonl(file, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr("data.jsonl._records", lambda *_: pytest.fail("read again"))
-    assert load_jsonl(file, cache_dir=tmp_path / "cache").to_list() == first.to_list()
+    first = load_records(jsonl=file, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr("data.jsonl._examples", lambda *_: pytest.fail("read again"))
+    assert load_records(jsonl=file, cache_dir=tmp_path / "cache").to_list() == first.to_list()

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from data.records import FEATURES, Selection, majority
-from data.vqav2 import CHUNK, load_vqav2
+from data.records import FEATURES, choose, load_records, majority
+from data.vqav2 import CHUNK
 
 Files = dict[str, Any]
 QUESTIONS, ANNOTATIONS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
@@ -46,7 +46,7 @@ def make(images: int = 6, per_image: int = 3) -> Files:
 
 
 def write(folder: Path, files: Files, pictures: bool = True, **style: Any) -> dict[str, Any]:
-    """The files on disk, as arguments for load_vqav2."""
+    """The files on disk, as arguments for load_records."""
     folder.mkdir(exist_ok=True)
     (folder / QUESTIONS).write_text(json.dumps(files["questions"], **style), encoding="utf-8")
     (folder / ANNOTATIONS).write_text(json.dumps(files["annotations"], **style), encoding="utf-8")
@@ -64,7 +64,7 @@ def write(folder: Path, files: Files, pictures: bool = True, **style: Any) -> di
 @pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
 def test_every_column_is_what_the_files_say(tmp_path: Path, style: dict[str, Any]) -> None:
     files = make()
-    records = load_vqav2(**write(tmp_path, files, **style))
+    records = load_records(**write(tmp_path, files, **style))
     annotations = {annotation["question_id"]: annotation for annotation in files["annotations"]["annotations"]}
     assert records.features == FEATURES
     assert len(records) == 18
@@ -87,20 +87,32 @@ def test_objects_longer_than_a_chunk_and_split_characters_are_read(tmp_path: Pat
     files = make(images=40)
     for k, question in enumerate(files["questions"]["questions"]):
         question["question"] = "猫é𐀀" * (k if k != 60 else CHUNK)
-    records = load_vqav2(**write(tmp_path, files, ensure_ascii=False))
+    records = load_records(**write(tmp_path, files, ensure_ascii=False))
     assert records["question"] == [question["question"] for question in files["questions"]["questions"]]
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 64, 300, 1000])
+@pytest.mark.parametrize("style", [{"indent": 40}, {"ensure_ascii": False}])
+def test_it_does_not_matter_where_chunks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, style: dict[str, Any]
+) -> None:
+    """Within an object, a character or the space before an object, that before the last one included."""
+    arguments = write(tmp_path, make(images=2), **style)
+    expected = load_records(**{**arguments, "cache_dir": tmp_path / "other"}).to_list()
+    monkeypatch.setattr("data.vqav2.CHUNK", chunk)
+    assert load_records(**arguments).to_list() == expected
+
+
 def test_without_annotations_answers_are_empty(tmp_path: Path) -> None:
-    record = load_vqav2(**{**write(tmp_path, make()), "annotations": None})[0]
+    record = load_records(**{**write(tmp_path, make()), "annotations": None})[0]
     assert [record[name] for name in ("answers", "answer", "answer_type", "question_type")] == [[], "", "", ""]
 
 
 def test_without_images_no_picture_needs_to_exist(tmp_path: Path) -> None:
     arguments = write(tmp_path, make(), pictures=False)
     with pytest.raises(ValueError, match="6 pictures are not in"):
-        load_vqav2(**arguments)
-    assert len(load_vqav2(**{**arguments, "images": None})) == 18
+        load_records(**arguments)
+    assert len(load_records(**{**arguments, "images": None})) == 18
 
 
 def test_what_real_files_have_is_tolerated(tmp_path: Path) -> None:
@@ -116,8 +128,8 @@ def test_what_real_files_have_is_tolerated(tmp_path: Path) -> None:
     for question in files["questions"]["questions"]:
         question["image_id"] = str(question["image_id"])
     del files["questions"]["questions"][-1]
-    tolerant = load_vqav2(**write(tmp_path / "a", files))
-    strict = load_vqav2(**write(tmp_path / "b", plain)).select(range(17))
+    tolerant = load_records(**write(tmp_path / "a", files))
+    strict = load_records(**write(tmp_path / "b", plain)).select(range(17))
     for name in ("id", "image_id", "prefix", "answers", "answer"):
         assert tolerant[name] == strict[name]
     assert set(tolerant["answer_type"]) == set(tolerant["question_type"]) == {""}
@@ -131,11 +143,11 @@ def test_the_majority_is_the_most_frequent_answer_then_the_first() -> None:
 def test_the_prompt_is_a_persons_and_one_line(tmp_path: Path) -> None:
     files = make()
     files["questions"]["questions"][0]["question"] = "two\nlines {question}?\n"
-    records = load_vqav2(**write(tmp_path, files), prompt="réponds fr {question} !")
+    records = load_records(**write(tmp_path, files), prompt="réponds fr {question} !")
     assert records[0]["prefix"] == "réponds fr two lines {question}? !".replace("? !", "?  !")
     assert records[0]["question"] == "two\nlines {question}?\n"
     with pytest.raises(ValueError, match=r"prompt is 'caption en'; expected one with \{question\}"):
-        load_vqav2(**write(tmp_path, files), prompt="caption en")
+        load_records(**write(tmp_path, files), prompt="caption en")
 
 
 def test_pictures_may_lie_in_a_folder_of_their_split(tmp_path: Path) -> None:
@@ -143,7 +155,7 @@ def test_pictures_may_lie_in_a_folder_of_their_split(tmp_path: Path) -> None:
     os.rename(tmp_path / "images", tmp_path / "val2014")
     (tmp_path / "images").mkdir()
     os.rename(tmp_path / "val2014", tmp_path / "images" / "val2014")
-    record = load_vqav2(**arguments)[0]
+    record = load_records(**arguments)[0]
     assert record["image"]["path"] == str(tmp_path / "images" / "val2014" / "COCO_val2014_000000000100.jpg")
 
 
@@ -151,13 +163,13 @@ def test_the_split_is_in_the_file_or_its_name_or_given(tmp_path: Path) -> None:
     files = make()
     del files["questions"]["data_subtype"], files["annotations"]["data_subtype"]
     arguments = write(tmp_path, files)
-    assert len(load_vqav2(**arguments)) == 18
+    assert len(load_records(**arguments)) == 18
     for name in ("questions", "annotations"):
         os.rename(arguments[name], tmp_path / f"{name}.json")
         arguments[name] = tmp_path / f"{name}.json"
-    with pytest.raises(ValueError, match=r"questions\.json does not say its split"):
-        load_vqav2(**arguments)
-    assert len(load_vqav2(**arguments, split="val2014")) == 18
+    with pytest.raises(ValueError, match=r"of one split, found .*questions\.json': None"):
+        load_records(**arguments)
+    assert len(load_records(**arguments, split="val2014")) == 18
 
 
 def test_questions_of_test_dev_ask_about_pictures_of_test(tmp_path: Path) -> None:
@@ -165,7 +177,7 @@ def test_questions_of_test_dev_ask_about_pictures_of_test(tmp_path: Path) -> Non
     files["questions"]["data_subtype"] = "test-dev2015"
     (tmp_path / "q_test-dev2015_.json").write_text(json.dumps(files["questions"]))
     (tmp_path / "COCO_test2015_000000000100.jpg").touch()
-    records = load_vqav2(tmp_path / "q_test-dev2015_.json", None, tmp_path, cache_dir=tmp_path)
+    records = load_records(questions=tmp_path / "q_test-dev2015_.json", images=tmp_path, cache_dir=tmp_path)
     assert records[0]["image"]["path"].endswith("COCO_test2015_000000000100.jpg")
 
 
@@ -191,7 +203,7 @@ def change(files: Files, name: str, key: str, value: Any) -> None:
         (lambda f: duplicated(f, "questions"), r"val2014_questions\.json holds 1 questions \(101000\) more than once"),
         (lambda f: duplicated(f, "annotations"), r"annotations\.json holds 1 questions \(\d+\) more than once"),
         (unanswered, r"annotations\.json has no annotation for 3 questions \(100000, 100001, 100002\) of .*questions"),
-        (lambda f: set_subtype(f, "questions", "train2014"), r"questions\.json is of train2014 by its data_subtype"),
+        (lambda f: set_subtype(f, "questions", "train2014"), r"one split, found .*data_subtype of .*: 'train2014'"),
         (lambda f: change(f, "annotations", "image_id", 7), r"has another image_id for 1 questions"),
         (lambda f: change(f, "annotations", "answers", []), r"annotations\.json: expected answers like"),
         (lambda f: change(f, "annotations", "answers", ["yes"]), r"annotations\.json: expected answers like"),
@@ -212,7 +224,7 @@ def test_files_that_are_wrong_are_named_with_the_reason(
     write(tmp_path, files)  # pictures
     spoil(files)
     with pytest.raises(ValueError, match=message):
-        load_vqav2(**write(tmp_path, files, pictures=False))
+        load_records(**write(tmp_path, files, pictures=False))
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -221,8 +233,8 @@ def test_files_of_two_splits_are_refused(tmp_path: Path) -> None:
     set_subtype(files, "annotations", "train2014")
     arguments = write(tmp_path, files)
     os.rename(arguments["annotations"], tmp_path / "a.json")
-    with pytest.raises(ValueError, match=r"is of val2014, .*a\.json of train2014; give two files of one split"):
-        load_vqav2(**{**arguments, "annotations": tmp_path / "a.json"})
+    with pytest.raises(ValueError, match=r"of one split, found .*'val2014'.*a\.json': 'train2014'.*; rename"):
+        load_records(**{**arguments, "annotations": tmp_path / "a.json"})
 
 
 @pytest.mark.parametrize("kept", [0, 1, 200, 1000])
@@ -231,7 +243,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, kept: int) -> None:
     content = arguments["annotations"].read_bytes()[:kept]
     arguments["annotations"].write_bytes(content)
     with pytest.raises(ValueError, match=r"annotations\.json"):
-        load_vqav2(**arguments)
+        load_records(**arguments)
 
 
 def test_text_that_is_no_utf8_and_broken_json_are_refused(tmp_path: Path) -> None:
@@ -240,7 +252,7 @@ def test_text_that_is_no_utf8_and_broken_json_are_refused(tmp_path: Path) -> Non
     for bad in (good.replace("é".encode(), b"\xe9", 1), good.replace(b'"question":', b'"question"', 1)):
         arguments["questions"].write_bytes(bad)
         with pytest.raises(ValueError, match=r"questions\.json is cut off or no JSON at byte \d+"):
-            load_vqav2(**arguments)
+            load_records(**arguments)
 
 
 def test_missing_pictures_are_counted_and_the_first_named(tmp_path: Path) -> None:
@@ -248,48 +260,48 @@ def test_missing_pictures_are_counted_and_the_first_named(tmp_path: Path) -> Non
     for image_id in (101, 102, 103, 105):
         (tmp_path / "images" / f"COCO_val2014_{image_id:012d}.jpg").unlink()
     with pytest.raises(
-        ValueError, match=r"4 pictures are not in .*images: COCO_val2014_000000000101\.jpg, .*103\.jpg, \.\.\.;"
+        ValueError, match=r"4 pictures are not in .*images, such as COCO_val2014_000000000101\.jpg, .*103\.jpg; add"
     ):
-        load_vqav2(**arguments)
+        load_records(**arguments)
     with pytest.raises(ValueError, match=r"no_such\.json does not exist"):
-        load_vqav2(**{**arguments, "questions": tmp_path / "no_such.json"})
+        load_records(**{**arguments, "questions": tmp_path / "no_such.json"})
 
 
 def test_only_chosen_pictures_need_to_exist(tmp_path: Path) -> None:
     arguments = write(tmp_path, make())
-    few = load_vqav2(**arguments, count=3)
+    few = load_records(**arguments, count=3)
     for path in (tmp_path / "images").iterdir():
         if str(path) != few[0]["image"]["path"]:
             path.unlink()
-    assert len(load_vqav2(**{**arguments, "cache_dir": tmp_path / "other"}, count=3)) == 3
+    assert len(load_records(**{**arguments, "cache_dir": tmp_path / "other"}, count=3)) == 3
 
 
 def test_a_fraction_takes_whole_images_and_is_reproducible(tmp_path: Path) -> None:
     arguments = write(tmp_path, make(images=40, per_image=5))
-    everything = load_vqav2(**arguments)
-    tenth = load_vqav2(**arguments, fraction=0.1, seed=1)
+    everything = load_records(**arguments)
+    tenth = load_records(**arguments, fraction=0.1, seed=1)
     assert len(tenth) == 20
     assert sorted(Counter(tenth["image_id"]).values()) == [5, 5, 5, 5]
     assert tenth["id"] == [i for i in everything["id"] if i in set(tenth["id"])]  # in the order of the file
-    again = load_vqav2(**{**arguments, "cache_dir": tmp_path / "other"}, fraction=0.1, seed=1)
+    again = load_records(**{**arguments, "cache_dir": tmp_path / "other"}, fraction=0.1, seed=1)
     assert again["id"] == tenth["id"]
-    assert load_vqav2(**arguments, fraction=0.1, seed=2)["id"] != tenth["id"]
+    assert load_records(**arguments, fraction=0.1, seed=2)["id"] != tenth["id"]
 
 
 def test_a_count_is_exact_and_cuts_only_the_last_image(tmp_path: Path) -> None:
     arguments = write(tmp_path, make(images=40, per_image=5))
-    chosen = load_vqav2(**arguments, count=23)
+    chosen = load_records(**arguments, count=23)
     assert sorted(Counter(chosen["image_id"]).values()) == [3, 5, 5, 5, 5]
-    fewer = load_vqav2(**arguments, count=12)
+    fewer = load_records(**arguments, count=12)
     assert set(fewer["id"]) < set(chosen["id"])  # more questions means more, not others
 
 
 def test_single_questions_touch_many_more_images(tmp_path: Path) -> None:
     arguments = write(tmp_path, make(images=40, per_image=5))
-    spread = load_vqav2(**arguments, fraction=0.1, sample_by="question")
+    spread = load_records(**arguments, fraction=0.1, sample_by="question")
     assert len(spread) == 20
     assert len(set(spread["image_id"])) > 12
-    assert len(load_vqav2(**arguments, count=23, sample_by="question")) == 23
+    assert len(load_records(**arguments, count=23, sample_by="question")) == 23
 
 
 @pytest.mark.parametrize(
@@ -305,45 +317,46 @@ def test_single_questions_touch_many_more_images(tmp_path: Path) -> None:
 )
 def test_impossible_selections_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_vqav2(**write(tmp_path, make()), **options)
+        load_records(**write(tmp_path, make()), **options)
 
 
 def test_a_small_fraction_takes_at_least_one_image() -> None:
-    assert len(Selection(0.001, None, "image", 0).choose([1, 1, 2, 2, 3, 3])) == 2
+    assert len(choose([1, 1, 2, 2, 3, 3], fraction=0.001, count=None, sample_by="image", seed=0)) == 2
 
 
 def test_a_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = write(tmp_path, make())
-    first = load_vqav2(**arguments, seed=1)
-    monkeypatch.setattr("data.vqav2._records", lambda *_: pytest.fail("read again"))
-    assert load_vqav2(**arguments, seed=1).to_list() == first.to_list()
-    assert load_vqav2(**arguments, seed=2).to_list() == first.to_list()  # all questions: nothing is drawn
+    first = load_records(**arguments, seed=1)
+    monkeypatch.setattr("data.vqav2.ObjectList", lambda *_: pytest.fail("read again"))
+    assert load_records(**arguments, seed=1).to_list() == first.to_list()
+    assert load_records(**arguments, seed=2).to_list() == first.to_list()  # all questions: nothing is drawn
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
 
 
 def test_whatever_changes_the_records_makes_them_anew(tmp_path: Path) -> None:
     arguments = write(tmp_path, make())
-    first = load_vqav2(**arguments)
-    assert load_vqav2(**arguments, prompt="{question}")[0]["prefix"] != first[0]["prefix"]
-    assert load_vqav2(**{**arguments, "annotations": None})[0]["answers"] == []
-    assert len(load_vqav2(**arguments, count=4)) == 4
+    first = load_records(**arguments)
+    assert load_records(**arguments, prompt="{question}")[0]["prefix"] != first[0]["prefix"]
+    assert load_records(**{**arguments, "annotations": None})[0]["answers"] == []
+    assert len(load_records(**arguments, count=4)) == 4
     files = make()
     files["annotations"]["annotations"][0]["answer_type"] = "other"
     content = json.dumps(files["annotations"])
     arguments["annotations"].write_text(content)
     os.utime(arguments["annotations"], ns=(1, 1))
-    assert set(load_vqav2(**arguments)["answer_type"]) == {"yes/no", "other"}
+    assert set(load_records(**arguments)["answer_type"]) == {"yes/no", "other"}
 
 
 MEASURE = """
 import sys, tracemalloc
 import pyarrow
-from data.vqav2 import load_vqav2
-small, large = sys.argv[1:5], sys.argv[5:]
-load_vqav2(*small[:3], cache_dir=small[3])  # what the first use imports is not what is measured
+from data.records import load_records
+names = "questions", "annotations", "images", "cache_dir"
+small, large = (dict(zip(names, given, strict=True)) for given in (sys.argv[1:5], sys.argv[5:]))
+load_records(**small)  # what the first use imports is not what is measured
 allocated = pyarrow.total_allocated_bytes()
 tracemalloc.start()
-records = load_vqav2(*large[:3], cache_dir=large[3])
+records = load_records(**large)
 print(len(records), tracemalloc.get_traced_memory()[1], pyarrow.total_allocated_bytes() - allocated)
 print(records.cache_files[0]["filename"])
 """
