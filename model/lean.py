@@ -76,10 +76,10 @@ def remade(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager
 
     Of no use inside a checkpointed region, which keeps nothing anyway, while `make` keeps what it refers to.
     """
-    storage = tensor.untyped_storage().data_ptr()
+    storage = tensor.untyped_storage()._cdata
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if saved.untyped_storage().data_ptr() == storage else saved
+        return saved.shape if saved.untyped_storage()._cdata == storage else saved
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
         return kept if isinstance(kept, Tensor) else make().view(kept)
