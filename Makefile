@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 TINY := runs/tiny-base
 
-.PHONY: quickstart test tiny-base clean
+.PHONY: quickstart test vqav2-data tiny-base clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 quickstart: .venv/.installed
@@ -15,6 +15,10 @@ quickstart: .venv/.installed
 	$(BIN)/python train.py configs/quickstart.yaml
 	$(BIN)/python merge_lora.py $(RUN)/adapter --output $(RUN)/merged --dtype float32
 	$(BIN)/python evaluate.py configs/quickstart.yaml
+
+# VQAv2's official files, and of COCO's pictures those that configs/vqav2_8gb.yaml draws; resumable.
+vqav2-data: .venv/.installed
+	$(BIN)/python -m recipes.fetch_vqav2 --output downloads/vqav2 --fraction 0.1 --seed 0 --validation 5000
 
 # Lint, types, tests.
 test: .venv/.installed-dev

@@ -24,18 +24,23 @@ from finetune.device import pick_device, pick_dtype
 from finetune.evaluate import evaluate, mean_loss
 from finetune.inspection import problems_of
 from finetune.lora import adapter_table
+from finetune.plan import GIB, plan_run, spill_warning
 from finetune.resume import find_checkpoint, start_run
 from finetune.steps import Steps
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer
-from model import PaliGemma, fetch
+from model import PaliGemma, PaliGemmaConfig, fetch
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        dry_run(config)
+        return
     checkpoint = find_checkpoint(config, arguments.resume)
     directory = fetch(config.model.path, config.model.revision)
+    _, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
     model = open_model(directory, config)
     processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
     records = load_records(**config.data.train.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
@@ -44,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
         inspect(model, dataset, processor)
         return
     steps = plan_steps(config, len(dataset))
+    show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
     adapt(model, config)
     start_run(config)
     trainer = LoRATrainer(
@@ -51,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
         model,
         dataset,
         steps,
+        plan.mode,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config),
         evaluate=evaluation_of(config, model, processor),
@@ -75,9 +82,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--resume", default="auto", help="auto (default: go on where the run stopped), none, or a checkpoint"
     )
     parser.add_argument(
+        "--dry-run", action="store_true", help="say what the run would take and whether it fits, and stop"
+    )
+    parser.add_argument(
         "--inspect", action="store_true", help="show the first examples, check them for leaks, and stop"
     )
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def open_model(directory: Path, config: RunConfig) -> PaliGemma:
@@ -112,16 +122,54 @@ def plan_steps(config: RunConfig, examples: int) -> Steps:
     return Steps.for_epochs(examples, train.batch_size, train.seed, train.epochs)
 
 
+def dry_run(config: RunConfig) -> None:
+    """What the run would take, from the configuration and config.json alone; weights and pictures are not opened.
+
+    Raises:
+        ValueError: it does not fit; says what to change.
+    """
+    directory = fetch(config.model.path, config.model.revision, weights=False)
+    planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
+    show(table_of_adapters(planner.model))
+    table = Table("component", "GiB", title="memory on the device")
+    for name, size in plan.components.items():
+        table.add_row(name, f"{size / GIB:.3f}")
+    table.add_row("total", f"{plan.total / GIB:.3f}")
+    table.add_row(f"budget: {whose}", f"{plan.budget / GIB:.3f}")
+    show(table)
+    show(f"rows of {planner.tokens} tokens, {planner.supervised} of them supervised; {plan.mode}")
+    try:
+        records = load_records(**config.data.train.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
+        steps = plan_steps(config, len(records))
+        examples = steps.total * steps.batch_size
+        show(f"{len(records):,} examples, {steps.total:,} steps, up to {examples * planner.tokens:,} tokens")
+    except ValueError as error:
+        show(f"steps are not known, for the data cannot be read: {error}")
+    if warning := spill_warning(planner.device):
+        show(f"warning: {warning}")
+    if not plan.fits:
+        raise ValueError(
+            f"this does not fit: {plan.total / GIB:.2f} GiB are needed at least, the budget is "
+            f"{plan.budget / GIB:.2f} ({whose}). Close what else uses the device, lower data.max_text_tokens or "
+            "lora.rank, leave train.micro_batch and train.recompute at auto, or take a smaller checkpoint"
+        )
+    show("it fits")
+
+
+def table_of_adapters(model: PaliGemma) -> Table:
+    table = Table("tower", "module", "adapted", "rank", "parameters", title="what is trained")
+    for scope, name, count, rank, parameters in adapter_table(model):
+        table.add_row(scope, name, str(count), str(rank) if rank else "in full", f"{parameters:,}")
+    return table
+
+
 def adapt(model: PaliGemma, config: RunConfig) -> None:
     """Put the adapters in, or free all parameters, and show what will be trained."""
     if config.lora is None:
         model.requires_grad_(True)
     else:
         inject_lora(model, config.lora, config.train.seed)
-        table = Table("tower", "module", "adapted", "rank", "parameters", title="what is trained")
-        for scope, name, count, rank, parameters in adapter_table(model):
-            table.add_row(scope, name, str(count), str(rank) if rank else "in full", f"{parameters:,}")
-        show(table)
+        show(table_of_adapters(model))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     everything = sum(parameter.numel() for parameter in model.parameters())
     show(f"{trained:,} of {everything:,} parameters are trained, on {model.device} in {model.dtype}")

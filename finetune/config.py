@@ -137,8 +137,11 @@ class TrainConfig(Section):
     """Steps; this or epochs."""
     batch_size: Count = 64
     """Examples per step, over all micro-batches."""
-    micro_batch: Count = 8
-    """Examples at once on the device; memory, not the result, depends on it."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Examples at once on the device; memory, not the result, depends on it. auto: as the plan finds best."""
+    recompute: Annotated[int, Field(ge=0)] | Literal["auto", "gate_up"] = "auto"
+    """Activations computed again in the backward pass, for less memory and more time: those of the first N decoder
+    layers, or in all layers of gate and up alone. auto: as little as the plan finds necessary."""
     learning_rate: Positive = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -163,8 +166,6 @@ class TrainConfig(Section):
     """Steps between evaluations on data.validation; null: none during training."""
     keep_checkpoints: Count = 2
     """Newest checkpoints to keep."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
 
     @field_validator("max_steps")
     @classmethod
@@ -177,10 +178,17 @@ class TrainConfig(Section):
 
     @field_validator("micro_batch")
     @classmethod
-    def _part_of_batch(cls, micro_batch: int, info: ValidationInfo) -> int:
-        if micro_batch > info.data.get("batch_size", micro_batch):
+    def _part_of_batch(cls, micro_batch: int | Literal["auto"], info: ValidationInfo) -> int | Literal["auto"]:
+        if micro_batch != "auto" and micro_batch > info.data.get("batch_size", micro_batch):
             raise ValueError(f"micro_batch ({micro_batch}) must not exceed batch_size ({info.data['batch_size']})")
         return micro_batch
+
+
+class MemoryConfig(Section):
+    """What the plan may count on."""
+
+    budget_gib: Positive | None = None
+    """GiB that the run may take on its device; null: what is free there."""
 
 
 class EvaluationConfig(Section):
@@ -213,6 +221,7 @@ class RunConfig(Section):
     lora: LoRAConfig | None = LoRAConfig()
     """The adapter; null: all parameters are trained, without one."""
     train: TrainConfig
+    memory: MemoryConfig = MemoryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: Text
     """Directory of the run, such as runs/NAME."""
@@ -243,9 +252,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
+        explained: set[tuple[str | int, ...]] = set()
         for details in error.errors(include_url=False):
             within = (details["ctx"]["key"],) if details["type"] == "fault" else ()
-            document.fault(details["loc"] + within, _explain(details["loc"] + within, details))
+            place = _without_alternative(details["loc"] + within)
+            if place not in explained:
+                document.fault(place, _explain(place, details))
+            explained.add(place)
     if document.faults:
         raise ConfigError("\n".join(document.faults))
     return config
@@ -307,6 +320,8 @@ def _kind(field: Mapping[str, Any]) -> str:
         return " or ".join(_kind(part) for part in field["anyOf"])
     if "$ref" in field:
         return "section"
+    if "const" in field:
+        return str(field["const"])
     if "enum" in field:
         return " | ".join(field["enum"])
     if field["type"] == "array":
@@ -317,6 +332,12 @@ def _kind(field: Mapping[str, Any]) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "pattern": "matching"}
     limits = [f"{sign} {field[limit]}" for limit, sign in signs.items() if limit in field]
     return f"{word} {', '.join(limits)}".strip()
+
+
+def _without_alternative(keys: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The key alone, where pydantic adds which of a key's alternatives a value fails to be."""
+    field = _fields().get(".".join(map(str, keys[:-1])), {})
+    return keys[:-1] if "anyOf" in field and "properties" not in field and field.get("type") != "array" else keys
 
 
 def _explain(keys: tuple[str | int, ...], details: ErrorDetails) -> str:

@@ -8,6 +8,7 @@ fails when one of their signatures moves. Not here: several processes, which are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import zlib
@@ -23,6 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from finetune import checkpoints
 from finetune.config import RunConfig
 from finetune.lora import LoRALinear, set_dropout_rows
+from finetune.plan import Mode
 from finetune.steps import Steps
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaOutput
 
@@ -39,6 +41,7 @@ class LoRATrainer(Trainer):
         model: on its device, adapters in place, the rest frozen.
         dataset: gives the example of a (record, visit) pair.
         steps: which pairs form which step.
+        mode: how a step is cut, and what it computes again.
         collate: examples -> right-padded tensors.
         save_result: called when an evaluation beat all before it, or at the end where nothing evaluates.
         evaluate: metrics of the model as it is, `accuracy` among them; None where the run has nothing to evaluate on.
@@ -51,6 +54,7 @@ class LoRATrainer(Trainer):
         model: PaliGemma,
         dataset: Dataset[Example],
         steps: Steps,
+        mode: Mode,
         collate: Collate,
         save_result: Callable[[], None],
         evaluate: Evaluate | None = None,
@@ -62,7 +66,7 @@ class LoRATrainer(Trainer):
                 f"{max(arguments.n_gpu, arguments.world_size)} devices are visible: this trains on one; choose it with "
                 "CUDA_VISIBLE_DEVICES=0"
             )
-        self.run, self.network, self.steps, self.collate = config, model, steps, collate
+        self.run, self.network, self.steps, self.mode, self.collate = config, model, steps, mode, collate
         self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if config.model.dtype != "float32" and any(p.dtype != torch.float32 for p in self.trained.values()):
@@ -70,7 +74,11 @@ class LoRATrainer(Trainer):
                 "lora=null trains the base weights themselves, and bfloat16 rounds small updates away: set "
                 "model.dtype=float32"
             )
-        model.language_model.model.set_recompute(99 * config.train.gradient_checkpointing)
+        if mode.vision_leaves:
+            for parameter in model.vision_tower.parameters():
+                home = parameter.data.to("cpu")
+                parameter.data = home.pin_memory() if torch.cuda.is_available() else home
+        model.language_model.model.set_recompute(mode.recompute_layers, mode.recompute_gate_up)
         super().__init__(
             model=WithoutConfig(model),
             args=arguments,
@@ -107,7 +115,7 @@ class LoRATrainer(Trainer):
         tokens = sum(int((example["labels"] != IGNORE_INDEX).sum()) for example in examples)
         features = self.frozen_image_features(examples)
         total = torch.zeros((), device=self.args.device)
-        for part in micro_batches(examples, self.run.train.micro_batch):
+        for part in micro_batches(examples, self.mode.micro_batch):
             batch = self.collate(part)
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items() if name != "pixel_values"}
             batch["image_features"] = self.image_features(part, features)
@@ -142,11 +150,27 @@ class LoRATrainer(Trainer):
             return {}
         pixels = unique_images(examples)
         features: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for names in cut(list(pixels), self.run.train.micro_batch):
+        with torch.no_grad(), self.tower_on_device():
+            for names in cut(list(pixels), self.mode.micro_batch):
                 encoded = self.network.encode_images(torch.stack([pixels[name] for name in names]).to(self.args.device))
                 features |= zip(names, encoded, strict=True)
         return features
+
+    @contextlib.contextmanager
+    def tower_on_device(self) -> Iterator[None]:
+        """Where the plan says that the frozen vision tower lives on the host, it is on the device for this long."""
+        if not self.mode.vision_leaves:
+            yield
+            return
+        tower = list(self.network.vision_tower.parameters())
+        home = [parameter.data for parameter in tower]
+        for parameter in tower:
+            parameter.data = parameter.data.to(self.args.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for parameter, data in zip(tower, home, strict=True):
+                parameter.data = data
 
     def image_features(self, examples: Sequence[Example], known: dict[str, Tensor]) -> Tensor:
         """Image tokens [B, N, D] of the rows: looked up, or computed with a graph where vision is trained."""
@@ -177,7 +201,8 @@ class LoRATrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Metrics under `eval_` names, logged; saves the model where its accuracy is the best so far."""
         assert self.evaluate_now is not None, "the arguments ask for evaluation only where there is one"
-        metrics = {f"eval_{name}": value for name, value in self.evaluate_now().items()}
+        with self.tower_on_device():
+            metrics = {f"eval_{name}": value for name, value in self.evaluate_now().items()}
         if self.state.best_metric is None or metrics["eval_accuracy"] > self.state.best_metric:
             self.save_result()
         self.evaluated_step = self.state.global_step

@@ -31,8 +31,9 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CHUNK = 2**20  # elements read at a time where a cast or another device is in the way
 
 
-def fetch(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint; a Hub id (`owner/name`) is downloaded to the Hub's cache first.
+def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The local directory of a checkpoint; a Hub id (`owner/name`) is downloaded to the Hub's cache first, without
+    `weights` its config.json alone.
 
     Raises:
         ValueError: no such directory, or the Hub does not give it out; says what to do.
@@ -45,7 +46,9 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{path_or_hub_id}"
-    wanted = [*SIDE_FILES, "config.json", "*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json"]
+    if weights:
+        wanted += [*SIDE_FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=wanted))
     except errors.GatedRepoError:

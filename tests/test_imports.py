@@ -1,4 +1,4 @@
-"""Which room may know of which: model <- finetune <- scripts; data stands alone."""
+"""Which room may know of which: model <- finetune <- scripts and recipes; data stands alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"model", "data", "finetune"}
+ROOMS = {"model", "data", "finetune", "recipes"}
 # finetune meets data where it evaluates, and nowhere else.
-MAY_IMPORT = {"model": set(), "data": set(), "finetune": {"model"}}
+MAY_IMPORT = {"model": set(), "data": set(), "finetune": {"model"}, "recipes": {"model", "data", "finetune"}}
 
 
 def imported(path: Path) -> set[str]:

@@ -19,6 +19,7 @@ from finetune import LoRAConfig, inject_lora
 from finetune.checkpoints import checkpoints
 from finetune.config import RunConfig
 from finetune.lora import trained_parameters
+from finetune.plan import Mode
 from finetune.steps import Steps
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer, check_gradients, micro_batches
@@ -74,12 +75,14 @@ def trainer_of(config: RunConfig, **keywords: Any) -> LoRATrainer:
     Path(config.output).mkdir(parents=True, exist_ok=True)
     steps = Steps(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
     keywords = {"save_result": lambda: None, **keywords}
-    return LoRATrainer(config, model, Examples(), steps, partial(collate, pad_id=0), **keywords)
+    assert config.train.micro_batch != "auto"
+    mode = keywords.pop("mode", Mode(config.train.micro_batch))
+    return LoRATrainer(config, model, Examples(), steps, mode, partial(collate, pad_id=0), **keywords)
 
 
-def gradients(config: RunConfig) -> dict[str, Tensor]:
+def gradients(config: RunConfig, **keywords: Any) -> dict[str, Tensor]:
     """The gradients of the first step, from adapters that are off their start."""
-    trainer = trainer_of(config)
+    trainer = trainer_of(config, **keywords)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trained_parameters(trainer.network).values():
@@ -279,13 +282,14 @@ def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: P
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     model = PaliGemma.from_pretrained(base, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"model\.dtype=float32"):
-        LoRATrainer(config, model, Examples(), Steps(40, 10, 0, 1), partial(collate, pad_id=0), lambda: None)
+        LoRATrainer(config, model, Examples(), Steps(40, 10, 0, 1), Mode(1), partial(collate, pad_id=0), lambda: None)
 
 
-def test_gradient_checkpointing_changes_nothing(base: Path, tmp_path: Path) -> None:
-    kept = gradients(run_config(base, tmp_path, EVERYWHERE))
-    recomputed = gradients(run_config(base, tmp_path, EVERYWHERE, gradient_checkpointing=True))
-    torch.testing.assert_close(recomputed, kept, rtol=0, atol=0)
+@pytest.mark.parametrize("how", [{"recompute_layers": 2}, {"recompute_gate_up": True}, {"vision_leaves": True}])
+def test_recomputation_and_the_towers_leave_change_nothing(base: Path, tmp_path: Path, how: dict[str, Any]) -> None:
+    config = run_config(base, tmp_path, ADAPTERS)
+    kept = gradients(config)
+    torch.testing.assert_close(gradients(config, mode=Mode(10, **how)), kept, rtol=0, atol=0)
 
 
 def test_warm_up_and_cosine(base: Path, tmp_path: Path) -> None:

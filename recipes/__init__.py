@@ -1,0 +1,1 @@
+"""From nothing to a run: what has to be there before train.py, as commands."""

@@ -1,0 +1,188 @@
+"""The comparisons run from end to end at tiny dimensions, and refuse to time what does not compute the same."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import generate, load, side_by_side, train_step
+from model import PaliGemma
+
+QUICK = ["--tiny", "--rounds", "1", "--steps", "1"]
+Fault = Callable[[str, Path], None]  # arm and its case, changed in place
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Fault], None]:
+    """Run arms here instead of each in a process of its own, which takes seconds to import its libraries; a fault
+    changes the files of an arm before it runs.
+    """
+
+    def install(fault: Fault = lambda arm, case: None) -> None:
+        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            module, options = command[2], command[3:]
+            arm, place = options[1], options.index("--case") + 1
+            own = Path(shutil.copytree(options[place], tmp_path / "own", symlinks=True))
+            fault(arm, own)
+            options[place] = str(own)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                importlib.import_module(module).main(options)
+            shutil.rmtree(own)
+            return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+        monkeypatch.setattr(subprocess, "run", run)
+
+    install()
+    return install
+
+
+def test_a_training_step_beside_the_library(in_this_process: object, tmp_path: Path) -> None:
+    """All arms pass the gate, and the table names each, with equal losses and gradients."""
+    train_step.main([*QUICK, "--dtype", "float32", "--batch", "3", "--output", str(tmp_path / "RESULTS.md")])
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    measured = {row[0]: row[-2:] for row in body if row[0] in train_step.ARMS}
+    assert list(measured) == list(train_step.ARMS)
+    for column in zip(*measured.values(), strict=True):
+        numbers = [float(cell) for cell in column]
+        assert max(numbers) - min(numbers) <= 2e-4 * max(numbers)
+    assert len([row for row in body if " / " in row[0]]) == 9
+    assert "--batch 3" in text
+    assert "avx512_bf16" in text
+
+
+@pytest.mark.parametrize("arm", ["ours-recompute", "tuned"])
+def test_one_scaled_adapter_closes_the_gate(in_this_process: Callable[[Fault], None], arm: str) -> None:
+    """A thousandth in one of the B of one arm: exit code not 0, its name in the list, and no other arm's."""
+
+    def scale(name: str, case: Path) -> None:
+        if name == arm:
+            tensors = load_file(case / "adapter" / "adapter_model.safetensors")
+            tensors[next(key for key in tensors if key.endswith("v_proj.lora_B.weight"))] *= 1.001
+            save_file(tensors, case / "adapter" / "adapter_model.safetensors")
+
+    in_this_process(scale)
+    with pytest.raises(SystemExit) as refused:
+        train_step.main([*QUICK, "--arms", "ours", arm, "documented"])
+    first, *problems = str(refused.value.code).splitlines()  # a text as code: exit status 1
+    assert "nothing to compare" in first
+    assert problems
+    assert {line.partition(":")[0] for line in problems} == {arm}
+
+
+def test_answering_beside_the_library(in_this_process: Callable[[Fault], None], capsys: Any) -> None:
+    generate.main([*QUICK, "--dtype", "float32"])
+    printed = capsys.readouterr().out
+    assert "| ours / library |" in printed
+    assert "float32 8 of 8 rows are the same" in printed
+
+    def other_pictures(arm: str, case: Path) -> None:
+        if arm == "library":
+            batch = load_file(case / "batch.safetensors")
+            batch["picture"] = 1 - batch["picture"]
+            save_file(batch, case / "batch.safetensors")
+
+    in_this_process(other_pictures)
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        generate.main(QUICK)
+
+
+def test_loading_beside_the_library(in_this_process: Callable[[Fault], None], capsys: Any) -> None:
+    load.main(QUICK)
+    printed = capsys.readouterr().out
+    assert "From bfloat16 into bfloat16" in printed
+    assert "From float32 into bfloat16" in printed
+    assert printed.count("| ours / library |") == 2
+
+    def shallow(arm: str, case: Path) -> None:
+        if arm == "library":
+            checkpoint = (case / "checkpoint").resolve()
+            (case / "checkpoint").unlink()
+            side_by_side.write_shallow(checkpoint, case / "checkpoint")
+
+    in_this_process(shallow)
+    with pytest.raises(SystemExit, match="library loaded"):
+        load.main(QUICK)
+
+
+def test_an_arm_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """The real command line of an arm, where the rooms with heavier needs cannot be imported."""
+    arguments = side_by_side.parser("test", None).parse_args(QUICK)
+    with side_by_side.workplace(arguments) as (_, checkpoint):
+        case = side_by_side.write_case(tmp_path / "case", checkpoint, generate.make_batch(side_by_side.TINY))
+        measured = side_by_side.fresh(generate.NAME, "ours", case, arguments)
+    assert measured["seconds"] > 0
+    assert measured["rss"] > 0.05
+    assert len(measured["tokens"]) == 8
+
+
+def test_what_the_comparisons_need() -> None:
+    code = "import sys\nfor name in 'data datasets rich bitsandbytes pydantic yaml accelerate wandb'.split():\n"
+    code += "    sys.modules[name] = None\nimport benchmarks.train_step, benchmarks.generate, benchmarks.load"
+    subprocess.run([sys.executable, "-c", code], cwd=side_by_side.ROOT, check=True)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 11, 12, 16])
+@pytest.mark.parametrize("first", [1, 4])
+def test_the_largest_batch_is_found(limit: int, first: int) -> None:
+    fitted = train_step.find_largest(lambda size: {"seconds": 1.0} if size <= limit else None, first)
+    assert max(fitted, default=0) == limit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "somewhere"], "give one of them"),
+        (["--cap-gib", "6.9"], "needs --device cuda"),
+        (["--largest"], "needs --device cuda"),
+        (["--device", "cuda:99"], "is not there"),
+        (["--arm", "theirs"], "expected one of ours"),
+    ],
+)
+def test_what_cannot_run_is_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_step.main(["--tiny", *options])
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="pip install"):
+        load.main(QUICK)
+
+
+def test_an_arm_that_fails_tells_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 2, "", "error: no weights")
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(ValueError, match=r"arm ours ended with 2.*\n.*no weights"):
+        side_by_side.fresh(load.NAME, "ours", tmp_path, side_by_side.parser("test", None).parse_args([]))
+
+
+def test_spread_and_out_of_memory() -> None:
+    assert side_by_side.spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0..3.0)"
+    results: side_by_side.Results = {"ours": [{"seconds": 1.0, "since": "now"}], "tuned": [{"out of memory": True}]}
+    measured, ratios, _ = side_by_side.compared(results, {"s": "seconds"}, {})
+    assert measured.splitlines()[2:] == ["| ours | 1.0000 |", "| tuned | out of memory |"]
+    assert ratios.splitlines()[2:] == ["| ours / tuned | out of memory |"]
+
+
+def test_the_shallow_checkpoint_is_the_beginning_of_the_deep_one(tmp_path: Path) -> None:
+    arguments = side_by_side.parser("test", None).parse_args(QUICK)
+    with side_by_side.workplace(arguments) as (_, checkpoint):
+        side_by_side.write_shallow(checkpoint, tmp_path / "shallow")
+        deep = PaliGemma.from_pretrained(checkpoint).state_dict()
+    shallow = PaliGemma.from_pretrained(tmp_path / "shallow")
+    assert len(shallow.language_model.model.layers) == 2
+    assert all(torch.equal(deep[name], tensor) for name, tensor in shallow.state_dict().items())

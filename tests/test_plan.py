@@ -1,0 +1,141 @@
+"""The plan: what it counts without memory is what the network keeps, and what it chooses fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from finetune import LoRAConfig, inject_lora
+from finetune.plan import GIB, Mode, Planner, kept_bytes, spill_warning
+from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
+from tests import tiny
+
+NARROW = PaliGemmaConfig(
+    VisionConfig(48, 96, 2, 4, image_size=56), TextConfig(64, 256, 4, 4, 1, 32, vocab_size=512), image_token_id=500
+)
+TARGETS = {
+    "language": LoRAConfig(rank=4),
+    "attention": LoRAConfig(rank=4, targets=("language.q_proj", "language.v_proj")),
+    "upper layers": LoRAConfig(rank=4, targets=("language.2.*", "language.3.*")),
+    "both towers": LoRAConfig(rank=4, targets=("language.*", "vision.*"), dropout=0.1),
+    "in full": LoRAConfig(rank=4, targets=("language.down_proj",), train_in_full=("connector.linear",)),
+}
+MODES = [Mode(1), Mode(1, recompute_gate_up=True), Mode(1, recompute_layers=1), Mode(1, recompute_layers=4)]
+
+
+def planner(lora: LoRAConfig | None, tokens: int = 40, supervised: int = 3, device: str = "cuda") -> Planner:
+    return Planner(NARROW, lora, torch.bfloat16, tokens, supervised, 8, torch.device(device))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 40, 3), (4, 64, 8), (3, 129, 1)])
+@pytest.mark.parametrize("targets", TARGETS)
+def test_planned_activations_are_what_saved_tensor_hooks_count(
+    targets: str, shape: tuple[int, int, int], mode: Mode
+) -> None:
+    rows, tokens, supervised = shape
+    model = PaliGemma(NARROW).to(torch.bfloat16)
+    inject_lora(model, TARGETS[targets])
+    model.train()
+    model.language_model.model.set_recompute(mode.recompute_layers, mode.recompute_gate_up)
+    made = planner(TARGETS[targets], tokens, supervised)
+    counted = sum(kept_bytes(model, tokens, supervised, made.vision_trains, rows))
+    planned = made.activations(dataclasses.replace(mode, micro_batch=rows))
+    assert planned == pytest.approx(counted, rel=0.03)
+
+
+def test_a_real_step_keeps_what_was_planned() -> None:
+    """Through `forward`, padding and labels, in a network of the published proportions of gate and up."""
+    model = PaliGemma(NARROW).to(torch.bfloat16)
+    inject_lora(model, TARGETS["language"])
+    model.train()
+    hf = NARROW.to_hf(torch.bfloat16)
+    batch = tiny.batch(hf, [16, 20, 17], [3, 3, 3])
+    features = model.encode_images(batch.pop("pixel_values")).detach()
+    kept, known, alive = 0, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        if tensor.untyped_storage().data_ptr() not in known:
+            known.add(tensor.untyped_storage().data_ptr())
+            alive.append(tensor)
+            kept += tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch, image_features=features)
+    planned = planner(TARGETS["language"], tokens=16 + 23, supervised=3)
+    logits = 9 * 512 * 4  # log-softmax in fp32
+    assert planned.activations(Mode(3)) == pytest.approx(kept - logits, rel=0.03)
+
+
+def test_the_chosen_mode_fits_and_less_memory_means_more_work() -> None:
+    made = planner(TARGETS["language"])
+    free = made.plan(Mode(8), 10**12)
+    assert made.choose(10**12).mode == Mode(8)
+    least = made.choose(0)
+    assert not least.fits
+    assert least.mode == Mode(1, recompute_layers=4, vision_leaves=True)
+    works = []
+    for budget in torch.linspace(least.total, free.total, 12).long().tolist():
+        plan = made.choose(budget)
+        assert plan.fits
+        works.append(made.work(plan.mode))
+    assert works == sorted(works, reverse=True)
+    assert works[0] > works[-1]
+
+
+def test_what_is_given_is_taken() -> None:
+    made = planner(TARGETS["language"])
+    assert made.choose(10**12, micro_batch=3, recompute=(2, False)).mode == Mode(3, 2)
+    assert made.choose(10**12, recompute=(0, True)).mode == Mode(8, recompute_gate_up=True)
+
+
+def test_the_tower_stays_where_it_is_trained_or_has_nowhere_to_go() -> None:
+    assert not planner(TARGETS["both towers"]).choose(0).mode.vision_leaves
+    assert not planner(TARGETS["language"], device="cpu").choose(0).mode.vision_leaves
+    everything = planner(None).plan(Mode(1), 0)
+    assert everything.components["base weights"] == 0
+    assert everything.components["optimizer"] == 2 * everything.components["gradients"] > 0
+
+
+def test_the_published_3b_is_counted_from_its_dimensions() -> None:
+    made = Planner(PaliGemmaConfig(), LoRAConfig(rank=8), torch.bfloat16, 272, 3, 64, torch.device("cuda"))
+    plan = made.plan(Mode(1), 8 * GIB)
+    assert plan.components["base weights"] == 2 * 2_923_466_480
+    assert plan.components["trained weights"] == 4 * 8 * 1_225_728
+    # Of a token in a layer: two norms' inputs and outputs, q, k, v, what attention gives, gate and up.
+    a_token = 2 * (4 * 2048 + 2 * 2048 + 2 * 256 + 2 * 16384) + 2 * 4 + 8 * 4
+    assert made.kept.layers["nothing"][5] == 272 * a_token
+    assert made.kept.layers["layer"][5] == 272 * 2 * 2048
+
+
+def test_dry_run_says_what_fits_from_config_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))
+    config = str(Path(__file__).parent.parent / "configs/vqav2_8gb.yaml")
+    argv = [config, f"model.path={tmp_path}", "model.revision=null", "model.device=cpu", "--dry-run"]
+    train.main([*argv, "memory.budget_gib=4"])
+    out = capsys.readouterr().out
+    assert "it fits" in out
+    assert "optimizer" in out
+    assert "steps are not known" in out
+    with pytest.raises(ValueError, match=r"this does not fit: 0\.\d+ GiB are needed at least, the budget is 0\.10"):
+        train.main([*argv, "memory.budget_gib=0.1"])
+
+
+def test_windows_and_wsl_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(system: str, release: str, device: str) -> Any:
+        monkeypatch.setattr("platform.system", lambda: system)
+        monkeypatch.setattr("platform.release", lambda: release)
+        return spill_warning(torch.device(device))
+
+    assert "Sysmem Fallback" in on("Windows", "11", "cuda")
+    assert "Sysmem Fallback" in on("Linux", "5.15.90.1-microsoft-standard-WSL2", "cuda")
+    assert on("Linux", "6.8.0-45-generic", "cuda") is None
+    assert on("Windows", "11", "cpu") is None
