@@ -25,8 +25,9 @@ from finetune import cli, load_adapter
 from finetune.config import EvaluationConfig, load_config
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.evaluate import Evaluation, evaluate
+from finetune.quantize import open_base
 from finetune.vqa_accuracy import VQAScore, read_results, score
-from model import PaliGemma, fetch
+from model import fetch
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,7 +62,8 @@ def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
     for arm, (path, adapter) in arms.items():
         directory = fetch(path, config.model.revision if path == config.model.path else None)
         processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
-        result = answer(directory, adapter, processor, records, dtype, device, settings)
+        kept = None if arm == "merged" else config.model.quantize
+        result = answer(directory, adapter, processor, records, dtype, device, settings, kept)
         result.save(output / "eval" / arm, model=str(path), adapter=str(adapter) if adapter else None)
         scores[arm] = result.score
     return scores
@@ -74,9 +76,9 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> VQAScore:
     dtype = pick_dtype(arguments.dtype, device)
     directory = fetch(arguments.model, arguments.revision)
     settings = EvaluationConfig(batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)
-    result = answer(
-        directory, arguments.adapter, Processor.from_pretrained(directory), records, dtype, device, settings
-    )
+    kept = cli.quantization(arguments.quantize, arguments.adapter)
+    processor = Processor.from_pretrained(directory)
+    result = answer(directory, arguments.adapter, processor, records, dtype, device, settings, kept)
     if arguments.output:
         result.save(arguments.output, model=arguments.model, adapter=arguments.adapter, prompt=arguments.prompt)
     return result.score
@@ -90,12 +92,13 @@ def answer(
     dtype: torch.dtype,
     device: torch.device,
     settings: EvaluationConfig,
+    quantize: str | None,
 ) -> Evaluation:
     """Open a network, let it answer, and let go of it: two of them would not fit on a small card."""
-    model = PaliGemma.from_pretrained(directory, dtype, device)
+    model = open_base(directory, dtype, device, quantize)
     if adapter:
         load_adapter(model, adapter)
-    return evaluate(model, processor, records, settings.batch_size, settings.max_new_tokens, cli.progress)
+    return evaluate(model, processor, records, **settings.model_dump(exclude={"count"}), progress=cli.progress)
 
 
 def open_records(arguments: argparse.Namespace) -> Any:
@@ -141,6 +144,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--quantize", choices=["auto", "nf4", "none"], default="auto", help=cli.QUANTIZE_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser.parse_intermixed_args(argv)
 

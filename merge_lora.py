@@ -2,7 +2,8 @@
 
     python merge_lora.py runs/NAME/adapter --output runs/NAME/merged
 
-Needs memory for one fp32 copy of the network (11.7 GB for PaliGemma 3B) beside a little.
+Needs memory for one fp32 copy of the network (11.7 GB for PaliGemma 3B) beside a little. An adapter that was trained on
+an NF4 base goes into the full-precision base, or with --into dequantized into the weights that NF4 stands for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--base", help="the base checkpoint; default: the one that the adapter names")
     parser.add_argument("--revision", help="of a base on the Hub; default: the one that the adapter names")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the merged weights")
+    parser.add_argument(
+        "--into", choices=["full", "dequantized"], default="full", help="which base, for an adapter trained on NF4"
+    )
     parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ...")
     arguments = parser.parse_args(argv)
     if (arguments.output / "config.json").exists():
@@ -36,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         base, revision = named_base(arguments.adapter, revision)
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
-    print(merge_checkpoint(base, arguments.adapter, arguments.output, dtype, device, revision))
+    print(merge_checkpoint(base, arguments.adapter, arguments.output, dtype, device, revision, arguments.into))
     print(f"verified, and written to {arguments.output}")
 
 

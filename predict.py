@@ -16,14 +16,16 @@ from data import Processor
 from finetune import cli, load_adapter
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.evaluate import generate_answers
-from model import PaliGemma, fetch
+from finetune.quantize import open_base
+from model import fetch
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
     device = pick_device(arguments.device)
     directory = fetch(arguments.model, arguments.revision)
-    model = PaliGemma.from_pretrained(directory, pick_dtype(arguments.dtype, device), device)
+    kept = cli.quantization(arguments.quantize, arguments.adapter)
+    model = open_base(directory, pick_dtype(arguments.dtype, device), device, kept)
     processor = Processor.from_pretrained(directory)
     if arguments.adapter:
         load_adapter(model, arguments.adapter)
@@ -72,6 +74,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--format", choices=["text", "jsonl"], default="text")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--quantize", choices=["auto", "nf4", "none"], default="auto", help=cli.QUANTIZE_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser.parse_args(argv)
 

@@ -25,7 +25,9 @@ from finetune.evaluate import evaluate, mean_loss
 from finetune.inspection import problems_of
 from finetune.lora import adapter_table
 from finetune.plan import GIB, plan_run, spill_warning
+from finetune.quantize import open_base
 from finetune.resume import find_checkpoint, start_run
+from finetune.scratch import from_random
 from finetune.steps import Steps
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer
@@ -95,8 +97,8 @@ def open_model(directory: Path, config: RunConfig) -> PaliGemma:
     device = pick_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, device)
     if config.model.weights == "random":
-        return PaliGemma.from_random(directory, config.train.seed, dtype, device)
-    return PaliGemma.from_pretrained(directory, dtype, device)
+        return from_random(directory, config.train.seed, dtype, device)
+    return open_base(directory, dtype, device, config.model.quantize)
 
 
 def inspect(model: PaliGemma, dataset: PaliGemmaDataset, processor: Processor) -> None:
@@ -186,7 +188,7 @@ def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor) -> 
     settings = config.evaluation
 
     def measure() -> dict[str, float]:
-        scored = evaluate(model, processor, records, settings.batch_size, settings.max_new_tokens).score
+        scored = evaluate(model, processor, records, **settings.model_dump(exclude={"count"})).score
         by_type = {f"accuracy_{name}": value for name, value in scored.by_answer_type.items()}
         loss = mean_loss(model, processor, records, settings.batch_size)
         return {"loss": loss, "accuracy": scored.overall, **by_type}

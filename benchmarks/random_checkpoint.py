@@ -17,7 +17,8 @@ import torch
 
 from finetune import cli
 from finetune.device import DTYPES
-from model import PaliGemma, PaliGemmaConfig
+from finetune.scratch import from_random
+from model import PaliGemmaConfig
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-base"
 PUBLISHED_IDS = {
@@ -45,7 +46,7 @@ def write_checkpoint(directory: Path, config: PaliGemmaConfig, dtype: torch.dtyp
     side, images = config.vision.image_size, config.vision.num_patches
     preprocessor |= {"size": {"height": side, "width": side}, "image_seq_length": images}
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
-    PaliGemma.from_random(directory, seed, dtype).save_pretrained(directory)
+    from_random(directory, seed, dtype).save_pretrained(directory)
 
 
 def tokenizer() -> dict[str, object]:

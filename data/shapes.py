@@ -183,7 +183,9 @@ def ask_which(scene: Scene, rng: random.Random) -> Question | None:
 
 def make_questions(scene: Scene, rng: random.Random) -> list[Question]:
     """Up to two different questions of each answer type."""
-    asked = [ask(scene, rng) for ask in (ask_whether, ask_how_many, ask_which) for _ in range(2)]
+    asked = [ask(scene, rng) for ask in (ask_whether, ask_how_many, ask_which) for _ in range(2)] + [
+        ask_which(scene, rng)
+    ]
     return list({question.text: question for question in asked if question is not None}.values())
 
 

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune.lora import LoRALinear, TrainedInFull, adapters, put_adapter, trained_in_full, trained_parameters
-from model.checkpoint import canonical_name, describe
+from finetune.quantize import quantization_of
+from model.checkpoint import canonical_name, mismatches
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE_QUANTIZATION = "base_quantization"  # key in the metadata of the tensors' file
 
 # Our path -> the path that each version of transformers gives the module. The 4.57 form is the one written.
 LAYOUTS: dict[str, Callable[[str], str]] = {
@@ -66,8 +68,19 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str | None = Non
     path.mkdir(parents=True, exist_ok=True)
     config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
     (path / CONFIG_FILE).write_text(config, encoding="utf-8")
-    save_file(tensors, path / (WEIGHTS_FILE + ".unfinished"), metadata={"format": "pt"})
+    metadata = {"format": "pt"} | ({BASE_QUANTIZATION: kept} if (kept := quantization_of(model)) else {})
+    save_file(tensors, path / (WEIGHTS_FILE + ".unfinished"), metadata=metadata)
     os.replace(path / (WEIGHTS_FILE + ".unfinished"), path / WEIGHTS_FILE)
+
+
+def trained_on(directory: str | Path) -> str | None:
+    """How the base was kept while the adapter in `directory` was trained: "nf4", or None (unknown for PEFT's files)."""
+    try:
+        with safe_open(Path(directory) / WEIGHTS_FILE, "pt") as file:
+            kept: str | None = (file.metadata() or {}).get(BASE_QUANTIZATION)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{directory} holds no readable {WEIGHTS_FILE}: {error}") from error
+    return kept
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -162,8 +175,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
         ranks, full, problems = plan_loading(model, config, tensors)
     except (re.error, TypeError, AttributeError) as error:
         raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {error}") from error
-    if any(problems.values()):
-        raise ValueError(f"{path} does not fit this model and its own {CONFIG_FILE}:\n" + describe(problems))
+    if problems:
+        raise ValueError(f"{path} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
     model.requires_grad_(False)
     for name, rank in ranks.items():
         alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
@@ -208,8 +221,8 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def plan_loading(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, int], list[str], dict[str, list[str]]]:
-    """What to inject: rank of each linear, modules trained in full; and every problem found."""
+) -> tuple[dict[str, int], list[str], str]:
+    """What to inject: rank of each linear, modules trained in full; and every problem found, "" for none."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     paired = sorted({name.rsplit(".", 1)[0] for name in tensors if name.endswith((".lora_A", ".lora_B"))})
     adapted = {name for name in linears if name in paired}
@@ -225,17 +238,8 @@ def plan_loading(
     for name in full:
         shapes = model.get_submodule(name).named_parameters(recurse=False)
         wanted |= {f"{name}.{leaf}": tuple(parameter.shape) for leaf, parameter in shapes}
-    problems = {
-        "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors if name not in wanted],
-        "mis-shaped": [
-            f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-            for name, shape in wanted.items()
-            if name in tensors and tuple(tensors[name].shape) != shape
-        ],
-        "not finite": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
-    }
-    return ranks, full, problems
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    return ranks, full, mismatches(tensors, wanted, {"not finite": broken})
 
 
 def selected(paths: list[str], config: dict[str, Any], layout: Callable[[str], str]) -> set[str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from finetune.adapter import trained_on
+
 MISTAKE, INTERRUPTED = 2, 130
+QUANTIZE_HELP = "keep the base in four bits; auto (default): as it was while the adapter was trained"
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -21,6 +25,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def quantization(asked: str, adapter: str | Path | None) -> str | None:
+    """How to keep the base: as asked, or by default as it was while the adapter was trained."""
+    if asked == "auto":
+        return trained_on(adapter) if adapter else None
+    return None if asked == "none" else asked
 
 
 def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:

@@ -58,6 +58,8 @@ class ModelConfig(Section):
     """random: seeded initial weights made from config.json alone."""
     dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_refuse_float16)] = "bfloat16"
     """Type of the base weights and of the arithmetic. Adapters are float32 always."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: keep the decoder's frozen weights in four bits (needs bitsandbytes); null: as they are."""
     device: Annotated[str, Field(pattern="^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto takes cuda, then mps, then cpu."""
 
@@ -226,6 +228,13 @@ class RunConfig(Section):
     output: Text
     """Directory of the run, such as runs/NAME."""
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("lora")
+    @classmethod
+    def _can_train(cls, lora: LoRAConfig | None, info: ValidationInfo) -> LoRAConfig | None:
+        if lora is None and "model" in info.data and info.data["model"].quantize:
+            raise ValueError("null trains the base weights themselves, and packed ones (model.quantize) cannot be")
+        return lora
 
     @field_validator("train")
     @classmethod

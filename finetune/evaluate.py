@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import PaliGemmaDataset, Processor, collate
+from data import Processor, collate
 from finetune.vqa_accuracy import VQAScore, score, write_results
 from model import IGNORE_INDEX, PaliGemma
 
@@ -41,20 +41,12 @@ def silent(batches: Iterable[Any], total: int) -> Iterable[Any]:
     return batches
 
 
-def evaluate(
-    model: PaliGemma,
-    processor: Processor,
-    records: Sequence[Record],
-    batch_size: int = 16,
-    max_new_tokens: int = 16,
-    progress: Progress = silent,
-) -> Evaluation:
-    """Greedy answers to all records, scored by the official metric."""
-    answers = generate_answers(model, processor, records, batch_size, max_new_tokens, progress=progress)
+def evaluate(model: PaliGemma, processor: Processor, records: Sequence[Record], **settings: Any) -> Evaluation:
+    """Answers to all records, scored by the official metric; `settings` as in `generate_answers`."""
+    answers = generate_answers(model, processor, records, **settings)
     return Evaluation(answers, score(answers, records))
 
 
-@torch.inference_mode()
 def generate_answers(
     model: PaliGemma,
     processor: Processor,
@@ -65,57 +57,47 @@ def generate_answers(
     **sampling: Any,
 ) -> dict[str, str]:
     """The answer to each record by its id, in the records' order; `sampling` is passed on to `PaliGemma.generate`."""
-    model.eval()
     answers: dict[str, str] = {}
-    batches = list(by_image(records, batch_size))
-    features: dict[str, Tensor] = {}
-    for batch in progress(batches, len(batches)):
-        rows = [records[i] for i in batch]
-        features = encode_new(model, processor, rows, features)
+    for rows, features in encoded_batches(model, processor, records, batch_size, progress):
         texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
-        new = model.generate(
-            input_ids=texts["input_ids"].to(model.device),
-            attention_mask=texts["attention_mask"].to(model.device),
-            image_features=torch.stack([features[row["image_id"]] for row in rows]),
-            max_new_tokens=max_new_tokens,
-            **sampling,
-        )
+        inputs = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        new = model.generate(**inputs, image_features=features, max_new_tokens=max_new_tokens, **sampling)
         for row, tokens in zip(rows, new.tolist(), strict=True):
             answers[row["id"]] = processor.decode(tokens)
     return {record["id"]: answers[record["id"]] for record in records}
 
 
-def by_image(records: Sequence[Record], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches, questions of one image side by side."""
-    order = sorted(range(len(records)), key=lambda i: (records[i]["image_id"], i))
-    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-
-
-def encode_new(
-    model: PaliGemma, processor: Processor, rows: Sequence[Record], known: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Image tokens [N, D] by image id: those of the last batch are kept, for an image may go on in this one."""
-    images = {row["image_id"]: row["image"] for row in rows}
-    new = [image_id for image_id in images if image_id not in known]
-    if new:
-        pixels = torch.stack([processor.pixels(images[image_id]) for image_id in new])
-        encoded = model.encode_images(pixels.to(model.device))
-        known = {**known, **dict(zip(new, encoded, strict=True))}
-    return {image_id: known[image_id] for image_id in images}
-
-
 @torch.inference_mode()
 def mean_loss(model: PaliGemma, processor: Processor, records: Sequence[Record], batch_size: int = 16) -> float:
     """Cross-entropy of the majority answers, in nats per token; records without an answer are left out."""
-    model.eval()
     answered = [record for record in records if record["answer"]]
-    if not answered:
-        return float("nan")
-    examples = PaliGemmaDataset(answered, processor, answers="majority")
     total, tokens = 0.0, 0
-    for batch in by_image(answered, batch_size):
-        made = collate([examples[i] for i in batch], processor.pad_id)
-        count = int((made["labels"] != IGNORE_INDEX).sum())
-        loss = model(**{name: tensor.to(model.device) for name, tensor in made.items()}, num_items_in_batch=count).loss
-        total, tokens = total + loss.item() * count, tokens + count
-    return total / tokens
+    for rows, features in encoded_batches(model, processor, answered, batch_size):
+        texts = collate([processor.encode(row["prefix"], row["answer"]) for row in rows], processor.pad_id)
+        inputs = {name: tensor.to(model.device) for name, tensor in texts.items()}
+        count = int((texts["labels"] != IGNORE_INDEX).sum())
+        total += float(model(**inputs, image_features=features, num_items_in_batch=1).loss)
+        tokens += count
+    return total / tokens if tokens else float("nan")
+
+
+@torch.inference_mode()
+def encoded_batches(
+    model: PaliGemma, processor: Processor, records: Sequence[Record], batch_size: int, progress: Progress = silent
+) -> Iterator[tuple[list[Record], Tensor]]:
+    """Records and the image tokens [B, N, D] of their pictures, questions of one picture side by side, so that each
+    picture passes the vision tower once.
+    """
+    model.eval()
+    order = sorted(range(len(records)), key=lambda i: (records[i]["image_id"], i))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    features: dict[str, Tensor] = {}
+    for batch in progress(batches, len(batches)):
+        rows = [records[i] for i in batch]
+        images = {row["image_id"]: row["image"] for row in rows}
+        # Of the batch before only what goes on in this one is kept.
+        features = {name: features[name] for name in images if name in features}
+        if new := [name for name in images if name not in features]:
+            pixels = torch.stack([processor.pixels(images[name]) for name in new])
+            features |= zip(new, model.encode_images(pixels.to(model.device)), strict=True)
+        yield rows, torch.stack([features[row["image_id"]] for row in rows])

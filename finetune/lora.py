@@ -2,7 +2,7 @@
 
 A `LoRALinear` stands where the `Linear` stood and keeps its weight under the same name, so the base's keys never
 change. There are no merged or disabled states: `eject_lora` puts the plain modules back. Rank-stabilised scaling is
-arXiv 2312.03732. DoRA, PiSSA and quantised bases are not here.
+arXiv 2312.03732. DoRA and PiSSA are not here.
 
 Axes: B batch, S sequence, r rank.
 """
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from finetune.quantize import NF4Linear, dense
 
 SCOPES = {
     "language": "language_model.model.",
@@ -68,7 +70,7 @@ class LoRALinear(nn.Module):
     """x [..., in] -> W x + b + scale * B A dropout(x), [..., out] in the dtype of W x.
 
     Attributes:
-        weight, bias: those of the linear it replaces, the same tensors, frozen.
+        linear: the one it replaces, frozen: plain or NF4. weight, bias: that one's, the same tensors.
         lora_A: fp32 [r, in], uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5). lora_B: fp32 [out, r], zero, so that
             the network starts as the base, bit for bit.
         dropout_rows: i64 [B] or None. When set, the dropout mask of a row is a function of its entry and this module's
@@ -79,6 +81,7 @@ class LoRALinear(nn.Module):
         self, linear: nn.Linear, rank: int, alpha: float, rslora: bool, dropout: float, key: int, seed: int
     ) -> None:
         super().__init__()
+        self._linear = (linear,)  # in a tuple: not a submodule, so base keys stay what they were
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.alpha, self.rslora, self.dropout, self.key = rank, alpha, rslora, dropout, key
         self.scale = alpha / (rank**0.5 if rslora else rank)
@@ -99,15 +102,21 @@ class LoRALinear(nn.Module):
                 raise ValueError(f"{len(rows)} dropout rows were set for a batch of {len(x)}")
             rows = rows + self.key
         flat, update = LowRank.apply(x, self.lora_A, self.lora_B, self.bias, self.scale, rows, self.dropout)
-        output: Tensor = update.addmm_(flat, self.weight.t())  # in place: one buffer
+        output: Tensor = FrozenProduct.apply(update, flat, self.linear)
         return output.view(*x.shape[:-1], -1)
+
+    @property
+    def linear(self) -> nn.Linear:
+        return self._linear[0]
 
     def fold(self) -> Tensor:
         """W + scale * B A, summed in fp32 and cast once; [out, in] in the dtype of W."""
-        return (self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
+        weight = dense(self.linear)
+        return (weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(weight.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, rank={self.rank}, scale={self.scale:g}"
+        linear = self.linear
+        return f"{linear.in_features} -> {linear.out_features}, rank={self.rank}, scale={self.scale:g}"
 
 
 class LowRank(Function):
@@ -144,6 +153,21 @@ class LowRank(Function):
         elif ctx.needs_input_grad[0]:
             total = grad_x.view_as(x) + dropped((grad_low @ a.to(x.dtype)).view_as(x), rows, ctx.p)
         return total, grad_a, grad_b, None, None, None, None
+
+
+class FrozenProduct(Function):
+    """update [n, out] += x [n, in] W^T, in place, of a frozen linear; an NF4 one is made dense for each pass anew."""
+
+    @staticmethod
+    def forward(ctx: Any, update: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
+        ctx.linear = linear
+        ctx.mark_dirty(update)
+        return update.addmm_(x, dense(linear).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, grad @ dense(ctx.linear) if ctx.needs_input_grad[1] else None, None
 
 
 def dropped(x: Tensor, rows: Tensor | None, p: float) -> Tensor:
@@ -272,6 +296,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         raise ValueError(
             "train_in_full names an embedding: embed_tokens is also the output head, and is never trained apart"
         )
+    if packed := [path for path in full if isinstance(model.get_submodule(path), NF4Linear)]:
+        raise ValueError(f"train_in_full names {packed[0]}, which is kept in NF4: packed weights cannot be trained")
     if both := set(linears) & set(full):
         raise ValueError(f"named by targets and by train_in_full: {', '.join(sorted(both))}; choose one")
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
@@ -305,10 +331,8 @@ def eject_lora(model: nn.Module) -> list[str]:
     """Put the plain modules back, weights untouched by the adapters; returns the paths. All stays frozen."""
     paths = []
     for path, adapter in list(adapters(model)):
-        out_features, in_features = adapter.weight.shape
-        linear = nn.Linear(in_features, out_features, bias=adapter.bias is not None, device="meta")
-        linear.weight, linear.bias = adapter.weight, adapter.bias
-        model.set_submodule(path, linear.train(adapter.training))
+        adapter.linear.weight, adapter.linear.bias = adapter.weight, adapter.bias  # moved or cast since, perhaps
+        model.set_submodule(path, adapter.linear.train(adapter.training))
         paths.append(path)
     for path, module in list(trained_in_full(model)):
         model.set_submodule(path, module.base)

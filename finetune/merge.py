@@ -8,14 +8,15 @@ twice what bf16 itself costs the base.
 from __future__ import annotations
 
 import dataclasses
-import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from finetune.adapter import load_adapter
+from finetune.adapter import load_adapter, trained_on
 from finetune.lora import adapters, eject_lora, trained_in_full
+from finetune.quantize import dequantize, open_base, quantization_of
 from model import PaliGemma, fetch
 
 FP32_TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit where that exceeds 1
@@ -26,8 +27,10 @@ def merge_lora(model: nn.Module) -> list[str]:
     """Fold every adapter into its base weight, in place, and put the plain modules back; returns the paths.
 
     Raises:
-        ValueError: no adapters, or a folded weight is not finite. The model is untouched then.
+        ValueError: no adapters, an NF4 base, or a folded weight is not finite. The model is untouched then.
     """
+    if quantization_of(model):
+        raise ValueError("an NF4 base cannot hold merged weights: load the full one, or dequantize(model) first")
     if not any(adapters(model)) and not any(trained_in_full(model)):
         raise ValueError("the model has no adapters to merge: load_adapter(model, directory) first")
     for path, adapter in adapters(model):
@@ -56,6 +59,8 @@ class MergeReport:
     drift: float  # the same, root mean square
     rounding: float  # base in `dtype` against base in fp32, root mean square
     changed_tokens: float  # share of positions whose most likely token is another one after merging
+    from_nf4: dict[str, float] = dataclasses.field(default_factory=dict)  # NF4 base + adapter against what it was
+    # merged into, root mean square, for each choice of `into`; empty where the adapter was not trained on NF4
 
     def problems(self) -> list[str]:
         """Why this merge is not to be trusted; empty when it is."""
@@ -74,13 +79,16 @@ class MergeReport:
         return found
 
     def __str__(self) -> str:
-        return (
-            f"merged {self.modules} modules in {str(self.dtype).removeprefix('torch.')}; on the probe batch:\n"
-            f"  adapter against base           largest {self.effect:.3e}\n"
-            f"  merged against base + adapter  largest {self.largest:.3e}, rms {self.drift:.3e}\n"
-            f"  base: rounding of the dtype    rms {self.rounding:.3e}\n"
-            f"  most likely tokens changed     {self.changed_tokens:.2%}"
-        )
+        lines = [
+            f"merged {self.modules} modules in {str(self.dtype).removeprefix('torch.')}; on the probe batch:",
+            f"  adapter against base           largest {self.effect:.3e}",
+            f"  merged against base + adapter  largest {self.largest:.3e}, rms {self.drift:.3e}",
+            f"  base: rounding of the dtype    rms {self.rounding:.3e}",
+            f"  most likely tokens changed     {self.changed_tokens:.2%}",
+        ]
+        for into, drift in self.from_nf4.items():
+            lines.append(f"  against NF4 base + adapter     rms {drift:.3e} merged into the {into} base")
+        return "\n".join(lines)
 
 
 def merge_checkpoint(
@@ -90,20 +98,36 @@ def merge_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    into: str = "full",
 ) -> MergeReport:
     """Merge a saved adapter into a base checkpoint, verify, write to `output` and re-open what was written.
 
     Only one copy of the network is in memory at a time: the fp32 one for reference, then the one in `dtype`.
 
+    Args:
+        into: "full", the base as it was published; or, for an adapter that was trained on NF4, "dequantized": the
+            weights that NF4 stands for, which is what the adapter saw.
+
     Raises:
         ValueError: the adapter does not fit the base, or the verification failed; nothing is left in `output` then.
     """
     directory = fetch(base, revision)
-    exact_base = None
-    if dtype != torch.float32:
-        exact_base = probe_logits(PaliGemma.from_pretrained(directory, torch.float32, device))
-        gc.collect()
-    model = PaliGemma.from_pretrained(directory, dtype, device)
+    bases: dict[str, Callable[[torch.dtype], PaliGemma]] = {
+        "full": lambda dtype: PaliGemma.from_pretrained(directory, dtype, device)
+    }
+    from_nf4: dict[str, float] = {}
+    if kept := trained_on(adapter):
+        bases["dequantized"] = lambda dtype: dequantize(open_base(directory, dtype, device, kept))
+        trained = logits_with_adapter(open_base(directory, dtype, device, kept), adapter)
+        from_nf4 = {
+            name: root_mean_square(logits_with_adapter(opened(dtype), adapter, merged=True) - trained)
+            for name, opened in bases.items()
+        }
+    if into not in bases:
+        raise ValueError(f"{adapter} was not trained on NF4: there is no {into} base to merge it into, only the full")
+    opened = bases[into]
+    exact_base = None if dtype == torch.float32 else probe_logits(opened(torch.float32))
+    model = opened(dtype)
     plain = probe_logits(model)
     load_adapter(model, adapter)
     adapted = probe_logits(model)
@@ -118,6 +142,7 @@ def merge_checkpoint(
         drift=root_mean_square(merged - adapted),
         rounding=0.0 if exact_base is None else root_mean_square(plain - exact_base),
         changed_tokens=(merged.argmax(-1) != adapted.argmax(-1)).float().mean().item(),
+        from_nf4=from_nf4,
     )
     if problems := report.problems():
         raise ValueError(
@@ -125,12 +150,18 @@ def merge_checkpoint(
         )
     model.save_pretrained(output)
     del model
-    gc.collect()
     if not torch.equal(probe_logits(PaliGemma.from_pretrained(output, dtype, device)), merged):
         raise ValueError(
             f"{output}, opened again, gives other logits than what was saved: the disk or the write failed"
         )
     return report
+
+
+def logits_with_adapter(model: PaliGemma, adapter: str | Path, merged: bool = False) -> Tensor:
+    load_adapter(model, adapter)
+    if merged:
+        merge_lora(model)
+    return probe_logits(model)
 
 
 @torch.inference_mode()

@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -174,18 +175,8 @@ def load_weights(model: nn.Module, directory: Path) -> None:
             stored[name] = tensor
     head = stored.pop(TIED_HEAD, None)
     parameters = model.state_dict()
-    problems = {
-        "missing": [name for name in parameters if name not in stored],
-        "unexpected": [name for name in stored if name not in parameters],
-        "present twice": twice,
-        "mis-shaped": [
-            f"{name} {list(stored[name].shape)} instead of {list(tensor.shape)}"
-            for name, tensor in parameters.items()
-            if name in stored and stored[name].shape != tuple(tensor.shape)
-        ],
-    }
-    if any(problems.values()):
-        raise ValueError(f"{directory} does not fit its config.json:\n" + describe(problems))
+    if problems := mismatches(stored, parameters, {"present twice": twice}):
+        raise ValueError(f"{directory} does not fit its config.json:\n{problems}")
     for name, tensor in parameters.items():
         stored[name].read_into(tensor)
     embedding = parameters[EMBEDDING]
@@ -196,8 +187,24 @@ def load_weights(model: nn.Module, directory: Path) -> None:
             raise ValueError(f"{directory}: {TIED_HEAD} differs from the embedding; PaliGemma ties the two")
 
 
-def describe(problems: dict[str, list[str]], limit: int = 20) -> str:
-    """One line per kind of problem, at most `limit` names each."""
+def mismatches(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], others: Mapping[str, list[str]] | None = None, limit: int = 20
+) -> str:
+    """What is wrong with tensors by name, one line per kind of problem with at most `limit` names; "" for nothing.
+
+    found, wanted: whatever has a `shape`, or shapes. others: further problems, names by kind.
+    """
+    shapes = [{name: tuple(getattr(t, "shape", t)) for name, t in side.items()} for side in (found, wanted)]
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "mis-shaped": [
+            f"{name} {list(shapes[0][name])} instead of {list(shape)}"
+            for name, shape in shapes[1].items()
+            if shapes[0].get(name, shape) != shape
+        ],
+        **(others or {}),
+    }
     return "\n".join(
         f"  {kind} ({len(names)}): {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
         for kind, names in problems.items()
@@ -208,12 +215,11 @@ def describe(problems: dict[str, list[str]], limit: int = 20) -> str:
 def save(model: PaliGemma, directory: Path) -> None:
     """Write `model` in the hub layout: config.json, model.safetensors, and the side files of `model.source`."""
     with torch.device("meta"):
-        expected = type(model)(model.config).state_dict().keys()
+        expected = type(model)(model.config).state_dict()
     tensors = model.state_dict()
-    problems = {"missing": sorted(expected - tensors.keys()), "unexpected": sorted(tensors.keys() - expected)}
-    if any(problems.values()):
+    if problems := mismatches(tensors, expected):
         raise ValueError(
-            "only a plain PaliGemma can be saved as a checkpoint: eject or merge adapters first\n" + describe(problems)
+            f"only a plain PaliGemma can be saved as a checkpoint: eject or merge adapters first\n{problems}"
         )
     directory.mkdir(parents=True, exist_ok=True)
     if model.source is not None and model.source.resolve() != directory.resolve():

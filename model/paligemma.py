@@ -64,23 +64,14 @@ class PaliGemma(nn.Module):
             ValueError: nothing to open, another architecture, or tensors missing, unexpected or mis-shaped.
         """
         directory = checkpoint.fetch(path_or_hub_id, revision)
-        model = cls._empty(PaliGemmaConfig.from_directory(directory), dtype, device)
+        model = cls.empty(PaliGemmaConfig.from_directory(directory), dtype, device)
         checkpoint.load_weights(model, directory)
         model.source = directory
         return model.eval()
 
     @classmethod
-    def from_random(
-        cls, directory: str | Path, seed: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> PaliGemma:
-        """A network of the dimensions in `directory/config.json` with seeded initial weights, to train from scratch."""
-        model = cls._empty(PaliGemmaConfig.from_directory(Path(directory)), dtype, device)
-        init_weights(model, torch.Generator(device).manual_seed(seed))
-        model.source = Path(directory)
-        return model.eval()
-
-    @classmethod
-    def _empty(cls, config: PaliGemmaConfig, dtype: torch.dtype, device: str | torch.device) -> PaliGemma:
+    def empty(cls, config: PaliGemmaConfig, dtype: torch.dtype, device: str | torch.device) -> PaliGemma:
+        """A network with memory for its weights, and no values in it."""
         with torch.device("meta"):
             model = cls(config)
         return model.to(dtype).to_empty(device=device)
@@ -200,18 +191,3 @@ class PaliGemma(nn.Module):
         return PaliGemmaOutput(logits, total / (num_items_in_batch or len(logits)))
 
     generate = generate
-
-
-def init_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Initial values for training from scratch: LeCun-normal products, embeddings of std D^-1/2, identity norms."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5, generator=generator)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5, generator=generator)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, gemma.GemmaRMSNorm):
-            nn.init.zeros_(module.weight)
-        if isinstance(bias := getattr(module, "bias", None), Tensor):
-            nn.init.zeros_(bias)

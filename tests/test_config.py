@@ -50,7 +50,8 @@ def problems(path: Path, *overrides: str, text: str | None = None) -> list[str]:
 
 
 DEFAULTS = """\
-model: {path: google/paligemma-3b-pt-224, revision: null, weights: pretrained, dtype: bfloat16, device: auto}
+model: {path: google/paligemma-3b-pt-224, revision: null, weights: pretrained, dtype: bfloat16, quantize: null,
+        device: auto}
 data:
   train:
     {questions: q.json, annotations: a.json, images: coco, jsonl: null, fraction: null, count: null, sample_by: image}

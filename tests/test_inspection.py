@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data import Processor
 from finetune.inspection import leaks_of, problems_of, structure_of
+from finetune.scratch import from_random
 from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +20,7 @@ Batch = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def model() -> PaliGemma:
-    return PaliGemma.from_random(ROOT / "assets/tiny-base", seed=0)
+    return from_random(ROOT / "assets/tiny-base", seed=0)
 
 
 @pytest.fixture
