@@ -93,21 +93,14 @@ class StoredTensor:
         flat = target.detach().view(-1)
         direct = flat.dtype == self.dtype and flat.device.type == "cpu"
         buffer = flat if direct else torch.empty(min(CHUNK, flat.numel()), dtype=self.dtype)
-        with self.file.open("rb", buffering=0) as file:
+        with self.file.open("rb") as file:
             file.seek(self.offset)
             for start in range(0, flat.numel(), max(len(buffer), 1)):
                 part = buffer[: flat.numel() - start]
-                _read_exactly(file, part.view(torch.uint8).numpy().data)
+                if file.readinto(part.view(torch.uint8).numpy().data) < part.nbytes:
+                    raise ValueError(f"{self.file} ended early while it was read: download it again")
                 if not direct:
                     flat[start : start + len(part)].copy_(part)
-
-
-def _read_exactly(file: object, view: memoryview) -> None:
-    while len(view):
-        count = file.readinto(view)  # type: ignore[attr-defined]
-        if not count:
-            raise ValueError(f"{file.name} ended early while it was read: download it again")  # type: ignore[attr-defined]
-        view = view[count:]
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:

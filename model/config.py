@@ -125,7 +125,9 @@ class PaliGemmaConfig:
         shared = {"torch_dtype": str(dtype).removeprefix("torch.")}
         tokens = {name: getattr(self, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
         vision = {"model_type": "siglip_vision_model", "hidden_act": TANH_GELU, "vision_use_head": False}
+        vision["projection_dim"] = self.text.hidden_size
         text = {"model_type": "gemma", "hidden_act": TANH_GELU, "attention_bias": False, "tie_word_embeddings": True}
+        text["num_image_tokens"] = self.vision.num_patches
         return {
             "architectures": ["PaliGemmaForConditionalGeneration"],
             "model_type": "paligemma",
@@ -136,19 +138,8 @@ class PaliGemmaConfig:
             "tie_word_embeddings": True,
             **shared,
             **tokens,
-            "vision_config": {
-                **vision,
-                **shared,
-                "projection_dim": self.text.hidden_size,
-                **dataclasses.asdict(self.vision),
-            },
-            "text_config": {
-                **text,
-                **shared,
-                **tokens,
-                "num_image_tokens": self.vision.num_patches,
-                **dataclasses.asdict(self.text),
-            },
+            "vision_config": {**vision, **shared, **dataclasses.asdict(self.vision)},
+            "text_config": {**text, **shared, **tokens, **dataclasses.asdict(self.text)},
         }
 
 

@@ -76,26 +76,19 @@ class SiglipLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class SiglipEncoder(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class SiglipTransformer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embeddings = SiglipEmbeddings(config)
-        self.encoder = SiglipEncoder(config)
+        layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+        x = self.embeddings(pixel_values)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.post_layernorm(x)
 
 
 class SiglipVisionTower(nn.Module):

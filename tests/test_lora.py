@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune import LoRAConfig, LoRALinear, eject_lora, inject_lora
-from finetune.lora import adapter_table, dropped, matches, mix, set_dropout_rows, trained_parameters
+from finetune.lora import adapter_table, matches, set_dropout_rows, trained_parameters
+from finetune.lowrank import dropped, mix
 from model import PaliGemma
 from tests import tiny
 
