@@ -33,8 +33,10 @@ def corpus() -> list[str]:
     lines = [*shapes.ALTERNATIVES, *(answer for answers in shapes.ALTERNATIVES.values() for answer in answers)]
     for index in range(1000):
         scene = shapes.make_scene(shapes.rng_of("tokenizer", 0, index, "scene"))
-        questions = shapes.make_questions(scene, shapes.rng_of("tokenizer", 0, index, "questions"))
-        lines += [f"answer en {question.text}" for question in questions]
+        rng = shapes.rng_of("tokenizer", 0, index, "questions")
+        asks = (shapes.ask_whether, shapes.ask_how_many, shapes.ask_which)
+        asked = [ask(scene, rng) for ask in asks for _ in range(2)]
+        lines += [f"answer en {text}" for text in dict.fromkeys(question.text for question in asked if question)]
         captions = shapes.make_captions(scene, shapes.rng_of("tokenizer", 0, index, "captions"))
         lines += [f"{prefix} {caption}" for prefix, caption in captions]
     words = sorted({word for line in lines for word in line.split()})
