@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 TINY := runs/tiny-base
 
-.PHONY: quickstart test vqav2-data tiny-base clean
+.PHONY: quickstart test test-transformers-4 vqav2-data tiny-base clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 quickstart: .venv/.installed
@@ -27,6 +27,12 @@ test: .venv/.installed-dev
 	$(BIN)/mypy .
 	$(BIN)/pytest -n 2
 
+# Our files in transformers 4.57 and the PEFT of its time, theirs here. The package itself asks for transformers 5, so it
+# is not installed there. Left out: a picture of 1 x 1 pixels, whose three channels 4.57 takes for its width.
+test-transformers-4: .venv-4/.installed
+	.venv-4/bin/python -m pytest -n 2 $(patsubst %,tests/test_%.py,paligemma checkpoint adapter merge generate processor) \
+		--deselect "tests/test_processor.py::test_pixels_are_the_librarys_bit_for_bit[size4]"
+
 # How assets/tiny-base was made.
 tiny-base: .venv/.installed
 	rm -rf $(TINY)
@@ -36,7 +42,7 @@ tiny-base: .venv/.installed
 	cp $(TINY)/model/model.safetensors assets/tiny-base/
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-4 runs
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -45,4 +51,11 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv-4/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-4
+	grep -vE '^(transformers|peft|tokenizers|huggingface-hub|datasets)==' constraints.txt > .venv-4/constraints.txt
+	.venv-4/bin/pip install --quiet --constraint .venv-4/constraints.txt transformers==4.57.6 peft==0.18.1 datasets==5.0.1 \
+		torch accelerate pillow psutil pydantic rich pytest pytest-timeout pytest-xdist hypothesis
 	touch $@

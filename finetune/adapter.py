@@ -84,13 +84,17 @@ def trained_on(directory: str | Path) -> str | None:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained tensor under its key in the file: fp32, on the CPU."""
-    return {
-        PREFIX + WRITTEN(name) + (".weight" if name.endswith(("lora_A", "lora_B")) else ""): tensor.detach()
-        .float()
-        .cpu()
-        for name, tensor in trained_parameters(model).items()
-    }
+    """Every trained tensor under its key in the file: fp32, on the CPU.
+
+    PEFT on transformers 5 renames a file's LoRA keys, but looks for modules_to_save under its own paths only: of the
+    vision tower's these stand in both layouts.
+    """
+    tensors = {}
+    for name, tensor in trained_parameters(model).items():
+        is_lora = name.endswith(("lora_A", "lora_B"))
+        for layout in (WRITTEN,) if is_lora else (WRITTEN, LAYOUTS["transformers 5"]):
+            tensors[PREFIX + layout(name) + ".weight" * is_lora] = tensor.detach().to("cpu", torch.float32, copy=True)
+    return tensors
 
 
 def peft_config(model: nn.Module) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
         "target_modules": target_regex(list(modules), every_linear),
         "rank_pattern": {in_any_layout(path): a.rank for path, a in modules.items() if a.rank != rank},
         "alpha_pattern": {in_any_layout(path): a.alpha for path, a in modules.items() if a.alpha != alpha},
-        "modules_to_save": [in_any_layout(path) for path, _ in trained_in_full(model)] or None,
+        "modules_to_save": [common_ending(path) for path, _ in trained_in_full(model)] or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -129,6 +133,11 @@ def in_any_layout(path: str) -> str:
     tower, rest = path.split(".", 1)
     rest = re.sub(r"^(model|vision_model)\.", "", rest)
     return rf"{tower}\.((vision_)?model\.)?{re.escape(rest)}"
+
+
+def common_ending(path: str) -> str:
+    """How the module's path ends in transformers 4.57 and 5: PEFT compares modules_to_save literally (str.endswith)."""
+    return path.replace("language_model.model.", "language_model.").removeprefix("vision_tower.vision_model.")
 
 
 def target_regex(paths: list[str], every_linear: list[str]) -> str:
@@ -213,8 +222,8 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key, tensor in stored.items():
         name = canonical_name(key.removeprefix(PREFIX)) or key
         name = re.sub(r"\.(lora_[AB])\.weight$", r".\1", name)
-        if name in tensors:
-            raise ValueError(f"{path / WEIGHTS_FILE} holds {name} twice, in two layouts")
+        if name in tensors and not torch.equal(tensors[name], tensor):
+            raise ValueError(f"{path / WEIGHTS_FILE} holds {name} twice, in two layouts and with other values")
         tensors[name] = tensor
     return config, tensors
 

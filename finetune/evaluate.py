@@ -60,7 +60,7 @@ def generate_answers(
     answers: dict[str, str] = {}
     for rows, features in encoded_batches(model, processor, records, batch_size, progress):
         texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
-        inputs = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        inputs: dict[str, Any] = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
         new = model.generate(**inputs, image_features=features, max_new_tokens=max_new_tokens, **sampling)
         for row, tokens in zip(rows, new.tolist(), strict=True):
             answers[row["id"]] = processor.decode(tokens)

@@ -85,8 +85,9 @@ class SiglipTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.embeddings(pixel_values)
-        for layer in self.encoder["layers"]:
+        x, layers = self.embeddings(pixel_values), self.encoder["layers"]
+        assert isinstance(layers, nn.ModuleList)
+        for layer in layers:
             x = layer(x)
         return self.post_layernorm(x)
 

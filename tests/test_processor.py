@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PaliGemmaConfig, PaliGemmaProcessor
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from data.images import open_image
 from data.processor import Processor, single_line
 
+IS_4 = transformers.__version__.startswith("4.")
+SiglipImageProcessorPil: Any = transformers.SiglipImageProcessor if IS_4 else transformers.SiglipImageProcessorPil
 BASE = Path(__file__).parent.parent / "assets" / "tiny-base"
 PAD, EOS, BOS = 0, 1, 2
 SIDE = json.loads((BASE / "config.json").read_text())["vision_config"]["image_size"]
@@ -232,6 +234,7 @@ def test_counts_must_agree(ours: Processor) -> None:
         ours(images=[picture()], prefixes=["a"], suffixes=["c", "d"])
 
 
+@pytest.mark.skipif(IS_4, reason="4.x saves another form")
 def test_the_form_5x_saves_is_read_alike(ours: Processor, theirs: PaliGemmaProcessor, tmp_path: Path) -> None:
     """processor_config.json instead of preprocessor_config.json, no special_tokens_map.json, another config.json."""
     theirs.save_pretrained(tmp_path)
