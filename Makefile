@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 TINY := runs/tiny-base
 
-.PHONY: quickstart test test-transformers-4 vqav2-data tiny-base clean
+.PHONY: quickstart test test-transformers-4 vqav2 vqav2-data tiny-base clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 quickstart: .venv/.installed
@@ -15,6 +15,11 @@ quickstart: .venv/.installed
 	$(BIN)/python train.py configs/quickstart.yaml
 	$(BIN)/python merge_lora.py $(RUN)/adapter --output $(RUN)/merged --dtype float32
 	$(BIN)/python evaluate.py configs/quickstart.yaml
+
+# The real run on a card: looks whether it can work, fetches, trains, evaluates; stopped, the same command goes on.
+# make vqav2 RUN_ARGS="configs/mine.yaml train.epochs=2" takes another configuration.
+vqav2: .venv/.installed
+	$(BIN)/python -m recipes.vqav2 $(RUN_ARGS)
 
 # VQAv2's official files, and of COCO's pictures those that configs/vqav2_8gb.yaml draws; resumable.
 vqav2-data: .venv/.installed

@@ -32,15 +32,18 @@ def main(argv: Sequence[str]) -> None:
         "--into", choices=["full", "dequantized"], default="full", help="which base, for an adapter trained on NF4"
     )
     parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ...")
+    parser.add_argument("--force", action="store_true", help="overwrite what is at --output")
     arguments = parser.parse_args(argv)
-    if (arguments.output / "config.json").exists():
-        raise ValueError(f"{arguments.output} holds a checkpoint already: choose another --output, or delete it first")
     base, revision = arguments.base, arguments.revision
     if base is None:
         base, revision = named_base(arguments.adapter, revision)
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
-    print(merge_checkpoint(base, arguments.adapter, arguments.output, dtype, device, revision, arguments.into))
+    print(
+        merge_checkpoint(
+            base, arguments.adapter, arguments.output, dtype, device, revision, arguments.into, arguments.force
+        )
+    )
     print(f"verified, and written to {arguments.output}")
 
 

@@ -2,7 +2,9 @@
 
 python train.py configs/vqav2_8gb.yaml
 python train.py configs/vqav2_8gb.yaml train.epochs=2 lora.rank=32
-python train.py --keys            every key of the file, with its meaning
+
+Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --inspect shows what is learned
+from; --overfit 8 tries whether it learns at all. --help lists every key of the file, with its meaning.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import print as show
 from rich.table import Table
 
@@ -21,11 +24,14 @@ from data.records import load_records
 from finetune import cli, inject_lora, save_adapter
 from finetune.config import RunConfig, describe, load_config
 from finetune.device import pick_device, pick_dtype
-from finetune.evaluate import evaluate, mean_loss
+from finetune.durable import write_whole
+from finetune.evaluate import evaluate, generate_answers, mean_loss
 from finetune.inspection import problems_of
+from finetune.interrupt import StopOnSignal
 from finetune.lora import adapter_table
-from finetune.plan import GIB, plan_run, spill_warning
-from finetune.quantize import open_base
+from finetune.plan import GIB, Plan, Planner, plan_run, spill_warning
+from finetune.probe import Shape, learn_by_heart, mean_row, pictures_of, probe, trial_config
+from finetune.quantize import open_base, quantize
 from finetune.resume import find_checkpoint, start_run
 from finetune.scratch import from_random
 from finetune.steps import Steps
@@ -37,10 +43,17 @@ from model import PaliGemma, PaliGemmaConfig, fetch
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.probe and not arguments.dry_run:
+        raise ValueError("--probe times the steps that --dry-run plans: give both")
     if arguments.dry_run:
-        dry_run(config)
+        dry_run(config, arguments.probe)
         return
-    checkpoint = find_checkpoint(config, arguments.resume)
+    if arguments.overfit is not None:
+        overfit(config, arguments.overfit)
+        return
+    checkpoint, notes = find_checkpoint(config, arguments.resume, arguments.accept_changes)
+    for note in notes:
+        show(note)
     directory = fetch(config.model.path, config.model.revision)
     _, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
     model = open_model(directory, config)
@@ -53,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
     steps = plan_steps(config, len(dataset))
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
     adapt(model, config)
+    show_trained(model)
     start_run(config)
     trainer = LoRATrainer(
         config,
@@ -63,9 +77,12 @@ def main(argv: Sequence[str]) -> None:
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config),
         evaluate=evaluation_of(config, model, processor),
-        callbacks=callbacks_for(config, steps),
+        callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received and trainer.state.global_step < steps.total:
+        command = " ".join(["python train.py", arguments.config, *arguments.overrides])
+        raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to go on: {command}")
     trainer.finish()
     command = " ".join(["python evaluate.py", arguments.config, *arguments.overrides])
     print(f"saved {result_directory(config)}; next: {command}")
@@ -84,10 +101,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--resume", default="auto", help="auto (default: go on where the run stopped), none, or a checkpoint"
     )
     parser.add_argument(
+        "--accept-changes", action="store_true", help="go on with a run although the configuration leads elsewhere now"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--dry-run", action="store_true", help="say what the run would take and whether it fits, and stop"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--inspect", action="store_true", help="show the first examples, check them for leaks, and stop"
+    )
+    instead.add_argument(
+        "--overfit", type=int, metavar="N", help="learn the first N examples by heart, say whether that works, and stop"
+    )
+    parser.add_argument(
+        "--probe", action="store_true", help="with --dry-run: time a few steps on this device, with random weights"
     )
     return parser.parse_intermixed_args(argv)
 
@@ -99,6 +126,14 @@ def open_model(directory: Path, config: RunConfig) -> PaliGemma:
     if config.model.weights == "random":
         return from_random(directory, config.train.seed, dtype, device)
     return open_base(directory, dtype, device, config.model.quantize)
+
+
+def random_model(directory: Path, config: RunConfig, device: torch.device) -> PaliGemma:
+    """A network that takes as long as the one to start from, whose weights are not read."""
+    dtype = pick_dtype(config.model.dtype, device)
+    if config.model.quantize:
+        return quantize(from_random(directory, config.train.seed, dtype), device)
+    return from_random(directory, config.train.seed, dtype, device)
 
 
 def inspect(model: PaliGemma, dataset: PaliGemmaDataset, processor: Processor) -> None:
@@ -116,6 +151,50 @@ def inspect(model: PaliGemma, dataset: PaliGemmaDataset, processor: Processor) -
     show("in order: image tokens, <bos>, prefix, newline, answer, <eos>; and no answer leaks into what comes before it")
 
 
+def overfit(config: RunConfig, count: int) -> None:
+    """Whether learning works at all: the first examples, learned by heart. Nothing is written.
+
+    Raises:
+        ValueError: it does not; says what to look at.
+    """
+    records = load_records(**config.data.train.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
+    if not 0 < count <= len(records):
+        raise ValueError(f"--overfit {count}: expected 1 to {len(records):,}, the examples of data.train")
+    config = trial_config(config, count)
+    directory = fetch(config.model.path, config.model.revision)
+    _, plan, _ = plan_run(config, PaliGemmaConfig.from_directory(directory))
+    model = open_model(directory, config)
+    processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
+    records = records.select(range(count))
+    dataset = PaliGemmaDataset(records, processor, config.data.answers)
+    adapt(model, config)
+    show_trained(model)
+    wanted = [
+        example["input_ids"][example["token_type_ids"] == 1] for example in map(dataset.__getitem__, range(count))
+    ]
+
+    def ask() -> list[tuple[str, str, str]]:
+        answers = generate_answers(model, processor, records, count, max(map(len, wanted)))
+        texts = (processor.decode(ids) for ids in wanted)
+        return list(zip(records["question"], texts, answers.values(), strict=True))
+
+    trial = learn_by_heart(config, model, dataset, plan.mode, partial(collate, pad_id=processor.pad_id), ask)
+    table = Table("question", "wanted", "answered")
+    for row in trial.rows:
+        table.add_row(*row)
+    show(table)
+    found = (
+        f"{trial.right} of {count} answered as wanted after {len(trial.losses)} steps, loss {trial.losses[0]:.3f} -> "
+        f"{trial.losses[-1]:.3f}"
+    )
+    if not trial.learned:
+        raise ValueError(
+            f"it does not learn: {found}. Look at train.learning_rate ({config.train.learning_rate}), at lora.targets "
+            "(what is trained is listed above), and with --inspect at the examples"
+        )
+    show(f"it learns: {found}")
+
+
 def plan_steps(config: RunConfig, examples: int) -> Steps:
     train = config.train
     if train.max_steps:
@@ -124,8 +203,10 @@ def plan_steps(config: RunConfig, examples: int) -> Steps:
     return Steps.for_epochs(examples, train.batch_size, train.seed, train.epochs)
 
 
-def dry_run(config: RunConfig) -> None:
+def dry_run(config: RunConfig, probed: bool) -> None:
     """What the run would take, from the configuration and config.json alone; weights and pictures are not opened.
+
+    probed: say how long, too.
 
     Raises:
         ValueError: it does not fit; says what to change.
@@ -140,13 +221,10 @@ def dry_run(config: RunConfig) -> None:
     table.add_row(f"budget: {whose}", f"{plan.budget / GIB:.3f}")
     show(table)
     show(f"rows of {planner.tokens} tokens, {planner.supervised} of them supervised; {plan.mode}")
-    try:
-        records = load_records(**config.data.train.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
-        steps = plan_steps(config, len(records))
-        examples = steps.total * steps.batch_size
-        show(f"{len(records):,} examples, {steps.total:,} steps, up to {examples * planner.tokens:,} tokens")
-    except ValueError as error:
-        show(f"steps are not known, for the data cannot be read: {error}")
+    steps, shape = shape_of(config, planner, directory)
+    work = planner.work(plan.mode, shape.pictures / shape.examples)
+    of_run = f", {work * shape.examples * steps.total:,.3g} for the run" if steps else ""
+    show(f"{work:.3g} TFLOP an example in rows that long{of_run}")
     if warning := spill_warning(planner.device):
         show(f"warning: {warning}")
     if not plan.fits:
@@ -156,6 +234,56 @@ def dry_run(config: RunConfig) -> None:
             "lora.rank, leave train.micro_batch and train.recompute at auto, or take a smaller checkpoint"
         )
     show("it fits")
+    if probed:
+        show_pace(config, directory, plan, shape, steps)
+
+
+def shape_of(config: RunConfig, planner: Planner, directory: Path) -> tuple[Steps | None, Shape]:
+    """The steps, as far as the data can be read, and what each is made of; said where either is not known."""
+    size = config.train.batch_size
+    try:
+        records = load_records(**config.data.train.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
+    except ValueError as error:
+        show(f"steps are not known, for the data cannot be read: {error}")
+        return None, Shape(size, size, planner.tokens, planner.supervised)
+    steps = plan_steps(config, len(records))
+    examples, pictures = steps.total * size, pictures_of(steps, records["image_id"][:])
+    show(f"{len(records):,} examples, {steps.total:,} steps, up to {examples * planner.tokens:,} tokens")
+    try:
+        processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
+    except ValueError:  # of a Hub id not yet downloaded
+        return steps, Shape(size, pictures, planner.tokens, planner.supervised)
+    return steps, Shape(size, pictures, *mean_row(processor.encode, records))
+
+
+def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, steps: Steps | None) -> None:
+    """How long the run would take, from parts of a step on its device, in a network of random weights."""
+    device = pick_device(config.model.device)
+    model = random_model(directory, config, device)
+    adapt(model, config)
+    pad_id, micro_batch = model.config.pad_token_id, plan.mode.micro_batch
+    pace = probe(config, model, plan.mode, shape, partial(collate, pad_id=pad_id))
+    parts = {
+        f"{micro_batch} pictures": pace.pictures,
+        f"{micro_batch} rows forward and backward": pace.rows,
+        "an update": pace.update,
+        "moving the vision tower": pace.move,
+    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    show(f"timed on {name}, in rows of {shape.tokens} tokens, {shape.supervised} of them supervised:")
+    show(", ".join(f"{part} {seconds:.3f} s" for part, seconds in parts.items()))
+    if pace.peak is not None:
+        show(f"at most {pace.peak / GIB:.2f} GiB were reserved, the context aside; planned were {plan.total / GIB:.2f}")
+    seconds = pace.seconds(shape, micro_batch)
+    show(
+        f"a step of {shape.examples} examples with {shape.pictures:.1f} pictures: {seconds:.2f} s, "
+        f"{pace.speed(shape, micro_batch):.3g} TFLOP/s"
+    )
+    if steps:
+        show(
+            f"{steps.total:,} steps: {steps.total * seconds / 3600:.2f} hours, without evaluations, checkpoints, and "
+            "waiting for pictures"
+        )
 
 
 def table_of_adapters(model: PaliGemma) -> Table:
@@ -166,12 +294,18 @@ def table_of_adapters(model: PaliGemma) -> Table:
 
 
 def adapt(model: PaliGemma, config: RunConfig) -> None:
-    """Put the adapters in, or free all parameters, and show what will be trained."""
+    """Put the adapters in, or free all parameters."""
     if config.lora is None:
         model.requires_grad_(True)
     else:
         inject_lora(model, config.lora, config.train.seed)
-        show(table_of_adapters(model))
+
+
+def show_trained(model: PaliGemma) -> None:
+    """What will be trained."""
+    table = table_of_adapters(model)
+    if table.row_count:
+        show(table)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     everything = sum(parameter.numel() for parameter in model.parameters())
     show(f"{trained:,} of {everything:,} parameters are trained, on {model.device} in {model.dtype}")
@@ -205,7 +339,8 @@ def save_result(model: PaliGemma, config: RunConfig) -> None:
     if config.lora:
         save_adapter(model, result_directory(config), base=config.model.path, revision=config.model.revision)
     else:
-        model.save_pretrained(result_directory(config))
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        write_whole(result_directory(config), model.save_pretrained, size, replace=True)
 
 
 if __name__ == "__main__":

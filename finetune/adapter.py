@@ -9,7 +9,6 @@ have its tensors.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from finetune.durable import MANIFEST, damage, settle, write_whole
 from finetune.lora import LoRALinear, TrainedInFull, adapters, put_adapter, trained_in_full, trained_parameters
 from finetune.quantize import quantization_of
 from model.checkpoint import canonical_name, mismatches
@@ -50,7 +50,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def save_adapter(model: nn.Module, directory: str | Path, base: str | None = None, revision: str | None = None) -> None:
-    """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base.
+    """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base. The directory is there
+    whole or not at all, with a manifest; one that was there gives way.
 
     Args:
         base, revision: what the adapter belongs to, a Hub id or a directory: stored as `base_model_name_or_path`.
@@ -64,13 +65,14 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str | None = Non
     poisoned = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if poisoned:
         raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
-    (path / CONFIG_FILE).write_text(config, encoding="utf-8")
     metadata = {"format": "pt"} | ({BASE_QUANTIZATION: kept} if (kept := quantization_of(model)) else {})
-    save_file(tensors, path / (WEIGHTS_FILE + ".unfinished"), metadata=metadata)
-    os.replace(path / (WEIGHTS_FILE + ".unfinished"), path / WEIGHTS_FILE)
+
+    def fill(path: Path) -> None:
+        (path / CONFIG_FILE).write_text(config, encoding="utf-8")
+        (path / WEIGHTS_FILE).write_bytes(save(tensors, metadata))
+
+    write_whole(Path(directory), fill, sum(tensor.nbytes for tensor in tensors.values()), replace=True)
 
 
 def trained_on(directory: str | Path) -> str | None:
@@ -200,6 +202,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration, checked to be one that is implemented, and tensors under our names: `<path>.lora_A`, ..."""
+    settle(path)
+    if (path / MANIFEST).exists() and (reason := damage(path)):
+        raise ValueError(f"{path} is not as it was written: {reason}; if that is meant, delete its {MANIFEST}")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise ValueError(f"{path} holds no {name}: expected an adapter directory")

@@ -1,7 +1,7 @@
 """Checkpoints to resume from: trained parameters, optimizer moments and the Trainer's state, in safetensors and JSON.
 
-A checkpoint is a directory `step-000100`, written beside its final name and renamed when it is complete. The data's
-state is the step itself, and dropout is keyed by it, so there is no random state to keep.
+A checkpoint is a directory `step-000100`, whole by its own manifest (finetune/durable.py). The data's state is the step
+itself, and dropout is keyed by it, so there is no random state to keep.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from finetune.durable import damage, settle, write_whole
+
 TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
+SLACK = 2**20  # bytes beside the tensors: headers, the Trainer's state
 
 
 def write_checkpoint(
@@ -27,17 +30,24 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     documents: Mapping[str, Any],
 ) -> Path:
-    """Write `directory/step-NNNNNN`, `documents` as JSON files by name; it is there whole or not at all."""
+    """Write `directory/step-NNNNNN`, `documents` as JSON files by name; it is there whole or not at all.
+
+    Raises:
+        OSError: the disk is full; earlier checkpoints stand. NoSpaceError where that was seen before writing.
+    """
     path = directory / f"step-{step:06d}"
-    unfinished = directory / f".unfinished-step-{step:06d}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, unfinished / TRAINED)
-    save_file(moments(trained, optimizer), unfinished / MOMENTS)
-    for name, document in documents.items():
-        (unfinished / name).write_text(json.dumps(document, indent=1), encoding="utf-8")
-    shutil.rmtree(path, ignore_errors=True)
-    unfinished.rename(path)
+    parameters = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
+    state = moments(trained, optimizer)
+
+    def fill(unfinished: Path) -> None:
+        # A failed write of safetensors is its own kind of error; the operating system's says what it was.
+        for name, tensors in ((TRAINED, parameters), (MOMENTS, state)):
+            (unfinished / name).write_bytes(save(tensors))
+        for name, document in documents.items():
+            (unfinished / name).write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+    size = sum(tensor.nbytes for tensor in (*parameters.values(), *state.values()))
+    write_whole(path, fill, size + SLACK, replace=True)
     return path
 
 
@@ -77,12 +87,26 @@ def read_moments(path: Path, trained: Mapping[str, nn.Parameter], optimizer: tor
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """What stands under a checkpoint's name in a run's directory of checkpoints, oldest first."""
+    for leftover in directory.glob(".step-*"):
+        settle(directory / leftover.name.split(".")[1])
     found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and why each newer one is not."""
+    skipped: list[str] = []
+    for path in reversed(checkpoints(directory)):
+        if (reason := damage(path)) is None:
+            return path, skipped
+        skipped.append(f"{path}: {reason}")
+    return None, skipped
+
+
 def keep_newest(directory: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints."""
-    for path in checkpoints(directory)[:-count]:
-        shutil.rmtree(path)
+    """Delete all but the newest `count` checkpoints; none while the newest of all is not as it was written."""
+    found = checkpoints(directory)
+    if found and damage(found[-1]) is None:
+        for path in found[:-count]:
+            shutil.rmtree(path)

@@ -11,17 +11,29 @@ from tqdm import tqdm
 
 from finetune.adapter import trained_on
 
-MISTAKE, INTERRUPTED = 2, 130
+MISTAKE, NOT_FINITE, STOPPED, INTERRUPTED = 2, 4, 75, 130
 QUANTIZE_HELP = "keep the base in four bits; auto (default): as it was while the adapter was trained"
 
 
+class StoppedError(Exception):
+    """A run was told to stop, and what it had done is kept; says how to go on."""
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Call a script's `main` with the command line, and exit: 0, 2 on a ValueError, 130 on Ctrl-C."""
+    """Call a script's `main` with the command line, and exit: 0; 2 on a mistake or a full disk, 4 on values
+    that are not finite, 75 when told to stop (what was done is kept), 130 when stopped at once.
+    """
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(NOT_FINITE)
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

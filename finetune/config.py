@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from textwrap import fill, indent
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -44,11 +44,34 @@ def _fault(key: str, message: str) -> PydanticCustomError:
 
 
 class Section(BaseModel):
+    """Keys and, within CHANGES, what a run's continuation would change by another value of each: the result, the
+    numerics (the same result up to rounding), or nothing. Those of a section within say it themselves.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    CHANGES: ClassVar[dict[str, str]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        said = [name for names in cls.CHANGES.values() for name in names.split()]
+        assert sorted(said) == sorted(set(cls.model_fields) - cls.sections().keys()), f"{cls.__name__}.CHANGES: {said}"
+
+    @classmethod
+    def sections(cls) -> dict[str, type["Section"]]:
+        """The keys that are sections."""
+        kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in cls.model_fields.items()}
+        return {
+            name: kind
+            for name, union in kinds.items()
+            for kind in union
+            if isinstance(kind, type) and issubclass(kind, Section)
+        }
 
 
 class ModelConfig(Section):
     """The network to start from."""
+
+    CHANGES = {"result": "path revision weights dtype quantize", "numerics": "device"}
 
     path: Text
     """Checkpoint: a directory or a Hub id, such as google/paligemma-3b-pt-224."""
@@ -66,6 +89,8 @@ class ModelConfig(Section):
 
 class Source(Section):
     """Examples: from the official VQA files (questions, annotations, images), or from a jsonl file (and images)."""
+
+    CHANGES = {"result": "questions annotations images jsonl fraction count sample_by"}
 
     questions: Text | None = None
     """Official questions file (JSON)."""
@@ -102,6 +127,8 @@ class Source(Section):
 class DataConfig(Section):
     """What is learned from."""
 
+    CHANGES = {"result": "prompt answers max_text_tokens", "nothing": "workers"}
+
     train: Source
     """Examples to train on."""
     validation: Source | None = None
@@ -132,6 +159,13 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     """How it is learned. A step is one update of the weights, by batch_size examples."""
+
+    CHANGES = {
+        "result": "epochs max_steps batch_size learning_rate schedule warmup weight_decay beta1 beta2 max_grad_norm "
+        "seed eval_every",
+        "numerics": "micro_batch recompute",
+        "nothing": "log_every save_every keep_checkpoints on_full_disk",
+    }
 
     epochs: Positive | None = None
     """Passes over the training examples; this or max_steps."""
@@ -168,6 +202,8 @@ class TrainConfig(Section):
     """Steps between evaluations on data.validation; null: none during training."""
     keep_checkpoints: Count = 2
     """Newest checkpoints to keep."""
+    on_full_disk: Literal["stop", "go_on"] = "stop"
+    """When a checkpoint finds no room: stop the run, or go on without it. Those before it stand in either case."""
 
     @field_validator("max_steps")
     @classmethod
@@ -189,12 +225,16 @@ class TrainConfig(Section):
 class MemoryConfig(Section):
     """What the plan may count on."""
 
+    CHANGES = {"numerics": "budget_gib"}
+
     budget_gib: Positive | None = None
     """GiB that the run may take on its device; null: what is free there."""
 
 
 class EvaluationConfig(Section):
     """How answers are generated, during training and afterwards."""
+
+    CHANGES = {"result": "count max_new_tokens", "numerics": "batch_size"}
 
     count: Count | None = 512
     """Validation questions answered at each evaluation during training; null: all."""
@@ -207,6 +247,8 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     """Weights & Biases; metrics.jsonl is written in any case."""
 
+    CHANGES = {"nothing": "wandb project name"}
+
     wandb: Literal["off", "offline", "online"] = "off"
     """offline writes files to upload later."""
     project: Text = "paligemma-lora"
@@ -217,6 +259,8 @@ class TrackingConfig(Section):
 
 class RunConfig(Section):
     """Everything that defines a run."""
+
+    CHANGES = {"result": "lora", "nothing": "output"}
 
     model: ModelConfig
     data: DataConfig
@@ -244,6 +288,18 @@ class RunConfig(Section):
             if validation is None or (validation.questions and not validation.annotations):
                 raise _fault("eval_every", "evaluating needs data.validation, with annotations where it has questions")
         return train
+
+
+def what_changes(key: str) -> str:
+    """What another value of a dotted key changes in a run: "result", "numerics" (rounding) or "nothing"."""
+    section: type[Section] = RunConfig
+    *above, name = key.split(".")
+    for place, part in enumerate(above):
+        if part not in section.sections():
+            name = above[place]  # within a value that declares for all of it, such as lora
+            break
+        section = section.sections()[part]
+    return next((kind for kind, names in section.CHANGES.items() if name in names.split()), "result")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapter import load_adapter, trained_on
+from finetune.durable import occupied, write_whole
 from finetune.lora import adapters, eject_lora, trained_in_full
 from finetune.quantize import dequantize, open_base, quantization_of
 from model import PaliGemma, fetch
@@ -99,6 +100,7 @@ def merge_checkpoint(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     into: str = "full",
+    replace: bool = False,
 ) -> MergeReport:
     """Merge a saved adapter into a base checkpoint, verify, write to `output` and re-open what was written.
 
@@ -107,10 +109,15 @@ def merge_checkpoint(
     Args:
         into: "full", the base as it was published; or, for an adapter that was trained on NF4, "dequantized": the
             weights that NF4 stands for, which is what the adapter saw.
+        replace: what is at `output` already gives way, once the new checkpoint is complete; else it is an error.
 
     Raises:
-        ValueError: the adapter does not fit the base, or the verification failed; nothing is left in `output` then.
+        ValueError: the adapter does not fit the base, there is something at `output`, or the verification failed;
+            nothing is written then.
+        OSError: the disk is full; `output` is as it was.
     """
+    if occupied(output) and not replace:
+        raise ValueError(f"{output} exists already: choose another --output, or overwrite it with --force")
     directory = fetch(base, revision)
     bases: dict[str, Callable[[torch.dtype], PaliGemma]] = {
         "full": lambda dtype: PaliGemma.from_pretrained(directory, dtype, device)
@@ -148,7 +155,8 @@ def merge_checkpoint(
         raise ValueError(
             "the merge is not to be trusted, nothing was written:\n  " + "\n  ".join(problems) + f"\n{report}"
         )
-    model.save_pretrained(output)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    write_whole(output, model.save_pretrained, size, replace)
     del model
     if not torch.equal(probe_logits(PaliGemma.from_pretrained(output, dtype, device)), merged):
         raise ValueError(

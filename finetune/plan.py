@@ -1,10 +1,10 @@
 """What will fit, said before anything is loaded: from the dimensions and the configuration alone.
 
 The network is built without memory (fake tensors) and one row is passed through it: what autograd keeps is counted,
-not modelled, layer by layer for each way of recomputing. From a budget follow the micro-batch, how much is computed
-again in the backward pass, and whether the vision tower leaves the device while the decoder works. What cannot be
-counted (the device's context, the buffers of a layer at work, what is lost between allocations) is an estimate, named
-as one.
+not modelled, layer by layer for each way of recomputing, and so are the products of its forward and backward pass.
+From a budget follow the micro-batch, how much is computed again in the backward pass, and whether the vision tower
+leaves the device while the decoder works. What cannot be counted (the device's context, the buffers of a layer at work,
+what is lost between allocations) is an estimate, named as one. Not here: how long it takes (finetune/probe.py).
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.config import RunConfig
 from finetune.device import pick_device, pick_dtype
 from finetune.lora import LoRAConfig, inject_lora
+from finetune.quantize import decoder_linears, packed_bytes
 from model import PaliGemma, PaliGemmaConfig
 from model.gemma import Sight
 
 GIB = 2**30
+TERA = 10**12
 CONTEXT = int(0.45 * GIB)  # estimate: the libraries' own memory, on a card the CUDA context
 SPARE = 0.1  # estimate: share of what comes and goes in a step that is lost between allocations
 ANSWER_TOKENS = 8  # assumed of the longest answer, where only the configuration is known
@@ -74,6 +77,21 @@ class Kept:
     besides: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Floating-point operations of products, two for each multiplication with its addition.
+
+    Attributes:
+        picture: one picture through vision tower and connector; there and back where they are trained.
+        row: one row through the decoder and its head, there and back, nothing computed again.
+        again: what computing again adds to a row, by decoder layer, for "gate_up" and "layer".
+    """
+
+    picture: int
+    row: int
+    again: dict[str, list[int]]
+
+
 class Planner:
     """The memory and the work of training steps, for one network adapted in one way.
 
@@ -85,6 +103,7 @@ class Planner:
         supervised: tokens that the longest answer has, `<eos>` included.
         batch_size: examples of a step.
         device: where it would run; on the CPU no weights can leave for elsewhere.
+        quantize: how the decoder's frozen linears are kept: "nf4", or None for as they are.
     """
 
     def __init__(
@@ -96,20 +115,27 @@ class Planner:
         supervised: int,
         batch_size: int,
         device: torch.device,
+        quantize: str | None = None,
     ) -> None:
         self.config, self.dtype, self.tokens, self.supervised = config, dtype, tokens, supervised
         self.batch_size, self.device = batch_size, device
         with FakeTensorMode():
             self.model = empty(config, dtype)
+            linears = [linear.weight for linear in decoder_linears(self.model).values()]
             if lora is not None:
                 inject_lora(self.model, lora)
             self.model.train()
             towers = (self.model.vision_tower, self.model.multi_modal_projector)
             self.vision_trains = any(p.requires_grad for tower in towers for p in tower.parameters())
             self.kept = self.count_kept()
+        self.counted = count_work(config, lora, self.vision_trains, tokens, supervised)
         self.trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         self.frozen = sum(p.nbytes for p in self.model.parameters()) - self.trained
         self.tower = sum(p.nbytes for p in self.model.vision_tower.parameters())
+        self.dense = 0  # bytes of the largest matrix that is made dense for a product
+        if quantize:
+            self.frozen -= sum(weight.nbytes - packed_bytes(weight.numel()) for weight in linears)
+            self.dense = max(weight.nbytes for weight in linears)
 
     def count_kept(self) -> Kept:
         decoder, layers, besides = self.model.language_model.model, {}, 0
@@ -132,7 +158,7 @@ class Planner:
         text, vision = self.config.text, self.config.vision
         # One layer at work in the backward pass: gradients of gate, up and their product, the two made again; and all
         # that a recomputed layer keeps for that moment.
-        workspace = rows * self.tokens * 5 * text.intermediate_size * e
+        workspace = rows * self.tokens * 5 * text.intermediate_size * e + self.dense
         if mode.recompute_layers:
             workspace += rows * max(self.kept.layers["nothing"])
         elif mode.recompute_gate_up:
@@ -170,8 +196,8 @@ class Planner:
             plan = self.plan(mode, budget)
             if leanest is None or plan.total < leanest.total:
                 leanest = plan
-            if plan.fits and (best is None or (self.work(mode), plan.total) < best[:2]):
-                best = (self.work(mode), plan.total, plan)
+            if plan.fits and (best is None or (self.cost(mode), plan.total) < best[:2]):
+                best = (self.cost(mode), plan.total, plan)
         assert leanest is not None, "there is at least one mode"
         return best[2] if best else leanest
 
@@ -182,21 +208,22 @@ class Planner:
                 for leaves in (False, True) if self.device.type != "cpu" and not self.vision_trains else (False,):
                     yield Mode(rows, layers, gate_up, leaves)
 
-    def work(self, mode: Mode) -> float:
-        """Relative time of an example: products, of those again, and what each micro-batch costs whatever its size.
+    def work(self, mode: Mode, pictures: float = 1.0) -> float:
+        """TFLOP (10^12 floating-point operations) of an example in training, forward and backward.
 
-        Of a layer computed again the last product, down, is left out; forward and backward pass cost the same, for
-        frozen weights have no gradient.
+        pictures: that pass the vision tower for one example; below 1 where examples of a step share pictures.
         """
-        text = self.config.text
-        mlp = 3 * text.hidden_size * text.intermediate_size
-        attention = 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
-        layer = mlp * 2 / 3 + (0 if mode.recompute_gate_up else attention)
-        again = (text.num_hidden_layers if mode.recompute_gate_up else mode.recompute_layers) * layer
-        # A move of the tower there takes about as long as the decoder's work on one example.
-        moves = 1 / self.batch_size if mode.vision_leaves else 0
-        products = 2 * text.num_hidden_layers * (mlp + attention) * (1 + moves) + again
-        return products * (1 + LAUNCH_TOKENS / (mode.micro_batch * self.tokens))
+        again = self.counted.again["gate_up"] if mode.recompute_gate_up else self.counted.again["layer"]
+        layers = len(again) if mode.recompute_gate_up else mode.recompute_layers
+        return (pictures * self.counted.picture + self.counted.row + sum(again[:layers])) / TERA
+
+    def cost(self, mode: Mode) -> float:
+        """What an example takes, in TFLOP: its work, and besides what each micro-batch costs whatever its size, and the
+        moves of the tower, each about as long as the decoder's work on one example.
+        """
+        launches = 1 + LAUNCH_TOKENS / (mode.micro_batch * self.tokens)
+        moves = self.counted.row / TERA / self.batch_size if mode.vision_leaves else 0
+        return (self.work(mode) + moves) * launches
 
 
 def empty(config: PaliGemmaConfig, dtype: torch.dtype) -> PaliGemma:
@@ -240,20 +267,69 @@ def kept_bytes(model: PaliGemma, tokens: int, supervised: int, vision: bool, row
 
     places = {layer: i for i, layer in enumerate(decoder.layers)}
     handles = [module.register_forward_pre_hook(enter) for module in (*decoder.layers, decoder.norm)]
-    dtype = decoder.embed_tokens.weight.dtype
+    side, patches = config.vision.image_size, config.vision.num_patches
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x = torch.zeros(rows, tokens, config.text.hidden_size, dtype=dtype)
+        x = torch.zeros(rows, tokens, config.text.hidden_size, dtype=model.dtype)
         if vision:
-            side = config.vision.image_size
-            images = model.encode_images(torch.zeros(rows, config.vision.num_channels, side, side, dtype=dtype))
-            x = torch.cat((images, x[:, config.vision.num_patches :]), dim=1)
-        mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
-        positions = torch.arange(tokens).expand(rows, -1)
-        used = torch.arange(supervised).expand(rows, -1)
-        decoder(x, mask, positions, used=used)
+            images = model.encode_images(torch.zeros(rows, config.vision.num_channels, side, side, dtype=model.dtype))
+            x = torch.cat((images, x[:, patches:]), dim=1)
+        decode(model, x, supervised)
     for handle in handles:
         handle.remove()
     return kept
+
+
+def decode(model: PaliGemma, x: Tensor, supervised: int) -> Tensor:
+    """Input embeddings [B, S, D] -> final hidden states [B, U, D] of as many positions as are `supervised`."""
+    rows, tokens, _ = x.shape
+    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device=x.device)
+    positions = torch.arange(tokens, device=x.device).expand(rows, -1)
+    used = torch.arange(supervised, device=x.device).expand(rows, -1)
+    hidden: Tensor = model.language_model.model(x, mask, positions, used=used)
+    return hidden
+
+
+def counting() -> FlopCounterMode:
+    """Counts the operations of products within it, the in-place one of the adapters too, which torch does not know."""
+
+    def product(_: Any, left: list[int], right: list[int], **__: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
+
+
+def count_work(config: PaliGemmaConfig, lora: LoRAConfig | None, vision: bool, tokens: int, supervised: int) -> Work:
+    """The products of a picture and of a row, counted while they pass a network without values, forward and backward.
+
+    vision: whether anything is trained before the decoder.
+    """
+    with torch.device("meta"):
+        model = PaliGemma(config)
+        pixels = torch.zeros(1, config.vision.num_channels, config.vision.image_size, config.vision.image_size)
+        x = torch.zeros(1, tokens, config.text.hidden_size, requires_grad=vision)
+    if lora is not None:
+        inject_lora(model, lora)
+    model.eval()  # dropout multiplies no matrices
+    again: dict[str, list[int]] = {"gate_up": [], "layer": []}
+    before = 0
+
+    def passed(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal before
+        forward, before = counter.get_total_flops() - before, counter.get_total_flops()
+        product = 2 * output.shape[1] * config.text.hidden_size * config.text.intermediate_size
+        again["gate_up"].append(2 * product * output.requires_grad)
+        again["layer"].append((forward - product) * output.requires_grad)  # the last, down: nothing behind it is needed
+
+    with counting() as counter:
+        with torch.set_grad_enabled(vision):
+            images = model.encode_images(pixels)
+        if vision:
+            images.sum().backward()
+        picture = before = counter.get_total_flops()
+        for layer in model.language_model.model.layers:
+            layer.register_forward_hook(passed)
+        model.language_model.head(decode(model, x, supervised)).sum().backward()
+    return Work(picture, counter.get_total_flops() - picture, again)
 
 
 def plan_run(run: RunConfig, config: PaliGemmaConfig) -> tuple[Planner, Plan, str]:
@@ -265,7 +341,7 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig) -> tuple[Planner, Plan, st
     dtype, train = pick_dtype(run.model.dtype, device), run.train
     text = run.data.max_text_tokens
     tokens, supervised = config.vision.num_patches + 1 + text, min(ANSWER_TOKENS, text)
-    planner = Planner(config, run.lora, dtype, tokens, supervised, train.batch_size, device)
+    planner = Planner(config, run.lora, dtype, tokens, supervised, train.batch_size, device, run.model.quantize)
     budget, whose = budget_of(device, run.memory.budget_gib)
     micro_batch = None if train.micro_batch == "auto" else train.micro_batch
     recompute = {"auto": None, "gate_up": (0, True)}.get(str(train.recompute), (train.recompute, False))

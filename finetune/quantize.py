@@ -55,10 +55,10 @@ def library() -> ModuleType:
     return functions
 
 
-def quantized_linears(model: PaliGemma) -> list[str]:
-    """Paths of the linears that `quantize` packs, or has packed: those of the decoder's layers."""
+def decoder_linears(model: PaliGemma) -> dict[str, nn.Linear]:
+    """The linears that `quantize` packs, or has packed, by path: those of the decoder's layers."""
     layers = "language_model.model.layers."
-    return [p for p, module in model.named_modules() if isinstance(module, nn.Linear) and p.startswith(layers)]
+    return {p: module for p, module in model.named_modules() if isinstance(module, nn.Linear) and p.startswith(layers)}
 
 
 def quantize(model: PaliGemma, device: str | torch.device) -> PaliGemma:
@@ -67,18 +67,14 @@ def quantize(model: PaliGemma, device: str | torch.device) -> PaliGemma:
     Raises:
         ValueError: bitsandbytes is not installed.
     """
-    for path in quantized_linears(model):
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
+    for path, linear in decoder_linears(model).items():
         model.set_submodule(path, NF4Linear(linear, torch.device(device)))
     return model.to(device)
 
 
 def dequantize(model: PaliGemma) -> PaliGemma:
     """Put plain linears with the dense matrices back: the network that NF4 stands for, at its full size."""
-    for path in quantized_linears(model):
-        packed = model.get_submodule(path)
-        assert isinstance(packed, nn.Linear)
+    for path, packed in decoder_linears(model).items():
         linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(dense(packed), requires_grad=False)
         linear.bias = packed.bias

@@ -5,50 +5,59 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import checkpoints
-from finetune.config import RunConfig, dump_config, load_config
-
-# What may differ between a run and its continuation: none of it changes what is learned.
-FREE = (
-    "model.device",
-    "data.workers",
-    "train.micro_batch",
-    "train.recompute",
-    "memory",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "tracking",
-    "output",
-)
+from finetune.checkpoints import checkpoints, newest_whole
+from finetune.config import RunConfig, dump_config, load_config, what_changes
+from finetune.durable import damage
 
 
-def find_checkpoint(config: RunConfig, resume: str) -> Path | None:
-    """The checkpoint to go on from: the newest of the run (`auto`), none, or the directory given.
+def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what a person should know of it.
+
+    Args:
+        resume: "auto", the newest of the run that is whole, or none; "none"; or the directory of a checkpoint.
+        accept_changes: go on with a configuration that leads to another result.
 
     Raises:
-        ValueError: the run was made with another configuration, or would be overwritten.
+        ValueError: the run was made with another configuration, would be overwritten, or has no checkpoint that is
+            whole.
     """
     output = Path(config.output)
-    found = checkpoints(output / "checkpoints")
     if resume not in ("auto", "none"):
-        if not (Path(resume) / "trainer_state.json").is_file():
+        if reason := damage(Path(resume)):
             raise ValueError(
-                f"--resume {resume}: expected auto, none or a checkpoint, such as {output}/checkpoints/step-000100"
+                f"--resume {resume}: {reason}; expected auto, none or a checkpoint, such as "
+                f"{output}/checkpoints/step-000100"
             )
-        return Path(resume)
-    if not found:
-        return None
-    if resume == "none":
+        return Path(resume), []
+    found = checkpoints(output / "checkpoints")
+    if resume == "none" and found:
         raise ValueError(
             f"{output} holds checkpoints: to start afresh choose another output=..., or delete the directory"
         )
-    if changed := differences(flat(load_config(output / "config.yaml")), flat(config)):
+    if not found:
+        if (made := output / ("adapter" if config.lora else "model")).exists():
+            raise ValueError(
+                f"{made} exists, without checkpoints to go on from: choose another output=..., or delete it"
+            )
+        return None, []
+    newest, skipped = newest_whole(output / "checkpoints")
+    if newest is None:
         raise ValueError(
-            f"{output} holds checkpoints of another configuration; go on with its own, {output}/config.yaml, or "
-            "choose another output=...:\n  " + "\n  ".join(changed)
+            f"{output} holds no checkpoint that is whole: delete the directory to start afresh\n  "
+            + "\n  ".join(skipped)
         )
-    return found[-1]
+    changed = differences(load_config(output / "config.yaml"), config)
+    result = changed.get("result", [])
+    if result and not accept_changes:
+        raise ValueError(
+            f"{output} holds checkpoints of a configuration that leads to another result; go on with its own, "
+            f"{output}/config.yaml, choose another output=..., or accept with --accept-changes:\n  "
+            + "\n  ".join(result)
+        )
+    notes = [f"skipped {line}" for line in skipped]
+    notes += [f"changed since, accepted: {line}" for line in result]
+    notes += [f"changed since, the same result up to rounding: {line}" for line in changed.get("numerics", [])]
+    return newest, notes
 
 
 def start_run(config: RunConfig) -> None:
@@ -58,8 +67,19 @@ def start_run(config: RunConfig) -> None:
     (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
 
+def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
+    """Keys whose values differ, as lines to show, by what they change: the "result", the "numerics" or "nothing"."""
+    old, new = flat(before), flat(now)
+    found: dict[str, list[str]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        was, is_now = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if was != is_now:
+            found.setdefault(what_changes(key), []).append(f"{key}: was {was}, is {is_now}")
+    return found
+
+
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted keys and values, but those that may differ."""
+    """Values by dotted key."""
 
     def below(section: dict[str, Any], prefix: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -67,14 +87,4 @@ def flat(config: RunConfig) -> dict[str, Any]:
             values |= below(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         return values
 
-    return {key: value for key, value in below(config.model_dump(mode="json"), "").items() if not key.startswith(FREE)}
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    keys = [*before, *(key for key in now if key not in before)]
-    absent = "(absent)"
-    return [
-        f"{k}: was {before.get(k, absent)}, is {now.get(k, absent)}"
-        for k in keys
-        if before.get(k, absent) != now.get(k, absent)
-    ]
+    return below(config.model_dump(mode="json"), "")

@@ -11,18 +11,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finetune import checkpoints
 from finetune.config import RunConfig
+from finetune.interrupt import ignore_interrupts
 from finetune.lora import LoRALinear, set_dropout_rows
 from finetune.plan import Mode
 from finetune.steps import Steps
@@ -46,6 +50,7 @@ class LoRATrainer(Trainer):
         save_result: called when an evaluation beat all before it, or at the end where nothing evaluates.
         evaluate: metrics of the model as it is, `accuracy` among them; None where the run has nothing to evaluate on.
         callbacks: what watches the run.
+        checkpointed: whether checkpoints are written.
     """
 
     def __init__(
@@ -59,8 +64,9 @@ class LoRATrainer(Trainer):
         save_result: Callable[[], None],
         evaluate: Evaluate | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        checkpointed: bool = True,
     ) -> None:
-        arguments = training_arguments(config, steps.total, model.device, evaluate is not None)
+        arguments = training_arguments(config, steps.total, model.device, evaluate is not None, checkpointed)
         if arguments.n_gpu > 1 or arguments.world_size > 1:
             raise ValueError(
                 f"{max(arguments.n_gpu, arguments.world_size)} devices are visible: this trains on one; choose it with "
@@ -99,6 +105,7 @@ class LoRATrainer(Trainer):
             collate_fn=list,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_interrupts,
         )
 
     # The step.
@@ -106,30 +113,101 @@ class LoRATrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of one effective batch (a list of examples), micro-batch by micro-batch; returns its mean loss.
 
+        Where the device runs out of memory, and the cut was the plan's, the step is repeated in smaller micro-batches.
+
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss or a gradient is not finite; the state before this step is kept.
             RuntimeError: in the first step, a trained parameter got no gradient.
+            ValueError: out of memory, and nothing smaller to try.
         """
         model.train()
-        examples: list[Example] = inputs
-        tokens = sum(int((example["labels"] != IGNORE_INDEX).sum()) for example in examples)
-        features = self.frozen_image_features(examples)
-        total = torch.zeros((), device=self.args.device)
-        for part in micro_batches(examples, self.mode.micro_batch):
-            batch = self.collate(part)
-            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items() if name != "pixel_values"}
-            batch["image_features"] = self.image_features(part, features)
-            set_dropout_rows(self.network.language_model, self.dropout_keys([example["id"] for example in part]))
-            loss = self.compute_loss(model, batch, num_items_in_batch=tokens)
-            self.accelerator.backward(loss)
-            total += loss.detach()
-        if not total.isfinite():
-            raise FloatingPointError(
-                f"the loss of step {self.state.global_step + 1} is {total.item()}: nothing was updated"
-            )
+        while True:
+            try:
+                total = self.cut_step(model, inputs)
+                break
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                reason = str(error).split("\n")[0]
+            # Outside of the except block: the error holds on to what the failed attempt had allocated.
+            self.network.zero_grad()
+            self.mode = self.smaller(reason)
+        self.check_finite(model, inputs, total)
         if self.state.global_step == self._initial_global_step:
             check_gradients(self.network)
         return total
+
+    def cut_step(self, model: nn.Module, examples: list[Example]) -> Tensor:
+        tokens = supervised(examples)
+        features = self.frozen_image_features(examples)
+        total = torch.zeros((), device=self.args.device)
+        for part in micro_batches(examples, self.mode.micro_batch):
+            total += self.micro_step(model, part, features, tokens)
+        return total
+
+    def smaller(self, reason: str) -> Mode:
+        """The mode to go on with after running out of memory: half of the micro-batch."""
+        rows = self.mode.micro_batch
+        if self.run.train.micro_batch != "auto" or rows == 1:
+            raise ValueError(
+                f"out of memory in step {self.state.global_step + 1} with micro-batches of {rows} ({reason}): set "
+                "train.micro_batch=auto or less, train.recompute=auto or more, or close what else uses the device"
+            )
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory in step {self.state.global_step + 1} ({reason}): repeated, and from here on cut into "
+            f"micro-batches of {rows // 2} instead of {rows}",
+            stacklevel=2,
+        )
+        return dataclasses.replace(self.mode, micro_batch=rows // 2)
+
+    def check_finite(self, model: nn.Module, examples: list[Example], total: Tensor) -> None:
+        """Stop before the optimizer where loss or gradients are not finite: keep the state before, say where it is."""
+        norm = get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+        if total.isfinite() and norm.isfinite():
+            return
+        self.network.zero_grad()
+        where, ids = self.first_not_finite(model, examples)
+        kept = "nothing was kept: the weights themselves are not finite"
+        if all(bool(parameter.isfinite().all()) for parameter in self.trained.values()):
+            self._save_checkpoint(model, None)
+            kept = f"the state before it is in {self.run.output}/checkpoints"
+        raise FloatingPointError(
+            f"step {self.state.global_step + 1}: the loss is {total.item()}, the gradient's norm {norm.item()}; first "
+            f"in {where}, of the examples {', '.join(ids)}; the step was not taken, and {kept}"
+        )
+
+    def first_not_finite(self, model: nn.Module, examples: list[Example]) -> tuple[str, list[str]]:
+        """Where the first value that is not finite appears, and the ids of the examples that were at work."""
+        found: list[str] = []
+
+        def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        hooks = [m.register_forward_hook(partial(look, name)) for name, m in self.network.named_modules() if name]
+        part: list[Example] = []
+        features = self.frozen_image_features(examples)
+        for part in micro_batches(examples, self.mode.micro_batch):
+            self.micro_step(model, part, features, supervised(examples))
+            broken = [n for n, p in self.trained.items() if p.grad is not None and not p.grad.isfinite().all()]
+            # The backward pass comes from the end: the last parameter's gradient is the first one.
+            found += [f"the gradient of {name}" for name in reversed(broken)]
+            if found:
+                break
+        for hook in hooks:
+            hook.remove()
+        self.network.zero_grad()
+        return (found[0] if found else "the sum over the step"), [example["id"] for example in part or examples]
+
+    def micro_step(self, model: nn.Module, part: Sequence[Example], features: dict[str, Tensor], tokens: int) -> Tensor:
+        """Forward and backward pass of a micro-batch; returns its part of the mean loss over a step's `tokens`."""
+        batch = self.collate(part)
+        batch = {name: tensor.to(self.args.device) for name, tensor in batch.items() if name != "pixel_values"}
+        batch["image_features"] = self.image_features(part, features)
+        set_dropout_rows(self.network.language_model, self.dropout_keys([example["id"] for example in part]))
+        loss = self.compute_loss(model, batch, num_items_in_batch=tokens)
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def compute_loss(
         self,
@@ -226,7 +304,16 @@ class LoRATrainer(Trainer):
             "trainer_state.json": dataclasses.asdict(self.state),
             "scheduler.json": self.schedule.state_dict(),
         }
-        checkpoints.write_checkpoint(directory, self.state.global_step, self.trained, self.bare_optimizer, documents)
+        try:
+            checkpoints.write_checkpoint(
+                directory, self.state.global_step, self.trained, self.bare_optimizer, documents
+            )
+        except OSError as error:
+            message = f"no checkpoint of step {self.state.global_step} could be written, those before it stand: {error}"
+            if self.run.train.on_full_disk == "stop":
+                raise ValueError(f"{message}\nmake room and start the same command again") from error
+            warnings.warn(message, stacklevel=2)
+            return
         checkpoints.keep_newest(directory, self.run.train.keep_checkpoints)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -268,7 +355,9 @@ class WithoutConfig(nn.Module):
         return output
 
 
-def training_arguments(config: RunConfig, total: int, device: torch.device, evaluates: bool) -> TrainingArguments:
+def training_arguments(
+    config: RunConfig, total: int, device: torch.device, evaluates: bool, checkpointed: bool
+) -> TrainingArguments:
     """The Trainer's arguments: what it does itself is the schedule, clipping, and when to log, evaluate and save."""
     train = config.train
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -284,7 +373,7 @@ def training_arguments(config: RunConfig, total: int, device: torch.device, eval
         seed=train.seed,
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
+        save_strategy="steps" if checkpointed else "no",
         save_steps=train.save_every,
         eval_strategy="steps" if evaluates and train.eval_every else "no",
         eval_steps=train.eval_every,
@@ -304,6 +393,11 @@ def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Examp
         longest[example["image_id"]] = max(longest.get(example["image_id"], 0), len(example["input_ids"]))
     ordered = sorted(examples, key=lambda e: (-longest[e["image_id"]], e["image_id"], -len(e["input_ids"])))
     return cut(ordered, size)
+
+
+def supervised(examples: Sequence[Example]) -> int:
+    """Supervised tokens of a step, by which its loss is divided."""
+    return sum(int((example["labels"] != IGNORE_INDEX).sum()) for example in examples)
 
 
 def cut(items: Sequence[Any], size: int) -> Iterator[list[Any]]:

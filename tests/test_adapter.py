@@ -269,6 +269,7 @@ def test_what_does_not_fit_is_refused_by_name_and_the_model_left_alone(
     eject_lora(ours)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "manifest.json").unlink()
     spoil(config, tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "adapter_model.safetensors")

@@ -64,7 +64,7 @@ train:
   {epochs: null, max_steps: 100, batch_size: 64, micro_batch: auto, recompute: auto, learning_rate: 1e-4,
    schedule: cosine, warmup: 0.05, weight_decay: 0, beta1: 0.9, beta2: 0.999, max_grad_norm: 1, seed: 0,
    log_every: 10, save_every: 100,
-   eval_every: null, keep_checkpoints: 2}
+   eval_every: null, keep_checkpoints: 2, on_full_disk: stop}
 memory: {budget_gib: null}
 evaluation: {count: 512, batch_size: 16, max_new_tokens: 16}
 output: runs/one
@@ -194,7 +194,7 @@ def test_all_problems_are_listed_at_once_with_line_value_and_expectation(path: P
         "run.yaml:11: train.seed: got -1; expected whole number >= 0, < 4294967296",
         "run.yaml:10: train.lr: unknown key; expected epochs, max_steps, batch_size, micro_batch, recompute, "
         "learning_rate, schedule, warmup, weight_decay, beta1, beta2, max_grad_norm, seed, log_every, save_every, "
-        "eval_every, keep_checkpoints",
+        "eval_every, keep_checkpoints, on_full_disk",
         "override 'train.batch=3': train.batch: unknown key; did you mean batch_size?",
         "run.yaml:19: output: got 3; expected text, in quotes",
         'run.yaml:20: tracking.wandb: got "yes"; expected off | offline | online',

@@ -16,6 +16,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any
@@ -298,7 +299,8 @@ def test_a_killed_process_goes_on(
         return parts == halves and sum(file.is_file() for file in tmp_path.rglob("*")) == others
 
     command = [sys.executable, "-m", "recipes.fetch_vqav2", *arguments(server, tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it from birth
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         assert server.broken_off.wait(120)
         wait_until(as_far_as_possible)
         process.send_signal(how)

@@ -22,8 +22,8 @@ from finetune.checkpoints import checkpoints
 from finetune.config import ConfigError, load_config
 from finetune.lora import adapters, trained_parameters
 from finetune.merge import merge_checkpoint
-from finetune.plan import kept_bytes
-from finetune.quantize import NF4Linear, dense, dequantize, open_base, packed_bytes, quantized_linears
+from finetune.plan import Mode, Planner, kept_bytes
+from finetune.quantize import NF4Linear, decoder_linears, dense, dequantize, open_base, packed_bytes
 from model import PaliGemma
 from tests import tiny
 from tests.test_scripts import arguments, base, files  # noqa: F401 (base is a fixture)
@@ -63,7 +63,7 @@ def noise(model: nn.Module, std: float = 0.02) -> None:
 
 def test_the_decoders_linears_are_packed_and_nothing_else(checkpoint: Path, packed: PaliGemma) -> None:
     plain = PaliGemma.from_pretrained(checkpoint, torch.float32)
-    paths = quantized_linears(packed)
+    paths = decoder_linears(packed)
     assert len(paths) == 3 * 7
     for path, module in packed.named_modules():
         assert isinstance(module, NF4Linear) == (path in paths)
@@ -76,10 +76,9 @@ def test_codes_and_logits_are_those_of_the_library(checkpoint: Path, packed: Pal
     library = library_in_nf4(checkpoint)
     import bitsandbytes.functional as functions
 
-    for path in quantized_linears(packed):
+    for path, ours in decoder_linears(packed).items():
         theirs = library.get_submodule(LAYOUTS["transformers 5"](path)).weight
         dense_theirs = functions.dequantize_4bit(theirs.data, theirs.quant_state)
-        ours = packed.get_submodule(path)
         assert isinstance(ours, NF4Linear)
         assert torch.equal(ours.dense(), dense_theirs)
     batch = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
@@ -123,6 +122,21 @@ def test_a_packed_weight_takes_what_is_planned_and_keeps_nothing_more(checkpoint
         inject_lora(network, LORA)
         network.train()
     assert kept_bytes(networks[0], 12, 3, False) == kept_bytes(networks[1], 12, 3, False)
+
+
+def test_the_plan_counts_packed_weights(checkpoint: Path) -> None:
+    packed = open_base(checkpoint, torch.bfloat16, "cpu", "nf4")
+    config, device = packed.config, torch.device("cpu")
+    planners = [Planner(config, LORA, torch.bfloat16, 20, 3, 4, device, kept) for kept in (None, "nf4")]
+    plain, four_bits = (planner.plan(Mode(2), 10**9).components for planner in planners)
+    weights = sum(p.nbytes for p in packed.parameters())
+    modules = [module for module in packed.modules() if isinstance(module, NF4Linear)]
+    scales = sum(module.state.absmax.nbytes for module in modules)
+    # Blocks of scales are of 256: in matrices this small most of the one scale in fp32 is not used.
+    assert abs(four_bits["base weights"] - weights - scales) < 4 * len(modules)
+    assert four_bits["activations"] == plain["activations"]
+    buffers = "buffers of a layer (estimate)"
+    assert four_bits[buffers] == plain[buffers] + max(module.dense().nbytes for module in modules)
 
 
 def test_ejected_it_is_the_packed_base_again(checkpoint: Path, packed: PaliGemma) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from data import collate
-from finetune import LoRAConfig, inject_lora
-from finetune.checkpoints import checkpoints
+from finetune import LoRAConfig, durable, inject_lora
+from finetune.checkpoints import checkpoints, keep_newest, newest_whole
 from finetune.config import RunConfig
 from finetune.lora import trained_parameters
 from finetune.plan import Mode
+from finetune.resume import find_checkpoint, start_run
 from finetune.steps import Steps
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer, check_gradients, micro_batches
@@ -75,8 +77,8 @@ def trainer_of(config: RunConfig, **keywords: Any) -> LoRATrainer:
     Path(config.output).mkdir(parents=True, exist_ok=True)
     steps = Steps(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
     keywords = {"save_result": lambda: None, **keywords}
-    assert config.train.micro_batch != "auto"
-    mode = keywords.pop("mode", Mode(config.train.micro_batch))
+    size = config.train.micro_batch
+    mode = keywords.pop("mode", None) or Mode(int(size))
     return LoRATrainer(config, model, Examples(), steps, mode, partial(collate, pad_id=0), **keywords)
 
 
@@ -188,7 +190,8 @@ def test_checkpoints_hold_what_is_trained_without_pickle_and_the_newest_stay(bas
     found = checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in found] == ["step-000005", "step-000006"]
     files = sorted(path.name for path in found[-1].iterdir())
-    assert files == ["optimizer.safetensors", "scheduler.json", "trained.safetensors", "trainer_state.json"]
+    tensors, documents = ["optimizer.safetensors", "trained.safetensors"], ["scheduler.json", "trainer_state.json"]
+    assert files == sorted(["manifest.json", *tensors, *documents])
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jsonl"}
     assert (found[-1] / "trained.safetensors").stat().st_size < 200_000
 
@@ -270,11 +273,133 @@ def test_an_adapter_whose_gradient_is_zero_stops_the_first_step(base: Path) -> N
 def test_a_loss_that_is_not_finite_stops_before_the_update(base: Path, tmp_path: Path) -> None:
     trainer = trainer_of(run_config(base, tmp_path, ADAPTERS))
     with torch.no_grad():
-        trainer.network.get_parameter("language_model.model.norm.weight").fill_(torch.nan)
+        trainer.network.get_parameter("language_model.model.layers.1.post_attention_layernorm.weight").fill_(torch.nan)
     before = {name: parameter.clone() for name, parameter in trainer.trained.items()}
-    with pytest.raises(FloatingPointError, match="loss of step 1 is nan"):
+    where = r"step 1: the loss is nan.* first in language_model\.model\.layers\.1\.post_attention_layernorm, of"
+    with pytest.raises(FloatingPointError, match=where):
         trainer.train()
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.trained.items())
+
+
+def test_a_gradient_that_is_not_finite_keeps_the_state_before_it(base: Path, tmp_path: Path) -> None:
+    """The loss is fine, one example's gradient is not: it is named, and the step before can be resumed from."""
+    config = run_config(base, tmp_path, ADAPTERS, micro_batch=5)
+    trainer = trainer_of(config)
+    pairs = trainer.steps[2]
+    poisoned = str(pairs[7][0])
+    step = trainer.micro_step
+
+    def poison(model: Any, part: Any, *arguments: Any) -> Tensor:
+        loss = step(model, part, *arguments)
+        if poisoned in [example["id"] for example in part]:
+            trainer.network.get_parameter("language_model.model.layers.1.mlp.up_proj.lora_B").grad.fill_(torch.inf)  # type: ignore[union-attr]
+        return loss
+
+    trainer.micro_step = poison  # type: ignore[method-assign, assignment]
+    with pytest.raises(
+        FloatingPointError, match=r"step 3: .* norm inf; first in the gradient of .*layers\.1\.mlp"
+    ) as e:
+        trainer.train()
+    named = str(e.value).split("of the examples ")[1].split(";")[0].split(", ")
+    assert poisoned in named
+    assert len(named) == 5
+    resumed = trainer_of(config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints/step-000002"))
+    straight = trainer_of(run_config(base, tmp_path / "straight", ADAPTERS, micro_batch=5))
+    straight.train()
+    assert all(torch.equal(p, straight.trained[name]) for name, p in resumed.trained.items())
+
+
+def test_out_of_memory_the_step_is_repeated_in_smaller_parts(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(base, tmp_path, {**ADAPTERS, "dropout": 0.3})
+    expected = gradients(config)
+    step, calls = LoRATrainer.micro_step, []
+
+    def small(self: LoRATrainer, model: Any, part: Any, *arguments: Any) -> Tensor:
+        calls.append(len(part))
+        if len(part) > 2 and len(calls) > 1:  # the first part has added its gradients already
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmuch more text")
+        return step(self, model, part, *arguments)
+
+    monkeypatch.setattr(LoRATrainer, "micro_step", small)
+    auto = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": "auto"})})
+    with pytest.warns(UserWarning, match=r"step 1 \(CUDA out of memory\.\): repeated.*micro-batches of 2 instead of 4"):
+        found = gradients(auto, mode=Mode(4))
+    assert calls == [4, 4, 2, 2, 2, 2, 2]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+    calls.clear()
+    with pytest.raises(ValueError, match=r"out of memory in step 1 with micro-batches of 5 .* train.micro_batch=auto"):
+        gradients(run_config(base, tmp_path, ADAPTERS, micro_batch=5))
+
+
+@pytest.mark.parametrize("on_full_disk", ["stop", "go_on"])
+def test_on_a_full_disk_the_checkpoints_before_stand(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_full_disk: str
+) -> None:
+    config = run_config(base, tmp_path, ADAPTERS, save_every=2, on_full_disk=on_full_disk)
+    trainer = trainer_of(config)
+    write = durable.sync
+
+    def full(path: Path) -> None:
+        if "step-000004" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path)
+
+    monkeypatch.setattr(durable, "sync", full)
+    message = "no checkpoint of step 4 could be written, those before it stand: .*No space left"
+    if on_full_disk == "stop":
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+    else:
+        with pytest.warns(UserWarning, match=message):
+            trainer.train()
+    names = ["step-000002"] + ["step-000006"] * (on_full_disk == "go_on")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+    assert newest_whole(tmp_path / "checkpoints") == (tmp_path / "checkpoints" / names[-1], [])
+
+
+def test_only_a_whole_checkpoint_is_gone_on_from_and_supersedes_others(base: Path, tmp_path: Path) -> None:
+    config = run_config(base, tmp_path, ADAPTERS, save_every=2, keep_checkpoints=9)
+    trainer_of(config).train()
+    start_run(config)
+    directory = tmp_path / "checkpoints"
+    weights = directory / "step-000006/trained.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (directory / "step-000004/manifest.json").unlink()
+    found, notes = find_checkpoint(config, "auto")
+    assert found == directory / "step-000002"
+    assert [re.sub(".*/", "", note) for note in notes] == [
+        "step-000006: trained.safetensors is not what was written (its sha256 differs)",
+        "step-000004: manifest.json is missing",
+    ]
+    keep_newest(directory, 1)
+    assert len(checkpoints(directory)) == 3  # the newest is not whole: nothing gives way to it
+    with pytest.raises(ValueError, match=r"step-000006: trained\.safetensors is not what"):
+        find_checkpoint(config, str(directory / "step-000006"))
+    (directory / "step-000002/manifest.json").unlink()
+    with pytest.raises(ValueError, match="holds no checkpoint that is whole"):
+        find_checkpoint(config, "auto")
+
+
+def test_what_changes_the_result_must_be_accepted(base: Path, tmp_path: Path) -> None:
+    config = run_config(base, tmp_path, ADAPTERS, save_every=2)
+    trainer_of(config).train()
+    start_run(config)
+    other = run_config(base, tmp_path, ADAPTERS, save_every=3, micro_batch=2, learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"another result.*\n  train.learning_rate: was 0.01, is 0.001$"):
+        find_checkpoint(other, "auto")
+    found, notes = find_checkpoint(other, "auto", accept_changes=True)
+    assert found == tmp_path / "checkpoints/step-000006"
+    assert notes == [
+        "changed since, accepted: train.learning_rate: was 0.01, is 0.001",
+        "changed since, the same result up to rounding: train.micro_batch: was 10, is 2",
+    ]
+    (tmp_path / "new/adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match="adapter exists, without checkpoints"):
+        find_checkpoint(run_config(base, tmp_path / "new", ADAPTERS), "auto")
 
 
 def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: Path) -> None:

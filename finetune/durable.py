@@ -1,0 +1,111 @@
+"""Directories that are there whole or not at all.
+
+A directory is filled beside its place, every file synced to the disk, sizes and sha256 of all files listed in a
+manifest, and then put in place by renaming. Killed at any moment, what was there before is there still.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+class NoSpaceError(OSError):
+    """The disk has too little room for what is to be written; nothing was."""
+
+
+def write_whole(directory: Path, fill: Callable[[Path], None], size: int = 0, replace: bool = False) -> None:
+    """Make `directory` out of the files that `fill` writes into the path it is given.
+
+    Args:
+        size: bytes that will be written, about: missing room is noticed before anything is written.
+        replace: what is at `directory` gives way, once the new one is complete.
+
+    Raises:
+        FileExistsError: there is something at `directory` already.
+        NoSpaceError: too little room. Any other OSError while writing (the disk is full after all): nothing is left
+            behind, and `directory` is as it was.
+    """
+    settle(directory)
+    if occupied(directory) and not replace:
+        raise FileExistsError(f"{directory} exists already")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory.parent).free
+    if free < size:
+        raise NoSpaceError(f"{directory} needs {size:,} bytes, and {free:,} are free on its disk")
+    unfinished, superseded = beside(directory)
+    unfinished.mkdir()
+    try:
+        fill(unfinished)
+        listed = {path.name: describe(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / MANIFEST).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+        for path in [*unfinished.iterdir(), unfinished]:
+            sync(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if directory.exists():
+        directory.rename(superseded)
+    unfinished.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(superseded, ignore_errors=True)
+
+
+def occupied(directory: Path) -> bool:
+    """Whether there is anything at a path; an empty directory is nothing."""
+    return directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+
+
+def settle(directory: Path) -> None:
+    """Clear away what a killed `write_whole` left: the old directory is back if the new one was not in place yet."""
+    unfinished, superseded = beside(directory)
+    if superseded.exists() and not directory.exists():
+        superseded.rename(directory)
+    for leftover in (unfinished, superseded):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def beside(directory: Path) -> tuple[Path, Path]:
+    """Where a new directory grows, and where the old one waits while they change places."""
+    return directory.with_name(f".{directory.name}.unfinished"), directory.with_name(f".{directory.name}.superseded")
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a directory by its own manifest, or None: every file is there as it was written."""
+    try:
+        listed = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in listed.items():
+            if not (path := directory / name).is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if describe(path) != expected:
+                return f"{name} is not what was written (its sha256 differs)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error!r})"
+    return None
+
+
+def describe(path: Path) -> dict[str, int | str]:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or the names in a directory, on the disk itself."""
+    if os.name != "posix" and path.is_dir():
+        return  # Windows has no such thing for directories
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

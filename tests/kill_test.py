@@ -1,0 +1,145 @@
+"""Kill a small run again and again, at any moment, go on with it until it is done, and compare what came out.
+
+    python -m tests.kill_test --runs 100 [--seed 0]
+
+Each kill is a SIGKILL at a random moment of a process that trains, evaluates and writes a checkpoint at every step;
+every other one waits for a directory to be in the writing.
+After each, everything that stands under the name of a checkpoint or of the adapter must be whole by its manifest; and
+each time a run gets to its end, its adapter must be the uninterrupted one's, bit for bit. Prints what happened; exit
+code 1 where anything was not so. Works where processes can be forked (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import train
+from data import shapes
+from finetune.config import load_config
+from finetune.durable import damage
+from model import PaliGemmaConfig
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.kill_test", description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=100, help="how many times to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        counts, wrong = kill(Path(directory), arguments.runs, random.Random(arguments.seed))
+    print(", ".join(f"{name}: {count}" for name, count in counts.items()))
+    if wrong:
+        sys.exit("not as promised:\n  " + "\n  ".join(wrong))
+    print("after every kill all that was in place was whole; every finished run's adapter is bit for bit the same")
+
+
+def kill(directory: Path, kills: int, rng: random.Random) -> tuple[Counter[str], list[str]]:
+    """Kill that many times; what happened, and what was not as promised."""
+    torch.set_num_threads(1)  # no threads in this process: it forks
+    plan_once()
+    for split, seed in (("train2014", 1), ("val2014", 2)):
+        shapes.write(directory / "data", scenes=8, seed=seed, split=split)
+    start = time.monotonic()
+    assert wait(begin(directory, "straight")) == 0, f"the uninterrupted run failed: see {directory}"
+    length = time.monotonic() - start
+    expected = adapter(directory / "straight")
+    counts, wrong = Counter({"kills": 0, "of them while a directory was being written": 0, "finished runs": 0}), []
+    while counts["kills"] < kills:
+        output = directory / f"run-{counts['finished runs']}"
+        child = begin(directory, output.name)
+        time.sleep(rng.uniform(0, length))
+        if rng.random() < 0.5:
+            wait_for_writing(output, 1.0)
+        os.kill(child, signal.SIGKILL)
+        code = wait(child)
+        counts["kills"] += code == -signal.SIGKILL
+        counts["of them while a directory was being written"] += is_writing(output)
+        named = [output / "adapter", *(output / "checkpoints").glob("step-*")]
+        named = [path for path in named if path.exists()]
+        wrong += [f"{path.relative_to(directory)}: {reason}" for path in named if (reason := damage(path))]
+        if code == 0:
+            counts["finished runs"] += 1
+            if adapter(output) != expected:
+                wrong.append(f"{output.name}: another adapter")
+            shutil.rmtree(output)
+        elif code != -signal.SIGKILL:
+            wrong.append(f"{output.name}: exit code {code}")
+            shutil.rmtree(output)
+    return counts, wrong
+
+
+def is_writing(output: Path) -> bool:
+    return any(path.is_dir() for place in ("", "checkpoints") for path in (output / place).glob(".*"))
+
+
+def wait_for_writing(output: Path, seconds: float) -> None:
+    """Return the moment a directory is being written, or after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not is_writing(output):
+        pass
+
+
+def plan_once() -> None:
+    """Let the processes to come share one plan, which takes as long as their training, and writes nothing."""
+    config = load_config(ROOT / "configs/quickstart.yaml", overrides(Path("data"), Path("unused")))
+    made = train.plan_run(config, PaliGemmaConfig.from_directory(Path(config.model.path)))
+    train.plan_run = lambda *_: made
+
+
+def begin(directory: Path, name: str) -> int:
+    """Train in a process of its own, from wherever the run stands; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1), os.dup2(silence, 2)
+    try:
+        train.main([str(ROOT / "configs/quickstart.yaml"), *overrides(directory, directory / name)])
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def wait(child: int) -> int:
+    """The exit code of a process, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def overrides(directory: Path, output: Path) -> list[str]:
+    files = {
+        part: f"{{questions: {directory}/data/v2_OpenEnded_mscoco_{split}_questions.json, annotations: "
+        f"{directory}/data/v2_mscoco_{split}_annotations.json, images: {directory}/data/images}}"
+        for part, split in (("train", "train2014"), ("validation", "val2014"))
+    }
+    return [
+        f"model={{path: {ROOT}/assets/tiny-base, dtype: float32, device: cpu}}",
+        f"data={{train: {files['train']}, validation: {files['validation']}, workers: 0}}",
+        "lora={rank: 4, dropout: 0.1, targets: [language.*, vision.*, connector.*]}",
+        f"train={{max_steps: {STEPS}, batch_size: 6, micro_batch: 3, learning_rate: 1e-2, log_every: 1, save_every: 1, "
+        "eval_every: 3}",
+        "evaluation={count: 4, batch_size: 4, max_new_tokens: 3}",
+        f"output={output}",
+    ]
+
+
+def adapter(output: Path) -> bytes:
+    return (output / "adapter/adapter_model.safetensors").read_bytes()
+
+
+if __name__ == "__main__":
+    main()

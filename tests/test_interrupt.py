@@ -1,0 +1,46 @@
+"""Killed, or told to stop: the run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import shapes
+from tests import kill_test
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+
+def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
+    """The short form of tests/kill_test.py, in a process of its own: this one may have threads."""
+    command = [sys.executable, "-m", "tests.kill_test", "--runs", "3", "--seed", str(random.randrange(10**6))]
+    done = subprocess.run(command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kills: 3" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_the_step_is_finished_and_the_command_to_go_on_printed(tmp_path: Path, number: int) -> None:
+    for split, seed in (("train2014", 1), ("val2014", 2)):
+        shapes.write(tmp_path / "data", scenes=8, seed=seed, split=split)
+    command = [sys.executable, "train.py", "configs/quickstart.yaml"]
+    overrides = [*kill_test.overrides(tmp_path, tmp_path / "run"), "train.save_every=100", "train.max_steps=400"]
+    process = subprocess.Popen([*command, *overrides], cwd=kill_test.ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert process.returncode == 75
+    assert f"{signal.Signals(number).name}: finishing this step" in said
+    saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert len(saved) == 1
+    assert f"stopped after step {int(saved[0][5:])}; to go on: python train.py configs/quickstart.yaml model=" in said
