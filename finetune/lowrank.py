@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from finetune.quantize import dense
+from model.lean import add_product, product
 
 
 class LowRank(Function):
@@ -62,12 +63,12 @@ class FrozenProduct(Function):
     def forward(ctx: Any, update: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
         ctx.linear = linear
         ctx.mark_dirty(update)
-        return update.addmm_(x, dense(linear).t())
+        return add_product(update, x, dense(linear))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, grad @ dense(ctx.linear) if ctx.needs_input_grad[1] else None, None
+        return grad, product(grad, dense(ctx.linear)) if ctx.needs_input_grad[1] else None, None
 
 
 def dropped(x: Tensor, rows: Tensor | None, p: float) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from model.config import PaliGemmaConfig
+from model.lean import Linear
 
 
 class LinearConnector(nn.Module):
@@ -15,7 +16,7 @@ class LinearConnector(nn.Module):
 
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
+        self.linear = Linear(config.vision.hidden_size, config.text.hidden_size)
 
     def forward(self, features: Tensor) -> Tensor:
         tokens: Tensor = self.linear(features)

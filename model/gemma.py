@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import TextConfig
-from model.lean import gated, remade, rms_norm
+from model.lean import Linear, gated, remade, rms_norm
 
 
 class KVCache:
@@ -121,10 +121,10 @@ class GemmaAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim, self.key_heads = config.head_dim, config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, queries: Tensor, seeing: Sight, x: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         """Tokens `queries` [B, U, D] look at the tokens x [B, S, D], and at those in the cache."""
@@ -145,9 +145,9 @@ class GemmaAttention(nn.Module):
 class GemmaMLP(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, checkpointed: bool = False) -> Tensor:
         """The backward pass keeps gate and up, and makes their product again; within a checkpoint it keeps nothing."""
