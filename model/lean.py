@@ -19,9 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
-CPU: dict[str, Any] = getattr(
-    torch.cpu, "get_capabilities", dict
-)()  # not in every torch; empty is taken for a CPU with bf16
+# Not in every torch: then bf16 is taken to be good.
+CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 EMULATES_BF16 = CPU.get("architecture") == "x86_64" and not (CPU.get("avx512_bf16") or CPU.get("amx_bf16"))
 PART = 1024  # rows of a weight cast at a time: they stay in the cache
 ENOUGH = 16  # rows of x from which on that is faster (benchmarks/LOG.md)
