@@ -174,7 +174,7 @@ def overfit(config: RunConfig, count: int) -> None:
     ]
 
     def ask() -> list[tuple[str, str, str]]:
-        answers = generate_answers(model, processor, records, count, max(map(len, wanted)))
+        answers = generate_answers(model, processor, records, config.evaluation.batch_size, max(map(len, wanted)))
         texts = (processor.decode(ids) for ids in wanted)
         return list(zip(records["question"], texts, answers.values(), strict=True))
 
@@ -223,7 +223,7 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     show(f"rows of {planner.tokens} tokens, {planner.supervised} of them supervised; {plan.mode}")
     steps, shape = shape_of(config, planner, directory)
     work = planner.work(plan.mode, shape.pictures / shape.examples)
-    of_run = f", {work * shape.examples * steps.total:,.3g} for the run" if steps else ""
+    of_run = f", {work * shape.examples * steps.total:,.1f} for the run" if steps else ""
     show(f"{work:.3g} TFLOP an example in rows that long{of_run}")
     if warning := spill_warning(planner.device):
         show(f"warning: {warning}")

@@ -22,7 +22,7 @@ from torch.nn.functional import gelu
 # Not in every torch: then bf16 is taken to be good.
 CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 EMULATES_BF16 = CPU.get("architecture") == "x86_64" and not (CPU.get("avx512_bf16") or CPU.get("amx_bf16"))
-PART = 1024  # rows of a weight cast at a time: they stay in the cache
+PART = 2**22  # elements of a weight cast at a time
 ENOUGH = 16  # rows of x from which on that is faster (benchmarks/LOG.md)
 
 
@@ -101,9 +101,9 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """out [n, out] += x [n, in] W^T, in place; summed in fp32 and rounded once where that is faster."""
     if not is_slow(x, weight):
         return out.addmm_(x, weight.t())
-    x = x.float()
-    for first in range(0, len(weight), PART):
-        out[:, first : first + PART] += x @ weight[first : first + PART].float().t()
+    x, size = x.float(), max(1, PART // weight.shape[1])
+    for columns, part in zip(out.split(size, dim=1), weight.split(size), strict=True):
+        columns += x @ part.float().t()
     return out
 
 
@@ -111,9 +111,9 @@ def product(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [n, out] times W [out, in]: the gradient of x W^T for x, [n, in]."""
     if not is_slow(grad, weight):
         return grad @ weight
-    total = torch.zeros(len(grad), weight.shape[1])
-    for first in range(0, len(weight), PART):
-        total.addmm_(grad[:, first : first + PART].float(), weight[first : first + PART].float())
+    total, size = torch.zeros(len(grad), weight.shape[1]), max(1, PART // weight.shape[1])
+    for columns, part in zip(grad.split(size, dim=1), weight.split(size), strict=True):
+        total.addmm_(columns.float(), part.float())
     return total.to(grad.dtype)
 
 

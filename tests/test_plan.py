@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from finetune import LoRAConfig, inject_lora
-from finetune.plan import GIB, TERA, Mode, Planner, counting, kept_bytes, spill_warning
+from finetune.config import load_config
+from finetune.plan import GIB, TERA, Mode, Planner, counting, kept_bytes, plan_run, spill_warning
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from tests import tiny
 
@@ -154,6 +155,27 @@ def test_the_work_of_the_published_3b_by_hand() -> None:
     assert made.work(Mode(1), pictures=0) == pytest.approx(made.work(Mode(1)) - picture / TERA, rel=1e-9)
     again = 2 * 272 * (2 * 2048 * 16384 + query_and_output + key_and_value) / TERA  # all of a layer but down
     assert made.work(Mode(1, 5)) - made.work(Mode(1)) == pytest.approx(5 * again, rel=0.03)
+
+
+def test_what_the_configuration_says_of_itself_is_what_the_plan_finds() -> None:
+    """GiB and rows with and without a card, TFLOP an example: in the comments of configs/vqav2_8gb.yaml."""
+    path = Path(__file__).parent.parent / "configs/vqav2_8gb.yaml"
+    said = " ".join(path.read_text().replace("#", "").split())
+    run = load_config(path, ["model.device=cpu", "memory.budget_gib=7.4"])
+    made, without, _ = plan_run(run, PaliGemmaConfig())
+    made.device = torch.device("cuda")
+    on_a_card = made.choose(without.budget)
+    assert without.mode == Mode(2)
+    assert on_a_card.mode == Mode(3, vision_leaves=True)
+    for plan, rows in ((without, "two rows"), (on_a_card, "three rows")):
+        base, activations = (plan.components[name] / GIB for name in ("base weights", "activations"))
+        for number in (f"{plan.total / GIB:.2f} GiB", f"base weights {base:.2f}", rows, f" {activations:.2f}"):
+            assert number in said, number
+        assert f"Time: {made.work(plan.mode):.2f} TFLOP" in said
+    assert run.train.epochs is not None
+    examples = run.train.epochs * 44_376
+    assert f"{examples:,.0f} examples, {examples * made.work(without.mode) / 14 / 3600:.1f} hours" in said
+    assert f"{examples / run.train.batch_size + 1:,.0f} steps" in said
 
 
 def test_dry_run_says_what_fits_from_config_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,6 +159,9 @@ def test_hours_are_steps_times_seconds(
     assert f"a step of 40 examples with {shape.pictures:.1f} pictures: {seconds:.2f} s" in out
     assert f"1,000 steps: {1000 * seconds / 3600:.2f} hours" in out
     assert f"{(2 * 3.0 + 2 * 10.0) / seconds:.3g} TFLOP/s" in out
+    work = re.search(r"([\d.]+) TFLOP an example in rows that long, ([\d.,]+) for the run", out)
+    assert work is not None, out
+    assert float(work[2].replace(",", "")) == pytest.approx(40 * 1000 * float(work[1]), rel=0.01)
     assert 16 + 5 < shape.tokens < 16 + 20  # far from max_text_tokens, 128
     assert not (tmp_path / "run").exists()
 

@@ -236,6 +236,7 @@ def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_
             ["configs/quickstart.yaml", "model.path=no/such/dir", "output=no/such/run"],
             "neither a directory nor a Hub id",
         ),
+        ("train.py", ["configs/quickstart.yaml", "--probe"], "--probe times the steps that --dry-run plans: give both"),
         ("evaluate.py", ["--model", "assets/tiny-base"], "expected a CONFIG.yaml"),
         ("predict.py", ["--model", "no/such/dir", "--image", "x.jpg", "--prompt", "y"], "neither a directory"),
         ("merge_lora.py", ["/nowhere", "--output", "/nowhere/merged"], "give --base"),
