@@ -2,7 +2,8 @@
 
 Files are safetensors, single or sharded. Every known key layout is mapped to the names of the hub's checkpoint, which
 are also ours. Loading is strict in both directions: only a tied `lm_head.weight` and the unused vision head may differ.
-Reading goes straight into preallocated tensors; copying out of a memory map would count every byte twice.
+Where neither a cast nor another device is in the way, tensors are the mapped file itself; else they are read in chunks
+into preallocated ones. Copying out of a map would count every byte twice.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 import struct
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,19 +90,27 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def within(self, content: Tensor) -> Tensor:
+        """The tensor in the bytes of its file, u8 [bytes], without a copy."""
+        size = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return content[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+
     def read_into(self, target: Tensor) -> None:
         """Fill a contiguous tensor of the same shape, casting to its dtype and device in chunks."""
         flat = target.detach().view(-1)
-        direct = flat.dtype == self.dtype and flat.device.type == "cpu"
-        buffer = flat if direct else torch.empty(min(CHUNK, flat.numel()), dtype=self.dtype)
+        buffer = torch.empty(min(CHUNK, flat.numel()), dtype=self.dtype)
         with self.file.open("rb") as file:
             file.seek(self.offset)
             for start in range(0, flat.numel(), max(len(buffer), 1)):
                 part = buffer[: flat.numel() - start]
                 if file.readinto(part.view(torch.uint8).numpy().data) < part.nbytes:
                     raise ValueError(f"{self.file} ended early while it was read: download it again")
-                if not direct:
-                    flat[start : start + len(part)].copy_(part)
+                flat[start : start + len(part)].copy_(part)
+
+
+def map_file(path: Path) -> Tensor:
+    """The bytes of a file, u8 [bytes], read when they are looked at; what is written to them stays in memory."""
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -170,9 +180,15 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     parameters = model.state_dict()
     if problems := mismatches(stored, parameters, {"present twice": twice}):
         raise ValueError(f"{directory} does not fit its config.json:\n{problems}")
-    for name, tensor in parameters.items():
-        stored[name].read_into(tensor)
-    embedding = parameters[EMBEDDING]
+    mapped = cache(map_file)
+    for name, parameter in model.named_parameters():
+        place = stored[name]
+        as_it_is = parameter.device.type == "cpu" and parameter.dtype == place.dtype
+        if as_it_is and place.offset % place.dtype.itemsize == 0:
+            parameter.data = place.within(mapped(place.file))
+        else:
+            place.read_into(parameter)
+    embedding = model.get_parameter(EMBEDDING)
     if head is not None:
         other = torch.empty(head.shape, dtype=embedding.dtype)
         head.read_into(other)
