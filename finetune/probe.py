@@ -235,7 +235,7 @@ def learn_by_heart(
     dataset: Dataset[Example],
     mode: Mode,
     collate: Collate,
-    ask: Callable[[], Answers],
+    ask: Ask,
 ) -> Trial:
     """Train on all examples of `dataset` at each step until they are answered as wanted; nothing is kept of it.
 
@@ -265,8 +265,8 @@ def learn_by_heart(
         try:
             trainer.train()
         except FloatingPointError as error:
-            rate = run.train.learning_rate
-            raise ValueError(f"nothing can be learned so: lower train.learning_rate ({rate}); {error}") from error
+            rate, where = run.train.learning_rate, str(error).partition("; the step was not taken")[0]
+            raise ValueError(f"nothing can be learned so: lower train.learning_rate ({rate}); {where}") from error
     return watch.trial
 
 

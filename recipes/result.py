@@ -1,0 +1,177 @@
+"""What came out of a run, for others to read: OUTPUT/result.json and result.md.
+
+Gathered from what the run left behind: its configuration, metrics.jsonl, and the answers in eval/. Nothing says who ran
+it or where: no absolute path, no name of a person or a machine, no key.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.records import load_records
+from finetune.config import RunConfig, Source
+from finetune.device import pick_device
+from finetune.plan import GIB
+from finetune.strict_yaml import dump
+from finetune.vqa_accuracy import VQAScore, read_results, score
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
+PATHS = {"path", "questions", "annotations", "images", "jsonl", "output"}  # keys of the configuration that hold one
+
+
+def write_result(config: RunConfig, steps: int) -> Path:
+    """Write both files; `steps` is how long the run is. Returns the directory they are in."""
+    output = Path(config.output)
+    result = {
+        "scores": scores_of(config),
+        "training": training_of(output, steps),
+        "data": data_of(config),
+        "environment": environment_of(pick_device(config.model.device)),
+        "configuration": public(config),
+    }
+    (output / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "result.md").write_text(readable(result), encoding="utf-8")
+    return output
+
+
+def scores_of(config: RunConfig) -> dict[str, Any]:
+    """Accuracy with its 95% confidence interval for each arm that has answers: of all questions, and by answer type."""
+    assert config.data.validation is not None, "what has answers was evaluated"
+    records = records_of(config, config.data.validation)
+    types = sorted({record["answer_type"] for record in records} - {""})
+    by_type = {name: [record for record in records if record["answer_type"] == name] for name in types}
+    scores: dict[str, Any] = {}
+    for arm in ("base", "adapter", "merged"):
+        file = Path(config.output) / "eval" / arm / "results.json"
+        if not file.exists():
+            continue
+        answers = read_results(file)
+        scores[arm] = figures(score(answers, records)) | {
+            "by_answer_type": {
+                name: figures(score({record["id"]: answers[record["id"]] for record in some}, some))
+                for name, some in by_type.items()
+            }
+        }
+    return scores
+
+
+def figures(scored: VQAScore) -> dict[str, Any]:
+    low, high = scored.interval
+    return {
+        "accuracy": round(scored.overall, 2),
+        "interval": [round(low, 2), round(high, 2)],
+        "questions": scored.questions,
+    }
+
+
+def training_of(output: Path, steps: int) -> dict[str, Any]:
+    """Hours, over all the times the run was taken up again, and the step whose adapter was kept."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = [0.0, *(line["seconds"] for line in lines)]
+    # Each time a run is taken up the clock begins at 0 again.
+    spent = sum(now - before if now >= before else now for before, now in pairwise(seconds))
+    evaluations = [line for line in lines if "eval_accuracy" in line]
+    best = max(evaluations, key=lambda line: line["eval_accuracy"], default={"step": steps, "eval_accuracy": None})
+    return {
+        "hours": round(spent / 3600, 3),
+        "steps": steps,
+        "best_step": best["step"],
+        "accuracy_at_best_step": best["eval_accuracy"],
+    }
+
+
+def data_of(config: RunConfig) -> dict[str, dict[str, int]]:
+    """How many questions about how many pictures."""
+    sizes = {}
+    for name, source in (("train", config.data.train), ("validation", config.data.validation)):
+        if source is not None:
+            records = records_of(config, source)
+            sizes[name] = {"questions": len(records), "pictures": len(set(records["image_id"][:]))}
+    return sizes
+
+
+def records_of(config: RunConfig, source: Source) -> Any:
+    return load_records(**source.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
+
+
+def environment_of(device: torch.device) -> dict[str, Any]:
+    """The card, its driver, and the versions of what the figures depend on."""
+    found: dict[str, Any] = {"device": device.type, "system": platform.system(), "python": platform.python_version()}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        driver = said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        found |= {"device": card.name, "memory_gib": round(card.total_memory / GIB, 2)}
+        found |= {"driver": driver.splitlines()[0] if driver else None, "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {"commit": said(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])}
+
+
+def said(command: Sequence[str]) -> str | None:
+    """What a program prints; None where it is not there, or fails."""
+    try:
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ran.stdout.strip() or None
+
+
+def public(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what is of no use to others, its paths shortened."""
+    output = os.path.abspath(config.output)
+
+    def shown(section: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: shown(value)
+            if isinstance(value, dict)
+            else shortened(value, output)
+            if key in PATHS and value is not None
+            else value
+            for key, value in section.items()
+        }
+
+    return shown(config.model_dump(mode="json", exclude={"tracking"}))
+
+
+def shortened(path: str, output: str) -> str:
+    """Relative to the run or to where the command runs; of a path elsewhere the name alone. Hub ids stay."""
+    absolute = os.path.abspath(path)
+    for above in (output, os.getcwd()):
+        if Path(absolute).is_relative_to(above):
+            return Path(absolute).relative_to(above).as_posix()
+    return Path(absolute).name
+
+
+def readable(result: dict[str, Any]) -> str:
+    """The same as a page of Markdown."""
+    scores, training = result["scores"], result["training"]
+    types = list(next(iter(scores.values()))["by_answer_type"]) if scores else []
+    rows = [["VQA accuracy, percent", "all", *types, "questions"], ["---"] * (3 + len(types))]
+    for arm, found in scores.items():
+        cells = [found, *(found["by_answer_type"][name] for name in types)]
+        rows.append([arm, *map(cell, cells), f"{found['questions']:,}"])
+    lines = ["# Result", "", *(f"| {' | '.join(row)} |" for row in rows), "", "With 95% confidence intervals.", ""]
+    lines += [f"{training['steps']:,} steps in {training['hours']:.2f} hours; kept: step {training['best_step']:,}", ""]
+    for name, size in result["data"].items():
+        lines.append(f"- {name}: {size['questions']:,} questions about {size['pictures']:,} pictures")
+    lines += [f"- {name}: {value}" for name, value in result["environment"].items() if value is not None]
+    return "\n".join([*lines, "", "```yaml", dump(result["configuration"]).rstrip(), "```", ""])
+
+
+def cell(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['accuracy']:.2f} ({low:.2f} to {high:.2f})"
