@@ -8,12 +8,12 @@ TINY := runs/tiny-base
 .PHONY: quickstart test test-transformers-4 vqav2 vqav2-data tiny-base clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
+# Stopped at any moment, the same command goes on; `make clean` starts afresh.
 quickstart: .venv/.installed
-	rm -rf $(RUN)
 	$(BIN)/python -m data.shapes --output $(RUN)/data --split train2014 --scenes 4000 --seed 1
 	$(BIN)/python -m data.shapes --output $(RUN)/data --split val2014 --scenes 300 --seed 2
 	$(BIN)/python train.py configs/quickstart.yaml
-	$(BIN)/python merge_lora.py $(RUN)/adapter --output $(RUN)/merged --dtype float32
+	$(BIN)/python merge_lora.py $(RUN)/adapter --output $(RUN)/merged --dtype float32 --force
 	$(BIN)/python evaluate.py configs/quickstart.yaml
 
 # The real run on a card: looks whether it can work, fetches, trains, evaluates; stopped, the same command goes on.

@@ -79,13 +79,17 @@ def main(argv: Sequence[str]) -> None:
         evaluate=evaluation_of(config, model, processor),
         callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
+    if checkpoint and checkpoint.name == f"step-{steps.total:06d}":
+        show(f"{config.output} is finished: nothing is left to train")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received and trainer.state.global_step < steps.total:
-        command = " ".join(["python train.py", arguments.config, *arguments.overrides])
-        raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to go on: {command}")
+        again = cli.command("train.py", arguments.config, *arguments.overrides)
+        raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to go on: {again}")
     trainer.finish()
-    command = " ".join(["python evaluate.py", arguments.config, *arguments.overrides])
-    print(f"saved {result_directory(config)}; next: {command}")
+    after = cli.command("evaluate.py", arguments.config, *arguments.overrides)
+    if config.data.validation is None:
+        after = cli.command("predict.py", "--help")
+    print(f"saved {result_directory(config)}; next: {after}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -61,7 +61,7 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool
     except errors.RepositoryNotFoundError:
         reason = f"no such model (or a private one): check the name at {page}, or run `hf auth login`"
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        reason = f"neither on the Hub nor in its local cache ({type(error).__name__}): go online, or give a directory"
+        reason = f"no directory, and not on the Hub or in its cache ({type(error).__name__}): mend it, or go online"
     raise ValueError(f"{path_or_hub_id}: {reason}")
 
 

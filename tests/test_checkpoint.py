@@ -198,8 +198,8 @@ def response(status: int) -> Any:
         (lambda: errors.GatedRepoError("gated", response=response(403)), "licence must be accepted first"),
         (lambda: errors.RepositoryNotFoundError("absent", response=response(404)), "no such model"),
         (lambda: errors.RevisionNotFoundError("absent", response=response(404)), "no revision 'bf17'"),
-        (lambda: errors.LocalEntryNotFoundError("offline"), "go online, or give a directory"),
-        (lambda: OSError("no route"), "go online, or give a directory"),
+        (lambda: errors.LocalEntryNotFoundError("offline"), "mend it, or go online"),
+        (lambda: OSError("no route"), "mend it, or go online"),
     ],
 )
 def test_a_hub_model_that_cannot_be_had_gives_one_sentence(

@@ -43,4 +43,5 @@ def test_told_to_stop_the_step_is_finished_and_the_command_to_go_on_printed(tmp_
     assert f"{signal.Signals(number).name}: finishing this step" in said
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert len(saved) == 1
-    assert f"stopped after step {int(saved[0][5:])}; to go on: python train.py configs/quickstart.yaml model=" in said
+    assert f"stopped after step {int(saved[0][5:])}; to go on: " in said
+    assert "train.py configs/quickstart.yaml 'model=" in said
