@@ -11,6 +11,7 @@ import torch
 from transformers import PaliGemmaForConditionalGeneration
 
 from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
+from finetune.durable import write_whole
 from finetune.lora import LoRALinear, adapters, trained_parameters
 from finetune.merge import MergeReport, merge_checkpoint
 from model import PaliGemma
@@ -70,6 +71,19 @@ def test_merged_in_transformers_answers_as_base_and_adapter_here(base: Path, ada
             assert mine.tolist() == theirs.tolist()
             changed += mine.tolist() != before[0].tolist()
     assert changed
+
+
+def test_what_is_not_on_the_disk_as_it_was_saved_is_seen(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_badly(output: Path, *arguments: Any) -> None:
+        write_whole(output, *arguments)
+        file = output / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr("finetune.merge.write_whole", write_badly)
+    with pytest.raises(ValueError, match=r"opened again, has another .* than what was saved"):
+        merge_checkpoint(base, adapter, tmp_path / "merged", torch.float32)
 
 
 def test_the_sum_is_taken_in_fp32_and_cast_once() -> None:
