@@ -79,7 +79,8 @@ def test_what_is_not_on_the_disk_as_it_was_saved_is_seen(
     def write_badly(output: Path, *arguments: Any) -> None:
         write_whole(output, *arguments)
         file = output / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
     monkeypatch.setattr("finetune.merge.write_whole", write_badly)
     with pytest.raises(ValueError, match=r"opened again, has another .* than what was saved"):
