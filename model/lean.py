@@ -80,10 +80,11 @@ class _Product(Function):
 
 
 class Linear(nn.Linear):
-    """A linear layer that takes a frozen bf16 product in fp32 where the CPU is slow in bf16."""
+    """A linear layer that takes a bf16 product in fp32 where the CPU is slow in bf16 and the weight is not learning."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad or not is_slow(x, self.weight):
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        if learns or not is_slow(x, self.weight):
             return super().forward(x)
         output: Tensor = _Product.apply(x, self.weight, self.bias)
         return output

@@ -260,3 +260,7 @@ def test_a_frozen_product_in_fp32_is_the_one_in_bf16_but_nearer(monkeypatch: pyt
     assert all(fp32 <= 1.01 * bf16 for bf16, fp32 in zip(*distances, strict=True))
     assert all(distance < 0.01 for distance in distances[1])
     assert kept_bytes(lambda: linear(x), linear) == 0
+    with torch.no_grad():
+        assert torch.equal(linear.requires_grad_(True)(x), y)  # a weight that could learn, but does not now
+    linear(x).sum().backward()
+    assert linear.weight.grad is not None
