@@ -20,7 +20,7 @@ from rich import print as show
 from rich.table import Table
 
 from data import Processor
-from data.records import load_records
+from data.records import decodable, load_records
 from finetune import cli, load_adapter
 from finetune.config import EvaluationConfig, load_config
 from finetune.device import DTYPES, pick_device, pick_dtype
@@ -46,8 +46,13 @@ def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
     config = load_config(arguments.config, arguments.overrides)
     if config.data.validation is None:
         raise ValueError(f"{arguments.config} has no data.validation: nothing to evaluate on")
-    source, output = config.data.validation.model_dump(), Path(config.output)
-    records = first(load_records(**source, prompt=config.data.prompt, seed=config.train.seed), arguments.limit)
+    output = Path(config.output)
+    left_out = cli.leave_out(config, "validation")
+    if left_out.file:
+        left_out.file.unlink(missing_ok=True)  # of another time
+    records = decodable(first(cli.open_records(config, "validation", left_out), arguments.limit), left_out)
+    if left_out.reasons:
+        show(f"{len(left_out.reasons):,} questions cannot be asked and are left out: see {left_out.file}")
     device = pick_device(config.model.device)
     dtype, settings = pick_dtype(config.model.dtype, device), config.evaluation
     trained = output / ("adapter" if config.lora else "model")
@@ -108,7 +113,8 @@ def open_records(arguments: argparse.Namespace) -> Any:
             "--questions and --annotations"
         )
     files = {name: getattr(arguments, name) for name in ("questions", "annotations", "images")}
-    return first(load_records(**files, prompt=arguments.prompt), arguments.limit)
+    records = first(load_records(**files, prompt=arguments.prompt), arguments.limit)
+    return decodable(records) if arguments.images else records
 
 
 def first(records: Any, limit: int | None) -> Any:

@@ -3,16 +3,19 @@
     python predict.py --model assets/tiny-base --adapter runs/quickstart/adapter \\
         --image scene.jpg --prompt "answer en how many circles are there?"
 
-The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`.
+The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. A picture that
+cannot be used is named, the others are answered, and the exit code is 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 
 from data import Processor
+from data.images import open_image
 from finetune import cli, load_adapter
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.evaluate import generate_answers
@@ -22,6 +25,11 @@ from model import fetch
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
+    broken = broken_pictures(arguments.image)
+    for reason in broken.values():
+        print(f"error: {reason}", file=sys.stderr)
+    if len(broken) == len(set(arguments.image)):
+        raise ValueError("no picture is left to ask about")
     device = pick_device(arguments.device)
     directory = fetch(arguments.model, arguments.revision)
     kept = cli.quantization(arguments.quantize, arguments.adapter)
@@ -32,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     records = [
         {"id": f"{image}\n{prompt}", "image": image, "image_id": image, "prefix": prompt}
         for image in dict.fromkeys(arguments.image)
+        if image not in broken
         for prompt in dict.fromkeys(arguments.prompt)
     ]
     answers = generate_answers(
@@ -46,6 +55,19 @@ def main(argv: Sequence[str]) -> None:
     )
     for line in lines(records, answers, arguments.format):
         print(line)
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(set(arguments.image))} pictures could not be used, see above")
+
+
+def broken_pictures(paths: Sequence[str]) -> dict[str, str]:
+    """The pictures that cannot be used, and why, before minutes are spent on opening a network."""
+    broken = {}
+    for path in dict.fromkeys(paths):
+        try:
+            open_image(path)
+        except ValueError as error:
+            broken[path] = str(error)
+    return broken
 
 
 def lines(records: Sequence[dict[str, str]], answers: dict[str, str], form: str) -> Iterator[str]:

@@ -3,8 +3,9 @@
 python train.py configs/vqav2_8gb.yaml
 python train.py configs/vqav2_8gb.yaml train.epochs=2 lora.rank=32
 
-Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --inspect shows what is learned
-from; --overfit 8 tries whether it learns at all. --help lists every key of the file, with its meaning.
+Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --check looks at every picture;
+--inspect shows what is learned from; --overfit 8 tries whether it learns at all. --help lists every key of the file,
+with its meaning.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from rich import print as show
 from rich.table import Table
 
 from data import PaliGemmaDataset, Processor, collate
-from data.records import load_records
+from data.faults import LeftOut
+from data.records import decodable
 from finetune import cli, inject_lora, save_adapter
 from finetune.config import RunConfig, describe, load_config
 from finetune.device import pick_device, pick_dtype
@@ -48,6 +50,9 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         dry_run(config, arguments.probe)
         return
+    if arguments.check:
+        check(config)
+        return
     if arguments.overfit is not None:
         overfit(config, arguments.overfit)
         return
@@ -58,8 +63,11 @@ def main(argv: Sequence[str]) -> None:
     _, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
     model = open_model(directory, config)
     processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
-    records = load_records(**config.data.train.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
-    dataset = PaliGemmaDataset(records, processor, answers=config.data.answers, seed=config.train.seed)
+    left_out = cli.leave_out(config, "train")
+    records = cli.open_records(config, "train", left_out)
+    if left_out.reasons:
+        show(f"{len(left_out.reasons):,} records cannot be used, others take their places: see {left_out.file}")
+    dataset = PaliGemmaDataset(records, processor, config.data.answers, config.train.seed, left_out)
     if arguments.inspect:
         inspect(model, dataset, processor)
         return
@@ -112,6 +120,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dry-run", action="store_true", help="say what the run would take and whether it fits, and stop"
     )
     instead.add_argument(
+        "--check", action="store_true", help="decode every picture, list every record that cannot be used, and stop"
+    )
+    instead.add_argument(
         "--inspect", action="store_true", help="show the first examples, check them for leaks, and stop"
     )
     instead.add_argument(
@@ -140,6 +151,27 @@ def random_model(directory: Path, config: RunConfig, device: torch.device) -> Pa
     return from_random(directory, config.train.seed, dtype, device)
 
 
+def check(config: RunConfig) -> None:
+    """Every record of training and validation looked at, every picture decoded; nothing is written.
+
+    Raises:
+        ValueError: some cannot be used; all of them are listed.
+    """
+    count = 0
+    for part in ("train", "validation") if config.data.validation else ("train",):
+        left_out = LeftOut(share=1.0)
+        records = decodable(cli.open_records(config, part, left_out), left_out)
+        show(f"data.{part}: {len(records):,} records can be used, {len(left_out.reasons):,} cannot")
+        for name, reason in left_out.reasons.items():
+            print(f"  {name}: {reason}")
+        count += len(left_out.reasons)
+    if count:
+        raise ValueError(
+            f"{count:,} records cannot be used: mend them, or leave them out with data.on_error=skip, of all records "
+            "at most the share data.skip_at_most"
+        )
+
+
 def inspect(model: PaliGemma, dataset: PaliGemmaDataset, processor: Processor) -> None:
     """The first examples as the network sees them, checked for what would ruin the training."""
     examples = [dataset[index] for index in range(min(8, len(dataset)))]
@@ -161,7 +193,8 @@ def overfit(config: RunConfig, count: int) -> None:
     Raises:
         ValueError: it does not; says what to look at.
     """
-    records = load_records(**config.data.train.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
+    left_out = cli.leave_out(config, "train")
+    records = cli.open_records(config, "train", left_out)
     if not 0 < count <= len(records):
         raise ValueError(f"--overfit {count}: expected 1 to {len(records):,}, the examples of data.train")
     config = trial_config(config, count)
@@ -170,7 +203,7 @@ def overfit(config: RunConfig, count: int) -> None:
     model = open_model(directory, config)
     processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
     records = records.select(range(count))
-    dataset = PaliGemmaDataset(records, processor, config.data.answers)
+    dataset = PaliGemmaDataset(records, processor, config.data.answers, left_out=left_out)
     adapt(model, config)
     show_trained(model)
     wanted = [
@@ -246,7 +279,7 @@ def shape_of(config: RunConfig, planner: Planner, directory: Path) -> tuple[Step
     """The steps, as far as the data can be read, and what each is made of; said where either is not known."""
     size = config.train.batch_size
     try:
-        records = load_records(**config.data.train.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
+        records = cli.open_records(config, "train")
     except ValueError as error:
         show(f"steps are not known, for the data cannot be read: {error}")
         return None, Shape(size, size, planner.tokens, planner.supervised)
@@ -319,10 +352,11 @@ def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor) -> 
     """What measures the model during training: loss and accuracy on a fixed part of the validation questions."""
     if config.data.validation is None or config.train.eval_every is None:
         return None
-    source = config.data.validation.model_dump()
-    records = load_records(**source, prompt=config.data.prompt, seed=config.train.seed)
+    left_out = cli.leave_out(config, "validation")
+    records = cli.open_records(config, "validation", left_out)
     if config.evaluation.count is not None and config.evaluation.count < len(records):
         records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
+    records = decodable(records, left_out)
     settings = config.evaluation
 
     def measure() -> dict[str, float]:

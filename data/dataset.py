@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from data.faults import Fault, LeftOut
 from data.processor import Processor
 
 
@@ -24,6 +25,8 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         processor: turns pictures and texts into tensors.
         answers: "rotate" learns another one of a record's answers at each visit, in an order drawn by `seed`, until
             all were learned; "majority" learns `answer` always.
+        left_out: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its
+            index, the same at every visit. By default there may be none, and the first one is a ValueError.
     """
 
     def __init__(
@@ -32,10 +35,12 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         processor: Processor,
         answers: Literal["rotate", "majority"] = "rotate",
         seed: int = 0,
+        left_out: LeftOut | None = None,
     ) -> None:
         if answers not in ("rotate", "majority"):
             raise ValueError(f'answers is {answers!r}; expected "rotate" or "majority"')
         self.records, self.processor, self.answers, self.seed = records, processor, answers, seed
+        self.left_out = left_out or LeftOut()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -43,6 +48,15 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, visit = key if isinstance(key, tuple) else (key, 0)
         index = range(len(self))[index]  # -1 is another name of the last record, not another record
+        others = random.Random(f"{self.seed}/{index}/instead")
+        while True:  # until too many were left out
+            try:
+                return self._example(index, visit)
+            except ValueError as error:
+                self.left_out.add([Fault(self.records[index]["id"], str(error))], len(self))
+            index = others.randrange(len(self))
+
+    def _example(self, index: int, visit: int) -> dict[str, Any]:
         record = self.records[index]
         answers = record["answers"]
         if not answers:

@@ -6,11 +6,10 @@ says. Not here: colour management (the reference processors ignore ICC profiles 
 """
 
 import io
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -21,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), start=2)}  # EXIF 2.32, tag 0x0112
 
+T = TypeVar("T")
 ImageSource = str | PathLike[str] | bytes | Mapping[str, Any] | Image.Image
 
 
@@ -30,23 +30,25 @@ def open_image(source: ImageSource) -> Image.Image:
     Raises:
         ValueError: naming the picture, if it is missing, broken, truncated, empty, too large, or of 32-bit numbers.
     """
+    return _opened(source, _upright_rgb)
+
+
+def check_header(source: ImageSource) -> None:
+    """Raises ValueError as `open_image` does, as far as the header tells, without decoding a pixel."""
+    _opened(source, _require_usable)
+
+
+def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of the opened picture, or the one kind of error."""
     name, file = _locate(source)
     try:
         if isinstance(file, Image.Image):
-            return _upright_rgb(file)
+            return use(file)
         with Image.open(file, formats=FORMATS) as image:
-            return _upright_rgb(image)
+            return use(image)
     except Exception as error:  # decoders raise all kinds of errors on broken files
         mend = f"give a whole 8-bit one of at most {MAX_PIXELS:,} pixels ({', '.join(FORMATS)}), or leave it out"
         raise ValueError(f"{name} cannot be used: {error}; {mend}") from error
-
-
-def require_pictures(names: Iterable[str], folder: Path) -> None:
-    """Raises ValueError with the first few names that are no files of the folder."""
-    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-    if missing:
-        some = ", ".join(missing[:3])
-        raise ValueError(f"{len(missing):,} pictures are not in {folder}, such as {some}; add them, or mend the folder")
 
 
 def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:
@@ -62,10 +64,16 @@ def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:
     raise ValueError(f"expected a path, bytes, a PIL image or {{path, bytes}} with one of them, got {source!r:.200}")
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _require_usable(image: Image.Image) -> None:
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"it has {width} x {height} pixels, not 1 to {MAX_PIXELS:,}")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed white")
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    _require_usable(image)
     rgb = _rgb(image)
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -80,8 +88,6 @@ def _rgb(image: Image.Image) -> Image.Image:
     """A new RGB image, transparency on white."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _grey16(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed white")
     if not image.has_transparency_data:
         return image.copy() if image.mode == "RGB" else image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")

@@ -10,25 +10,32 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.images import require_pictures
+from data.faults import Fault
 from data.processor import single_line
 
 
-def read_jsonl(file: Path, folder: Path, choose: Callable[[Sequence[str]], list[int]]) -> Iterator[dict[str, Any]]:
-    """Records of the lines at the positions that `choose` takes from all lines' image ids, in the order of the file.
+def read_jsonl(
+    file: Path, folder: Path, choose: Callable[[Sequence[str]], list[int]]
+) -> Iterator[dict[str, Any] | Fault]:
+    """Records of the lines at the positions that `choose` takes from all good lines' image ids, in the order of the
+    file, and every line that is no example: broken, with an id that occurred before, or with an image that leads out
+    of the folder by its path.
 
-    ValueError if a line is no example, with file and line, if an id occurs twice, or if an image is missing from the
-    folder or leads out of it, by its path or by a link.
+    ValueError if there are no lines.
     """
-    image_ids = [example["image_id"] for example in _examples(file, folder)]
-    if not image_ids:
+    image_ids = [line["image_id"] for line in _lines(file, folder) if isinstance(line, dict)]
+    chosen = set(choose(image_ids)) if image_ids else set()
+    position, found = 0, False
+    for line in _lines(file, folder):
+        found = True
+        if isinstance(line, Fault) or position in chosen:
+            yield line
+        position += isinstance(line, dict)
+    if not found:
         raise ValueError(f"{file} holds no examples; expected one JSON object a line")
-    chosen = set(choose(image_ids))
-    require_pictures(dict.fromkeys(image_ids[position] for position in sorted(chosen)), folder)
-    return (example for position, example in enumerate(_examples(file, folder)) if position in chosen)
 
 
-def _examples(file: Path, folder: Path) -> Iterator[dict[str, Any]]:
+def _lines(file: Path, folder: Path) -> Iterator[dict[str, Any] | Fault]:
     lines: dict[str, int] = {}
     with file.open("rb") as content:
         for number, line in enumerate(content, start=1):
@@ -39,9 +46,10 @@ def _examples(file: Path, folder: Path) -> Iterator[dict[str, Any]]:
                 first = lines.setdefault(example["id"], number)
                 if first != number:
                     raise ValueError(f"id {example['id']!r} is that of line {first} too; give each line its own")
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: {error}") from error
-            yield example
+            except (ValueError, RecursionError) as error:
+                yield Fault(f"line {number}", f"{file}, line {number}: {error}")
+            else:
+                yield example
 
 
 def _example(line: Any, number: int, folder: Path) -> dict[str, Any]:
@@ -54,12 +62,11 @@ def _example(line: Any, number: int, folder: Path) -> dict[str, Any]:
     if not isinstance(line.get("id", ""), str | int):
         raise ValueError(f"expected a text or a whole number as id, got {line['id']!r}")
     image = Path(line["image"])
-    path = folder / image
-    if image.is_absolute() or ".." in image.parts or not path.resolve().is_relative_to(folder.resolve()):
+    if image.is_absolute() or ".." in image.parts or "\0" in line["image"]:
         raise ValueError(f"image {line['image']!r} leads out of {folder}; give a path within it")
     return {
         "id": str(line.get("id", number)),
-        "image": str(path),
+        "image": str(folder / image),
         "image_id": image.as_posix(),
         "question": line["prefix"],
         "prefix": single_line(line["prefix"]),

@@ -18,7 +18,9 @@ from typing import Any, Literal
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
+from data.faults import Fault, LeftOut
 from data.jsonl import read_jsonl
+from data.pictures import unusable
 from data.vqav2 import read_vqav2
 
 File = str | PathLike[str]
@@ -34,7 +36,7 @@ FEATURES = datasets.Features(
     answer_type=TEXT,
     question_type=TEXT,
 )
-FORMAT = 1  # goes up when records are written differently, so that kept ones are written anew
+FORMAT = 2  # goes up when records are written differently, so that kept ones are written anew
 
 
 def load_records(
@@ -50,6 +52,7 @@ def load_records(
     seed: int = 0,
     split: str | None = None,
     cache_dir: File | None = None,
+    left_out: LeftOut | None = None,
 ) -> datasets.Dataset:
     """Records of the chosen questions or lines, in the order of their file.
 
@@ -61,14 +64,19 @@ def load_records(
         prompt: the prefix of an official question, with {question} where the question goes.
         split: such as "train2014", where the official files do not say it.
         cache_dir: where the records are kept for the next time, by default beside those of `datasets`.
+        left_out: where what cannot be used goes; by default there may be none. Records whose picture cannot be used by
+            its header are among them, but keep their places: in training others are taken instead, for an evaluation
+            see `decodable`.
 
     Raises:
-        ValueError: as `read_vqav2` and `read_jsonl` say; a file is missing; there are too few questions to draw from.
+        ValueError: a file is missing or not what it should be; there are too few questions to draw from; records
+            cannot be used, more than may be left out.
     """
     folder = None if images is None else Path(images).absolute()
     if jsonl is not None:
         files = [Path(jsonl)]
-        rows = partial(read_jsonl, files[0], folder or files[0].parent.absolute())
+        folder = folder or files[0].parent.absolute()
+        rows = partial(read_jsonl, files[0], folder)
     elif questions is not None:
         files = [Path(file) for file in (questions, annotations) if file is not None]
         rows = partial(read_vqav2, files, folder, prompt, split)
@@ -77,7 +85,45 @@ def load_records(
     draw = partial(choose, fraction=fraction, count=count, sample_by=sample_by, seed=seed)
     drawn = fraction is not None or count is not None  # else the seed changes nothing
     options = [rows.func.__name__, *rows.args, draw.keywords if drawn else ""]
-    return memory_mapped(partial(rows, draw), files, options, cache_dir)
+    cache = cache_folder(cache_dir)
+    records, faults = memory_mapped(partial(rows, draw), files, options, cache)
+    total = len(records) + len(faults)
+    if folder is not None and len(records):
+        paths = records.data.column("image").combine_chunks().field("path")
+        unique = paths.unique().to_pylist()
+        reasons = unusable(unique, cache, folder if jsonl is not None else Path(unique[0]).parent)
+        for position, path in enumerate(paths.to_pylist() if reasons else ()):
+            if path in reasons:
+                faults.append(Fault(records[position]["id"], reasons[path]))
+    (left_out or LeftOut()).add(faults, total)
+    if not len(records):
+        raise ValueError(f"{files[0]} holds no record that can be used")
+    return records
+
+
+def decodable(
+    records: datasets.Dataset, left_out: LeftOut | None = None, cache_dir: File | None = None
+) -> datasets.Dataset:
+    """The records whose pictures can be decoded, after decoding all of them; `left_out` as in `load_records`.
+
+    Raises:
+        ValueError: more cannot be used than may be left out.
+    """
+    paths = [image["path"] for image in records["image"][:]]
+    reasons = unusable(dict.fromkeys(paths), cache_folder(cache_dir), decode=True)
+    if not reasons:
+        return records
+    broken = [position for position, path in enumerate(paths) if path in reasons]
+    faults = [Fault(records[position]["id"], reasons[paths[position]]) for position in broken]
+    (left_out or LeftOut()).add(faults, len(records))
+    return records.select(sorted(set(range(len(records))) - set(broken)))
+
+
+def cache_folder(cache_dir: File | None) -> Path:
+    """Where records and what was seen of pictures are kept for the next time."""
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "paligemma_lora")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def choose(
@@ -114,23 +160,41 @@ def majority(answers: Sequence[str]) -> str:
 
 
 def memory_mapped(
-    rows: Callable[[], Iterable[dict[str, Any]]], files: list[Path], options: list[Any], cache_dir: File | None
-) -> datasets.Dataset:
-    """What `rows()` yields, written once, then memory-mapped until `files` or `options` change."""
+    rows: Callable[[], Iterable[dict[str, Any] | Fault]], files: list[Path], options: list[Any], folder: Path
+) -> tuple[datasets.Dataset, list[Fault]]:
+    """What `rows()` yields, written to `folder` once, then memory-mapped until `files` or `options` change."""
     key: list[Any] = [FORMAT, *map(str, options)]
     for file in files:
         if not file.is_file() or not (status := file.stat()).st_size:
             raise ValueError(f"{file} does not exist or is empty; mend its path")
         key.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "paligemma_lora")
-    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
     if not kept.exists():
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            written = f"{unfinished}/records.arrow"
-            with ArrowWriter(path=written, features=FEATURES) as writer:
-                for row in rows():
-                    writer.write({"answer": majority(row["answers"]), "answer_type": "", "question_type": "", **row})
+            written, faults = Path(unfinished, "records.arrow"), []
+            with ArrowWriter(path=str(written), features=FEATURES) as writer:
+                for row in map(encodable, rows()):
+                    if isinstance(row, Fault):
+                        faults.append(row)
+                    else:
+                        writer.write(
+                            {"answer": majority(row["answers"]), "answer_type": "", "question_type": "", **row}
+                        )
                 writer.finalize()
-            os.replace(written, kept)  # whole or not at all, also when several processes write it
-    return datasets.Dataset.from_file(str(kept))
+            Path(unfinished, "faults.json").write_text(json.dumps(faults))
+            # Whole or not at all, also when several processes write it: the records last.
+            os.replace(Path(unfinished, "faults.json"), kept.with_suffix(".json"))
+            os.replace(written, kept)
+    faults = [Fault(*fault) for fault in json.loads(kept.with_suffix(".json").read_bytes())]
+    return datasets.Dataset.from_file(str(kept)), faults
+
+
+def encodable(row: dict[str, Any] | Fault) -> dict[str, Any] | Fault:
+    """The row, or what is wrong with a text that no file can hold: JSON allows halves of surrogate pairs."""
+    if isinstance(row, Fault):
+        return row
+    try:
+        "".join([row["id"], row["image"], row["prefix"], *row["answers"]]).encode()
+    except UnicodeEncodeError as error:
+        return Fault(ascii(row["id"]), f"its text is no Unicode: {error}")
+    return row

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data.images import require_pictures
+from data.faults import Fault
 from data.processor import single_line
 
 CHUNK = 1 << 12  # bytes decoded at once, more where an object is longer
@@ -30,35 +30,40 @@ OPTIONAL = {"answer": "multiple_choice_answer", "answer_type": "answer_type", "q
 
 def read_vqav2(
     files: list[Path], folder: Path | None, prompt: str, split: str | None, choose: Callable[[Sequence[int]], list[int]]
-) -> Iterator[dict[str, Any]]:
-    """Records of the questions at the positions that `choose` takes from all questions' image ids, in file order.
+) -> Iterator[dict[str, Any] | Fault]:
+    """Records of the questions at the positions that `choose` takes from all questions' image ids, in file order; what
+    is wrong with one of them in its place.
 
     `files` are the questions and, where there are any, the annotations; `folder` is where the pictures are, or a folder
-    of the split's name with them, or None where they need not exist. ValueError if the files contradict themselves,
-    each other or the folder, or if the prompt has no {question}.
+    of the split's name with them, or None where they need not exist. ValueError if a file is not what it should be as
+    a whole, if the files are of two splits, or if the prompt has no {question}.
     """
     if "{question}" not in prompt:
         raise ValueError(f"prompt is {prompt!r}; expected one with {{question}} where the question goes")
     questions = ObjectList(files[0], "questions")
     annotations = ObjectList(files[1], "annotations") if files[1:] else None
     split = split or _one_split(questions.splits | (annotations.splits if annotations else {}))
-    where = _join(questions, annotations) if annotations else questions.ids
-    chosen = choose(questions.image_ids.tolist())
-    name = f"COCO_{split}_{{:012d}}.jpg".format
-    if folder is not None:
-        folder = folder / split if (folder / split).is_dir() else folder
-        require_pictures(map(name, np.unique(questions.image_ids[chosen])), folder)
-    for position in chosen:
-        question, image_id = questions[position], int(questions.image_ids[position])
-        if not isinstance(question.get("question"), str):
-            raise ValueError(f"{questions.path}: expected a text as question in {question}")
+    if folder is not None and (folder / split).is_dir():
+        folder = folder / split
+    for position in choose(questions.image_ids.tolist()):
+        image_id = int(questions.image_ids[position])
+        image = os.path.join(folder or "", f"COCO_{split}_{image_id:012d}.jpg")  # no Path: each would be interned
+        id = str(questions.ids[position])
+        try:
+            question = questions.only(position).get("question")
+            if not isinstance(question, str) or not question.strip():
+                raise ValueError(f"{questions.path}: expected a text as question, got {question!r:.200}")
+            answered = _answers(annotations, questions, position) if annotations else {"answers": []}
+        except ValueError as error:
+            yield Fault(id, str(error))
+            continue
         yield {
-            "id": str(questions.ids[position]),
-            "image": os.path.join(folder or "", name(image_id)),  # no Path: each would be interned
+            "id": id,
+            "image": image,
             "image_id": str(image_id),
-            "question": question["question"],
-            "prefix": single_line(prompt.replace("{question}", question["question"])),
-            **(_answers(annotations, where[position]) if annotations else {"answers": []}),
+            "question": question,
+            "prefix": single_line(prompt.replace("{question}", question)),
+            **answered,
         }
 
 
@@ -70,22 +75,14 @@ def _one_split(said: Mapping[str, str | None]) -> str:
     return splits.pop()
 
 
-def _join(questions: "ObjectList", annotations: "ObjectList") -> np.ndarray:
-    """The position of each question's annotation, i64[questions]."""
-    order = np.argsort(annotations.ids)
-    found = np.searchsorted(annotations.ids, questions.ids, sorter=order)
-    where: np.ndarray = order[np.minimum(found, len(order) - 1)]
-    for column, fault in (("ids", "no annotation"), ("image_ids", "another image_id")):
-        differ = getattr(annotations, column)[where] != getattr(questions, column)
-        if differ.any():
-            which = f"{_some(questions.ids[differ])} of {questions.path}"
-            raise ValueError(f"{annotations.path} has {fault} for {which}; give the two files that belong together")
-    return where
-
-
-def _answers(annotations: "ObjectList", position: int) -> dict[str, Any]:
-    """The columns that an annotation fills; some files have nothing but the answers."""
-    annotation = annotations[position]
+def _answers(annotations: "ObjectList", questions: "ObjectList", position: int) -> dict[str, Any]:
+    """The columns that a question's annotation fills; some files have nothing but the answers."""
+    place = annotations.find(questions.ids[position])
+    if place is None:
+        raise ValueError(f"{annotations.path} has no annotation for it; give the two files that belong together")
+    if annotations.image_ids[place] != questions.image_ids[position]:
+        raise ValueError(f"{annotations.path} has another image_id for it; give the two files that belong together")
+    annotation = annotations.only(place)
     try:
         answers = [answer["answer"] for answer in annotation["answers"]]
         if {str} != set(map(type, answers)):
@@ -110,14 +107,23 @@ class ObjectList:
         named = re.search(r"_((?:train|val|test)(?:-dev)?\d{4})_", path.name)
         self.splits = {f"data_subtype of {path}": within and within[1].decode(), f"name of {path}": named and named[1]}
         rows = np.fromiter(self._walk(name), np.dtype((np.int64, 4)))
+        if not len(rows):
+            raise ValueError(f"{path} holds no {name}; expected one object for each question")
         self.ids, self.image_ids, self._offsets, self._lengths = rows.T
-        unique, counts = np.unique(self.ids, return_counts=True)
-        if not len(unique) or counts.max() > 1:
-            fault = f"{_some(unique[counts > 1])} more than once" if len(unique) else f"no {name}"
-            raise ValueError(f"{path} holds {fault}; expected one object for each question")
+        self._order = np.argsort(self.ids)
+        self._sorted = self.ids[self._order]
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        offset = self._offsets[position]
+    def find(self, question_id: int) -> int | None:
+        """The position of an object of this question."""
+        place = np.searchsorted(self._sorted, question_id)
+        return int(self._order[place]) if place < len(self.ids) and self._sorted[place] == question_id else None
+
+    def only(self, position: int) -> dict[str, Any]:
+        """The object at a position. ValueError if it is not the only one of its question."""
+        offset, question_id = self._offsets[position], self.ids[position]
+        count = np.searchsorted(self._sorted, question_id, "right") - np.searchsorted(self._sorted, question_id)
+        if count > 1:
+            raise ValueError(f"{self.path} holds {count} objects of question {question_id}; expected one for each")
         return json.loads(self._content[offset : offset + self._lengths[position]])
 
     def _walk(self, name: str) -> Iterator[tuple[int, int, int, int]]:
@@ -135,7 +141,7 @@ class ObjectList:
             try:
                 text, _ = codecs.utf_8_decode(content, "strict", False)
                 value, end = decode(text)
-            except ValueError as error:  # the object goes on after this chunk, or the file is broken
+            except (ValueError, RecursionError) as error:  # the object goes on after this chunk, or the file is broken
                 if len(chunk) < size or size > LONGEST:
                     raise ValueError(f"{self.path} is cut off or no JSON at byte {offset:,}: {error}") from error
                 size *= 2
@@ -148,10 +154,8 @@ class ObjectList:
 
 def _whole_number(value: Any, key: str, path: Path) -> int:
     number = value.get(key) if isinstance(value, dict) else None
-    if isinstance(number, int) or (isinstance(number, str) and number.isdecimal()):  # texts are met in real files
-        return int(number)
+    if isinstance(number, str) and number.isdecimal() and len(number) < 20:  # met in real files
+        number = int(number)
+    if isinstance(number, int) and abs(number) < 2**63:
+        return number
     raise ValueError(f"{path}: expected a whole number as {key} in {value!r:.200}")
-
-
-def _some(ids: np.ndarray) -> str:
-    return f"{len(ids):,} questions ({', '.join(map(str, ids[:3]))}{', ...' if len(ids) > 3 else ''})"

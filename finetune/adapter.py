@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from finetune.durable import MANIFEST, damage, settle, write_whole
+from finetune.fingerprint import fingerprint
 from finetune.lora import LoRALinear, TrainedInFull, adapters, put_adapter, trained_in_full, trained_parameters
 from finetune.quantize import quantization_of
 from model.checkpoint import canonical_name, mismatches
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BASE_QUANTIZATION = "base_quantization"  # key in the metadata of the tensors' file
+# Keys in the metadata of the tensors' file.
+BASE_QUANTIZATION, BASE_FINGERPRINT = "base_quantization", "base_fingerprint"
 
 # Our path -> the path that each version of transformers gives the module. The 4.57 form is the one written.
 LAYOUTS: dict[str, Callable[[str], str]] = {
@@ -66,7 +68,8 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str | None = Non
     if poisoned:
         raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
     config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
-    metadata = {"format": "pt"} | ({BASE_QUANTIZATION: kept} if (kept := quantization_of(model)) else {})
+    metadata = {"format": "pt", BASE_FINGERPRINT: fingerprint(model)}
+    metadata |= {BASE_QUANTIZATION: kept} if (kept := quantization_of(model)) else {}
 
     def fill(path: Path) -> None:
         (path / CONFIG_FILE).write_text(config, encoding="utf-8")
@@ -77,12 +80,16 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str | None = Non
 
 def trained_on(directory: str | Path) -> str | None:
     """How the base was kept while the adapter in `directory` was trained: "nf4", or None (unknown for PEFT's files)."""
+    return metadata_of(Path(directory)).get(BASE_QUANTIZATION)
+
+
+def metadata_of(directory: Path) -> dict[str, str]:
+    """What the tensors' file says of itself, beside the tensors; nothing in PEFT's files."""
     try:
-        with safe_open(Path(directory) / WEIGHTS_FILE, "pt") as file:
-            kept: str | None = (file.metadata() or {}).get(BASE_QUANTIZATION)
+        with safe_open(directory / WEIGHTS_FILE, "pt") as file:
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no readable {WEIGHTS_FILE}: {error}") from error
-    return kept
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -175,8 +182,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     The base is frozen. The model is untouched when the adapter is refused.
 
     Raises:
-        ValueError: no adapter there, a setting that is not implemented, or any tensor missing, unexpected or
-        mis-shaped.
+        ValueError: no adapter there, a setting that is not implemented, any tensor missing, unexpected or mis-shaped,
+        or the adapter was trained on another base (known of ours only).
     """
     path = Path(directory)
     config, tensors = read_adapter(path)
@@ -188,6 +195,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
         raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {error}") from error
     if problems:
         raise ValueError(f"{path} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
+    if (trained := metadata_of(path).get(BASE_FINGERPRINT)) and trained != fingerprint(model):
+        raise ValueError(
+            f"{path} was trained on another base than this, whose weights have other values: give the one it was "
+            f"trained on ({config.get('base_model_name_or_path') or 'its name was not kept'})"
+        )
     model.requires_grad_(False)
     for name, rank in ranks.items():
         alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))

@@ -127,7 +127,8 @@ class Source(Section):
 class DataConfig(Section):
     """What is learned from."""
 
-    CHANGES = {"result": "prompt answers max_text_tokens", "nothing": "workers"}
+    # What is left out changes the result only where a run could not have gone on.
+    CHANGES = {"result": "prompt answers max_text_tokens", "nothing": "on_error skip_at_most workers"}
 
     train: Source
     """Examples to train on."""
@@ -139,6 +140,12 @@ class DataConfig(Section):
     """rotate: another one of a question's answers at each visit; majority: the most frequent one always."""
     max_text_tokens: Count = 128
     """Tokens of prefix and suffix together; longer prefixes are cut."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """When a record cannot be used (a broken picture, no answer): fail, or skip it and learn from another instead,
+    and list it in OUTPUT/left_out_train.jsonl or left_out_validation.jsonl.
+    """
+    skip_at_most: BelowOne = 0.01
+    """Share of the records that may be skipped; beyond, the run stops."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that prepare examples; 0: the training process itself."""
 

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 from model import PaliGemma
 
+SAMPLE = 64  # values by which a weight is known again
 BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a quantised weight, scales included
 
 
 class NF4Linear(nn.Linear):
-    """A frozen linear whose `weight` is packed, two weights a byte: u8 [out * in / 2, 1]."""
+    """A frozen linear whose `weight` is packed, two weights a byte: u8 [out * in / 2, 1].
+
+    original: some values of the weight before it was packed (`sample_of`).
+    """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -29,7 +33,7 @@ class NF4Linear(nn.Linear):
             linear.weight.detach().to(device), blocksize=64, compress_statistics=True, quant_type="nf4"
         )
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = linear.bias
+        self.bias, self.original = linear.bias, sample_of(linear.weight)
 
     def dense(self) -> Tensor:
         """The matrix that the codes stand for, [out, in] in the dtype it had."""
@@ -43,6 +47,26 @@ class NF4Linear(nn.Linear):
 def dense(linear: nn.Linear) -> Tensor:
     """The weight of a linear as a matrix [out, in], whatever form it is kept in."""
     return linear.dense() if isinstance(linear, NF4Linear) else linear.weight
+
+
+class Dequantized(nn.Linear):
+    """A plain linear with the weight that an `NF4Linear` stood for."""
+
+    def __init__(self, packed: NF4Linear) -> None:
+        super().__init__(packed.in_features, packed.out_features, bias=False, device="meta")
+        self.weight = nn.Parameter(packed.dense(), requires_grad=False)
+        self.bias, self.original = packed.bias, packed.original
+
+
+def sample_of(weight: Tensor) -> Tensor:
+    """64 values of a weight, from its first to its last, as bf16 on the CPU."""
+    place = torch.arange(SAMPLE, device=weight.device) * (weight.numel() - 1) // (SAMPLE - 1)
+    return weight.detach().reshape(-1)[place].to("cpu", torch.bfloat16)
+
+
+def original_sample(module: nn.Module) -> Tensor | None:
+    """The values that the weight of a linear had before it was packed; None for what never was."""
+    return module.original if isinstance(module, NF4Linear | Dequantized) else None
 
 
 def library() -> ModuleType:
@@ -75,10 +99,8 @@ def quantize(model: PaliGemma, device: str | torch.device) -> PaliGemma:
 def dequantize(model: PaliGemma) -> PaliGemma:
     """Put plain linears with the dense matrices back: the network that NF4 stands for, at its full size."""
     for path, packed in decoder_linears(model).items():
-        linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(dense(packed), requires_grad=False)
-        linear.bias = packed.bias
-        model.set_submodule(path, linear)
+        if isinstance(packed, NF4Linear):
+            model.set_submodule(path, Dequantized(packed))
     return model
 
 

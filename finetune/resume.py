@@ -1,13 +1,16 @@
-"""The run directory: its resolved configuration, and whether a run may go on where it stopped."""
+"""The run directory: its resolved configuration, what its data were, and whether a run may go on where it stopped."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from finetune.checkpoints import checkpoints, newest_whole
 from finetune.config import RunConfig, dump_config, load_config, what_changes
-from finetune.durable import damage
+from finetune.durable import damage, describe
+
+DATA_FILE = "data.json"
 
 
 def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False) -> tuple[Path | None, list[str]]:
@@ -47,6 +50,7 @@ def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False
             + "\n  ".join(skipped)
         )
     changed = differences(load_config(output / "config.yaml"), config)
+    changed.setdefault("result", []).extend(edited(output, config))
     result = changed.get("result", [])
     if result and not accept_changes:
         raise ValueError(
@@ -65,6 +69,27 @@ def start_run(config: RunConfig) -> None:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (output / DATA_FILE).write_text(json.dumps(contents(config), indent=1) + "\n", encoding="utf-8")
+
+
+def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
+    """Size and sha256 of every file that the run's examples come from, by its key in the configuration."""
+    parts = {"train": config.data.train, "validation": config.data.validation}
+    return {
+        f"data.{part}.{name}": describe(Path(file))
+        for part, source in parts.items()
+        for name in ("questions", "annotations", "jsonl")
+        if source is not None and (file := getattr(source, name)) and Path(file).is_file()
+    }
+
+
+def edited(output: Path, config: RunConfig) -> list[str]:
+    """Files of examples that are not what they were when the run was started, as lines to show."""
+    try:
+        before = json.loads((output / DATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [f"{key}: the content of the file" for key, now in contents(config).items() if before.get(key, now) != now]
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from data.records import load_records
-from finetune.config import RunConfig, Source
+from data.records import decodable
+from finetune import cli
+from finetune.config import RunConfig
 from finetune.device import pick_device
 from finetune.plan import GIB
 from finetune.strict_yaml import dump
@@ -48,7 +49,8 @@ def write_result(config: RunConfig, steps: int) -> Path:
 def scores_of(config: RunConfig) -> dict[str, Any]:
     """Accuracy with its 95% confidence interval for each arm that has answers: of all questions, and by answer type."""
     assert config.data.validation is not None, "what has answers was evaluated"
-    records = records_of(config, config.data.validation)
+    left_out = cli.leave_out(config, "validation")
+    records = decodable(cli.open_records(config, "validation", left_out), left_out)
     types = sorted({record["answer_type"] for record in records} - {""})
     by_type = {name: [record for record in records if record["answer_type"] == name] for name in types}
     scores: dict[str, Any] = {}
@@ -94,15 +96,11 @@ def training_of(output: Path, steps: int) -> dict[str, Any]:
 def data_of(config: RunConfig) -> dict[str, dict[str, int]]:
     """How many questions about how many pictures."""
     sizes = {}
-    for name, source in (("train", config.data.train), ("validation", config.data.validation)):
-        if source is not None:
-            records = records_of(config, source)
+    for name in ("train", "validation"):
+        if getattr(config.data, name) is not None:
+            records = cli.open_records(config, name)
             sizes[name] = {"questions": len(records), "pictures": len(set(records["image_id"][:]))}
     return sizes
-
-
-def records_of(config: RunConfig, source: Source) -> Any:
-    return load_records(**source.model_dump(), prompt=config.data.prompt, seed=config.train.seed)
 
 
 def environment_of(device: torch.device) -> dict[str, Any]:

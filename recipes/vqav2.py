@@ -32,7 +32,7 @@ from finetune.device import pick_device, pick_dtype
 from finetune.plan import GIB
 from model import fetch
 from recipes.fetch_vqav2 import ANNOTATIONS_URL, PICTURES_URL, SPLITS, fetch_vqav2
-from recipes.result import records_of, write_result
+from recipes.result import write_result
 
 CONFIG = "configs/vqav2_8gb.yaml"
 BY_HEART = 8  # examples
@@ -76,7 +76,7 @@ def checkpoint(walk: Walk) -> None:
 def pictures(walk: Walk) -> None:
     """Questions, annotations and the drawn pictures: fetched, as far as they are not there."""
     sources = (walk.config.data.train, walk.validation)
-    if all(is_there(walk, source) for source in sources):
+    if all(is_there(walk, part) for part in ("train", "validation")):
         show("all there")
         return
     seed, names = {"seed": walk.config.train.seed}, {"fraction", "count", "sample_by"}
@@ -84,12 +84,12 @@ def pictures(walk: Walk) -> None:
     fetch_vqav2(destination(walk), walk.given.annotations_url, walk.given.pictures_url, drawn, asked, verify=False)
 
 
-def is_there(walk: Walk, source: Source) -> bool:
+def is_there(walk: Walk, part: str) -> bool:
     try:
-        records = records_of(walk.config, source)
+        cli.open_records(walk.config, part)
     except ValueError:
         return False
-    return all(map(os.path.isfile, {image["path"] for image in records["image"][:]}))
+    return True
 
 
 def destination(walk: Walk) -> Path:
@@ -177,8 +177,8 @@ def take(walk: Walk) -> None:
             done.add(name)
             release()
     heading(len(LOOKS) + len(STEPS) + 1, "result")
-    examples = len(records_of(walk.config, walk.config.data.train))
-    output = write_result(walk.config, train.plan_steps(walk.config, examples).total)
+    records = cli.open_records(walk.config, "train")
+    output = write_result(walk.config, train.plan_steps(walk.config, len(records)).total)
     print((output / "result.md").read_text(encoding="utf-8"))
     show(f"saved {output}/result.json and result.md: nothing in them says who or where you are")
 

@@ -59,6 +59,8 @@ data:
   prompt: answer en {question}
   answers: rotate
   max_text_tokens: 128
+  on_error: fail
+  skip_at_most: 0.01
   workers: 2
 train:
   {epochs: null, max_steps: 100, batch_size: 64, micro_batch: auto, recompute: auto, learning_rate: 1e-4,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from data import PaliGemmaDataset, Processor, collate
+from data.faults import LeftOut
 from data.records import FEATURES
 
 BASE = Path(__file__).parent.parent / "assets" / "tiny-base"
@@ -123,7 +124,7 @@ def test_every_label_row_ends_in_eos_and_no_answer_leaks_into_the_prefix(
 def test_a_record_without_answers_is_refused_by_name(processor: Processor, records: list[dict[str, Any]]) -> None:
     records[1]["answers"] = []
     for dataset in (PaliGemmaDataset(records, processor), PaliGemmaDataset(records, processor, answers="majority")):
-        with pytest.raises(ValueError, match="record 'q1' has no answer to learn from"):
+        with pytest.raises(ValueError, match=r"1 of 4 records .*\n  q1: record 'q1' has no answer to learn from"):
             dataset[1]
     with pytest.raises(ValueError, match=r'answers is \'all\'; expected "rotate" or "majority"'):
         PaliGemmaDataset(records, processor, answers="all")  # type: ignore[arg-type]
@@ -139,3 +140,23 @@ def test_a_pickled_mapped_dataset_gives_the_same_examples(processor: Processor, 
         example = worker[key]
         for name, value in here[key].items():
             assert torch.equal(example[name], value) if isinstance(value, torch.Tensor) else example[name] == value
+
+
+def test_another_record_takes_the_place_of_one_that_cannot_be_used(
+    processor: Processor, records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The same at every visit, in every process; the others are what they would have been."""
+    whole = PaliGemmaDataset(records, processor)
+    Path(records[2]["image"]["path"]).write_bytes(b"broken")
+    datasets = [PaliGemmaDataset(records, processor, left_out=LeftOut(tmp_path / "left.jsonl", 0.5)) for _ in range(2)]
+    taken = {dataset[2, visit]["id"] for dataset in datasets for visit in range(5)}
+    assert len(taken) == 1
+    assert taken < {"q0", "q1", "q3"}
+    assert list(datasets[0].left_out.reasons) == ["q2"]
+    assert "cannot identify" in datasets[0].left_out.reasons["q2"]
+    for index in (0, 1, 3):
+        assert torch.equal(datasets[0][index, 1]["input_ids"], whole[index, 1]["input_ids"])
+    for index in (0, 1, 3):
+        Path(records[index]["image"]["path"]).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"3 of 4 records .* more than the 50\.0%"):
+        datasets[0][0]

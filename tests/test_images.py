@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from data.images import MAX_PIXELS, open_image
+from data.images import MAX_PIXELS, check_header, open_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -159,6 +159,19 @@ def test_what_cannot_be_opened_is_an_error_with_its_name(
     path.write_bytes(make())
     with pytest.raises(ValueError, match=rf"(?s)street\.img.*({reason})"):
         open_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_headers_tell_size_and_kind_and_no_pixel_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truncated, floats = encoded(photograph(), "PNG")[:-200], encoded(Image.new("F", (2, 2)), "TIFF")
+    broken = [bomb(), header_above_the_limit(), empty_header(), floats, b""]
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    check_header(truncated)
+    for content in broken:
+        path = tmp_path / "street.img"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"street\.img cannot be used"):
+            check_header(path)
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

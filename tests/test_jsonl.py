@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from data.faults import LeftOut
 from data.records import FEATURES, load_records
+from tests.pictures import PICTURE
 
 
 def write(
@@ -15,7 +17,7 @@ def write(
 ) -> Path:
     for name in pictures:
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
-        (folder / name).touch()
+        (folder / name).write_bytes(PICTURE)
     file = folder / "train.jsonl"
     raw = [json.dumps(line, ensure_ascii=False) if isinstance(line, Mapping) else line for line in lines]
     file.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in raw))
@@ -76,7 +78,7 @@ def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
     file = write(tmp_path, line(), pictures=("pictures/a.jpg",))
     record = load_records(jsonl=file, images=tmp_path / "pictures", cache_dir=tmp_path)[0]
     assert record["image"]["path"] == str(tmp_path / "pictures" / "a.jpg")
-    with pytest.raises(ValueError, match=r"1 pictures are not in .*, such as a\.jpg; add them"):
+    with pytest.raises(ValueError, match=r"1 of 1 records cannot be used.*\n  1: picture .*a\.jpg .*No such file"):
         load_records(jsonl=file, cache_dir=tmp_path)
 
 
@@ -111,7 +113,10 @@ def test_a_line_that_is_no_example_is_named(tmp_path: Path, bad: Any, message: s
     file = write(tmp_path, line(), "", bad)
     with pytest.raises(ValueError, match=rf"(?s)train\.jsonl, line 3: .*({message})"):
         load_records(jsonl=file, cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    left_out = LeftOut(share=0.5)
+    assert load_records(jsonl=file, cache_dir=tmp_path / "cache", left_out=left_out)["id"] == ["1"]
+    assert list(left_out.reasons) == ["line 3"]
+    assert "line 3: " in left_out.reasons["line 3"]
 
 
 def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Pat
     file = write(inside, line(image="link/a.jpg"))
     write(outside, line())
     (inside / "link").symlink_to(outside)
-    with pytest.raises(ValueError, match=r"line 1: image 'link/a\.jpg' leads out of"):
+    with pytest.raises(ValueError, match=r"1: picture .*link/a\.jpg leads out of its folder by a link"):
         load_records(jsonl=file, cache_dir=tmp_path)
     absolute = write(inside, line(image=str(inside / "a.jpg")))
     with pytest.raises(ValueError, match=r"line 1: image .* leads out of .*; give a path within it"):
@@ -153,5 +158,5 @@ def test_examples_are_drawn_by_picture_or_singly(tmp_path: Path) -> None:
 def test_a_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, line())
     first = load_records(jsonl=file, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr("data.jsonl._examples", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("data.jsonl._lines", lambda *_: pytest.fail("read again"))
     assert load_records(jsonl=file, cache_dir=tmp_path / "cache").to_list() == first.to_list()

@@ -238,7 +238,7 @@ def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_
         ),
         ("train.py", ["configs/quickstart.yaml", "--probe"], "--probe times the steps that --dry-run plans: give both"),
         ("evaluate.py", ["--model", "assets/tiny-base"], "expected a CONFIG.yaml"),
-        ("predict.py", ["--model", "no/such/dir", "--image", "x.jpg", "--prompt", "y"], "neither a directory"),
+        ("predict.py", ["--model", "assets/tiny-base", "--image", "x.jpg", "--prompt", "y"], "no picture is left"),
         ("merge_lora.py", ["/nowhere", "--output", "/nowhere/merged"], "give --base"),
     ],
 )
@@ -272,11 +272,87 @@ def test_a_card_without_bfloat16_is_told_what_works(monkeypatch: pytest.MonkeyPa
     assert pick_dtype("float32", torch.device("cuda")) == torch.float32
 
 
-def test_a_picture_that_cannot_be_opened_is_named(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"broken\.jpg"):
-        predict.main(
-            ["--model", str(base), "--image", str(tmp_path / "broken.jpg"), "--prompt", "x", "--device", "cpu"]
-        )
-    Image.new("RGB", (4, 4)).save(tmp_path / "fine.png")
-    predict.main(["--model", str(base), "--image", str(tmp_path / "fine.png"), "--prompt", "x", "--device", "cpu"])
+def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(
+    base: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not a picture")
+    asked = ["--model", str(base), "--prompt", "x", "--device", "cpu", "--max-new-tokens", "2", "--image"]
+    with pytest.raises(ValueError, match="1 of 3 pictures could not be used"):
+        predict.main([*asked, pictures[0], str(broken), pictures[1]])
+    said = capsys.readouterr()
+    assert [line.split("\t")[0] for line in said.out.splitlines()] == pictures[:2]
+    assert f"error: picture {broken} cannot be used: cannot identify" in said.err
+    with pytest.raises(ValueError, match="no picture is left to ask about"):
+        predict.main([*asked, str(broken), str(tmp_path / "gone.png")])
+
+
+@pytest.fixture
+def odd(base: Path, tmp_path: Path) -> Path:
+    """Scenes of which some pictures are of odd kinds, two training ones are broken in a way that the header does not
+    tell, one by its header, and one for validation.
+    """
+    shutil.copytree(base / "data", tmp_path / "data")
+    seen, asked = (sorted((tmp_path / "data/images").glob(f"COCO_{split}2014*")) for split in ("train", "val"))
+    kinds = iter(seen)
+    for mode in ("CMYK", "L", "P", "1"):
+        Image.new(mode, (40, 30)).save(next(kinds), "TIFF")
+    Image.new("I;16", (40, 30)).save(next(kinds), "PNG")
+    Image.new("RGBA", (40, 30)).save(next(kinds), "PNG")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(next(kinds), "JPEG", exif=rotated)
+    for path in (next(kinds), next(kinds), asked[0]):
+        path.write_bytes(path.read_bytes()[:-60])
+    next(kinds).write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_over_broken_pictures_fails_or_skips_as_asked(odd: Path, base: Path, workers: int) -> None:
+    """By name, within a quota, listed with the reason, and twice the same."""
+    asked = overrides(odd, odd / "run", f"model.path={base}", f"data.workers={workers}", "train.batch_size=24")
+    config = [str(ROOT / "configs/quickstart.yaml"), *asked]
+    with pytest.raises(ValueError, match=r"(?s)records cannot be used; mend them.*COCO_train2014_.* cannot be used"):
+        train.main(config)
+    with pytest.raises(ValueError, match=r"more than the 1\.0% that may be left out"):
+        train.main([*config, "data.on_error=skip"])
+    skip = [*config, "data.on_error=skip", "data.skip_at_most=0.4"]
+    train.main(skip)
+    train.main([*skip, f"output={odd}/again"])
+    first, second = (odd / name / "adapter/adapter_model.safetensors" for name in ("run", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    lines = (odd / "run/left_out_train.jsonl").read_text().splitlines()
+    reasons = {fault["id"]: fault["reason"] for fault in map(json.loads, lines)}
+    assert len(reasons) == len(lines)
+    assert len({reason.split(" cannot be used")[0] for reason in reasons.values()}) == 3
+    evaluate.main([*skip, "--limit", "20"])
+    asked_of = json.loads((odd / "run/eval/adapter/results.json").read_text())
+    left = (odd / "run/left_out_validation.jsonl").read_text().splitlines()
+    assert len(asked_of) + len(left) == 20
+    assert len(left) > 0
+
+
+def test_check_decodes_every_picture_and_lists_what_cannot_be_used(
+    odd: Path, base: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = [str(ROOT / "configs/quickstart.yaml"), *overrides(odd, odd / "run", f"model.path={base}"), "--check"]
+    with pytest.raises(ValueError, match=r"records cannot be used: mend them, or leave them out with data\.on_error"):
+        train.main(config)
+    shown = capsys.readouterr().out
+    assert shown.count("truncated") + shown.count("cannot identify") == shown.count("\n  ")
+    assert len({line.split(" cannot be used")[0].split()[-1] for line in shown.splitlines() if "picture" in line}) == 4
+    assert not (odd / "run").exists()
+    train.main([*arguments(base, run), "--check"])
+    assert "0 cannot" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_data_edited_meanwhile(odd: Path, base: Path) -> None:
+    skip = ["data.on_error=skip", "data.skip_at_most=0.4"]
+    config = [str(ROOT / "configs/quickstart.yaml"), *overrides(odd, odd / "run", f"model.path={base}", *skip)]
+    train.main(config)
+    annotations = Path(files(odd, "train2014")["annotations"])
+    annotations.write_text(annotations.read_text().replace('"answer": "yes"', '"answer": "no"', 1))
+    with pytest.raises(ValueError, match=r"(?s)leads to another result.*data\.train\.annotations: the content"):
+        train.main(config)
+    train.main([*config, "--accept-changes"])

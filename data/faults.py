@@ -1,0 +1,76 @@
+"""Records that cannot be used: named with the reason, and either they end a run or, up to a share, are left out of it.
+
+Not here: finding them (the readers, data/pictures.py), and what takes the place of one in training (data/dataset.py).
+"""
+
+import json
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+NAMED = 3  # faults that an error spells out
+
+
+class Fault(NamedTuple):
+    """A record that cannot be used: its id, or the line it stands in, and the reason in words."""
+
+    id: str
+    reason: str
+
+
+class LeftOut:
+    """The records that a run leaves out, each once: in memory, and in a file of JSON lines `{"id", "reason"}`.
+
+    All processes of a run append to the file and count what the others wrote, those of a run taken up again too.
+
+    Args:
+        file: the list, made when it is needed; None: in this process's memory alone.
+        share: of all records that may be left out, at most; 0: none.
+
+    Attributes:
+        reasons: why each was left out, by its id.
+    """
+
+    def __init__(self, file: str | PathLike[str] | None = None, share: float = 0.0) -> None:
+        self.file, self.share = None if file is None else Path(file), share
+        self.reasons: dict[str, str] = {}
+        self._read = 0  # bytes of the file that are known
+
+    def add(self, faults: Iterable[Fault], total: int) -> None:
+        """Leave these out of `total` records.
+
+        Raises:
+            ValueError: then more were left out than may be; names the first. None of them is left out.
+        """
+        self._catch_up()
+        new = {fault.id: fault.reason for fault in faults if fault.id not in self.reasons}
+        if not new:
+            return
+        count = len(self.reasons) + len(new)
+        if count > self.share * total:
+            mend = "mend them, or leave them out with data.on_error=skip"
+            if self.share:
+                mend = f"more than the {self.share:.1%} that may be left out (data.skip_at_most)"
+            named = [f"{id}: {reason}" for id, reason in list(new.items())[:NAMED]]
+            named += [f"and {len(new) - NAMED:,} more"] if len(new) > NAMED else []
+            raise ValueError("\n  ".join([f"{count:,} of {total:,} records cannot be used; {mend}:", *named]))
+        self.reasons |= new
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps({"id": id, "reason": reason}) + "\n" for id, reason in new.items())
+            with self.file.open("ab") as file:  # written at once: lines of two processes do not mix
+                file.write(lines.encode())
+
+    def _catch_up(self) -> None:
+        if self.file is None or not self.file.exists():
+            return
+        with self.file.open("rb") as content:
+            content.seek(self._read)
+            for line in content:
+                self._read += len(line)
+                try:
+                    fault = json.loads(line)
+                    self.reasons[fault["id"]] = fault["reason"]
+                except (ValueError, KeyError, TypeError):  # cut short when a process was killed
+                    continue

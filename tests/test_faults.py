@@ -1,0 +1,47 @@
+"""What a run leaves out is counted over all its processes, and listed with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.faults import Fault, LeftOut
+
+FAULTS = [Fault(f"q{k}", f"reason {k}") for k in range(5)]
+
+
+def listed(file: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_by_default_none_may_be_left_out_and_the_first_ones_are_named() -> None:
+    LeftOut().add([], 100)
+    with pytest.raises(ValueError, match=r"^1 of 100 records .*; mend them, or .*on_error=skip:\n  q0: reason 0$"):
+        LeftOut().add(FAULTS[:1], 100)
+    with pytest.raises(ValueError, match=r"(?s)5 of 100 .*q0: reason 0\n  q1: .*\n  q2: reason 2\n  and 2 more$"):
+        LeftOut().add(FAULTS, 100)
+
+
+def test_up_to_a_share_they_are_left_out_and_listed_once(tmp_path: Path) -> None:
+    left_out = LeftOut(tmp_path / "run" / "left_out.jsonl", share=0.03)
+    left_out.add(FAULTS[:2], 100)
+    left_out.add([FAULTS[1], FAULTS[2], FAULTS[2]], 100)
+    assert listed(tmp_path / "run" / "left_out.jsonl") == ["q0", "q1", "q2"]
+    with pytest.raises(ValueError, match=r"4 of 100 .* more than the 3\.0% that may be left out"):
+        left_out.add(FAULTS[2:4], 100)
+    assert listed(tmp_path / "run" / "left_out.jsonl") == list(left_out.reasons) == ["q0", "q1", "q2"]
+    assert left_out.reasons["q2"] == "reason 2"
+
+
+def test_processes_count_together(tmp_path: Path) -> None:
+    """Through the file, that of a run taken up again too; a line cut short by a kill is no record."""
+    file = tmp_path / "left_out.jsonl"
+    file.write_bytes(b'{"id": "q0", "reason": "before"}\n{"id": "q9", "rea\n')
+    here, there = LeftOut(file, share=0.03), LeftOut(file, share=0.03)
+    here.add(FAULTS[:2], 100)
+    there.add(FAULTS[2:3], 100)
+    with pytest.raises(ValueError, match="4 of 100"):
+        here.add(FAULTS[3:4], 100)
+    assert here.reasons == there.reasons == {"q0": "before", "q1": "reason 1", "q2": "reason 2"}
