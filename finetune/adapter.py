@@ -73,9 +73,18 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str | None = Non
 
     def fill(path: Path) -> None:
         (path / CONFIG_FILE).write_text(config, encoding="utf-8")
-        (path / WEIGHTS_FILE).write_bytes(save(tensors, metadata))
+        (path / WEIGHTS_FILE).write_bytes(serialized(tensors, metadata))
 
     write_whole(Path(directory), fill, sum(tensor.nbytes for tensor in tensors.values()), replace=True)
+
+
+def serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on nothing else: the library leaves the order of the metadata to chance."""
+    content = save(tensors, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    return content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(size) + content[8 + size :]
 
 
 def trained_on(directory: str | Path) -> str | None:

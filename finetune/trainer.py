@@ -100,7 +100,7 @@ class LoRATrainer(Trainer):
         workers = self.run.data.workers
         assert self.train_dataset is not None
         return DataLoader(
-            self.train_dataset,
+            WithErrors(self.train_dataset),
             batch_sampler=self.steps,
             collate_fn=list,
             num_workers=workers,
@@ -118,8 +118,10 @@ class LoRATrainer(Trainer):
         Raises:
             FloatingPointError: the loss or a gradient is not finite; the state before this step is kept.
             RuntimeError: in the first step, a trained parameter got no gradient.
-            ValueError: out of memory, and nothing smaller to try.
+            ValueError: an example cannot be made; or out of memory, and nothing smaller to try.
         """
+        if error := next((example for example in inputs if isinstance(example, ValueError)), None):
+            raise error
         model.train()
         while True:
             try:
@@ -341,6 +343,19 @@ class LoRATrainer(Trainer):
     def schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
         assert self.lr_scheduler is not None, "the schedule exists from the start of training on"
         return self.lr_scheduler
+
+
+class WithErrors(Dataset[Any]):
+    """Examples, or instead of one the error that it cannot be made: raised in a worker it would become a traceback."""
+
+    def __init__(self, examples: Dataset[Example]) -> None:
+        self.examples = examples
+
+    def __getitem__(self, key: Any) -> Example | ValueError:
+        try:
+            return self.examples[key]
+        except ValueError as error:
+            return error
 
 
 class WithoutConfig(nn.Module):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
+from finetune.adapter import serialized
 from finetune.fingerprint import fingerprint
 from finetune.lora import trained_parameters
 from finetune.quantize import dequantize, quantize
@@ -81,3 +84,11 @@ def test_the_fingerprint_is_beside_the_tensors_where_peft_does_not_look(base: Pa
     content = (tmp_path / "adapter/adapter_model.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert header["__metadata__"]["base_fingerprint"] == fingerprint(base)
+
+
+def test_a_file_depends_on_its_content_alone() -> None:
+    """The library writes more than one entry of metadata in an order of its own."""
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2, 2)}
+    metadata = {"format": "pt", "x": "1", "y": "2", "z": "3"}
+    assert len({serialized(tensors, dict(items)) for items in permutations(metadata.items())}) == 1
+    assert all(torch.equal(load(serialized(tensors, metadata))[name], tensor) for name, tensor in tensors.items())

@@ -333,6 +333,17 @@ def test_a_run_over_broken_pictures_fails_or_skips_as_asked(odd: Path, base: Pat
     assert len(left) > 0
 
 
+def test_a_picture_that_breaks_off_ends_a_run_by_name(odd: Path, base: Path) -> None:
+    """Seen in a worker process, which would add a page of traceback."""
+    lines = [{"image": path.name, "prefix": "x", "suffix": "y"} for path in sorted((odd / "data/images").iterdir())]
+    (odd / "examples.jsonl").write_text("\n".join(map(json.dumps, lines[7:8])))
+    settings = overrides(odd, odd / "run", f"model.path={base}", "data.workers=1", "train.eval_every=null")
+    source = f"data.train={{jsonl: {odd}/examples.jsonl, images: {odd}/data/images}}"
+    with pytest.raises(ValueError, match=r"^1 of 1 records cannot be used; .*\n  1: picture .* truncated") as caught:
+        train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source])
+    assert "Traceback" not in str(caught.value)
+
+
 def test_check_decodes_every_picture_and_lists_what_cannot_be_used(
     odd: Path, base: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
