@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from finetune.adapter import save_adapter
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.lora import LoRAConfig, adapters, inject_lora
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
-from model.checkpoint import canonical_name, stored_tensors
+from model.checkpoint import MappedFile, canonical_name, stored_tensors
 
 Results = dict[str, list[dict[str, Any]]]  # arm -> what it measured, one entry a round
 
@@ -159,11 +160,11 @@ def write_shallow(checkpoint: Path, directory: Path, layers: int = 2) -> Path:
         text=dataclasses.replace(full.text, num_hidden_layers=layers),
     )
     tensors: dict[str, Tensor] = {}
+    mapped = cache(MappedFile)
     for key, stored in stored_tensors(checkpoint).items():
         layer = re.search(r"\.layers\.(\d+)\.", key)
         if (name := canonical_name(key)) and not (layer and int(layer[1]) >= layers):
-            tensors[name] = torch.empty(stored.shape, dtype=stored.dtype)
-            stored.read_into(tensors[name])
+            tensors[name] = stored.within(mapped(stored.file).content)
     directory.mkdir()
     dtype = next(iter(tensors.values())).dtype
     (directory / "config.json").write_text(json.dumps(config.to_hf(dtype)), encoding="utf-8")

@@ -68,8 +68,8 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str | None = Non
     if poisoned:
         raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
     config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
-    metadata = {"format": "pt", BASE_FINGERPRINT: fingerprint(model)}
-    metadata |= {BASE_QUANTIZATION: kept} if (kept := quantization_of(model)) else {}
+    about = {BASE_FINGERPRINT: fingerprint(model), BASE_QUANTIZATION: quantization_of(model)}
+    metadata = {"format": "pt"} | {key: value for key, value in about.items() if value}
 
     def fill(path: Path) -> None:
         (path / CONFIG_FILE).write_text(config, encoding="utf-8")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from data.faults import LeftOut
 from finetune.adapter import trained_on
 
 if TYPE_CHECKING:
+    from data.faults import LeftOut
     from finetune.config import RunConfig
 
 MISTAKE, NOT_FINITE, STOPPED, INTERRUPTED = 2, 4, 75, 130
@@ -48,7 +48,7 @@ def open_records(config: RunConfig, part: str, left_out: LeftOut | None = None) 
     """The records of data.train or data.validation (`part`), as `load_records` opens them; those that cannot be used go
     to `left_out`, by default where the configuration says.
     """
-    from data.records import load_records  # here: merging needs no package for data sets
+    from data.records import load_records  # here, as below: merging and the benchmarks need no data
 
     source, prompt, seed = getattr(config.data, part).model_dump(), config.data.prompt, config.train.seed
     return load_records(**source, prompt=prompt, seed=seed, left_out=left_out or leave_out(config, part))
@@ -56,6 +56,8 @@ def open_records(config: RunConfig, part: str, left_out: LeftOut | None = None) 
 
 def leave_out(config: RunConfig, part: str) -> LeftOut:
     """How many records of a part may be left out, and where they are listed: none, unless the configuration says so."""
+    from data.faults import LeftOut
+
     if config.data.on_error == "fail":
         return LeftOut()
     return LeftOut(Path(config.output, f"left_out_{part}.jsonl"), config.data.skip_at_most)

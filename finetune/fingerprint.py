@@ -22,8 +22,12 @@ SETTINGS = {
 }
 
 
-def fingerprint(model: nn.Module) -> str:
-    """64 hexadecimal digits: the same with adapters in place or not, in fp32 or bf16, of a base in NF4 or not."""
+def fingerprint(model: nn.Module) -> str | None:
+    """64 hexadecimal digits: the same with adapters in place or not, in fp32 or bf16, of a base in NF4 or not. None
+    for a model on the meta device, whose weights have no values.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
     digest = hashlib.sha256()
     if (config := getattr(model, "config", None)) is not None:
         for section, names in SETTINGS.items():

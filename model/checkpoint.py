@@ -2,14 +2,15 @@
 
 Files are safetensors, single or sharded. Every known key layout is mapped to the names of the hub's checkpoint, which
 are also ours. Loading is strict in both directions: only a tied `lm_head.weight` and the unused vision head may differ.
-Where neither a cast nor another device is in the way, tensors are the mapped file itself; else they are read in chunks
-into preallocated ones. Copying out of a map would count every byte twice.
+Files are mapped: where neither a cast nor another device is in the way, tensors are the mapped file itself; else they
+are copied in parts into preallocated ones, and each part of the file is forgotten at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 SIDE_FILES = ["tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"]
 SIDE_FILES += ["*processor_config.json", "generation_config.json", "chat_template.json", "chat_template.jinja"]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-CHUNK = 2**20  # elements read at a time where a cast or another device is in the way
+PART = 2**24  # elements copied at a time where a cast or another device is in the way
 
 
 def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -95,22 +96,32 @@ class StoredTensor:
         size = torch.Size(self.shape).numel() * self.dtype.itemsize
         return content[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
-    def read_into(self, target: Tensor) -> None:
-        """Fill a contiguous tensor of the same shape, casting to its dtype and device in chunks."""
-        flat = target.detach().view(-1)
-        buffer = torch.empty(min(CHUNK, flat.numel()), dtype=self.dtype)
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            for start in range(0, flat.numel(), max(len(buffer), 1)):
-                part = buffer[: flat.numel() - start]
-                if file.readinto(part.view(torch.uint8).numpy().data) < part.nbytes:
-                    raise ValueError(f"{self.file} ended early while it was read: download it again")
-                flat[start : start + len(part)].copy_(part)
+    def read_into(self, target: Tensor, file: MappedFile) -> None:
+        """Fill a contiguous tensor of the same shape, casting to its dtype and device in parts."""
+        flat, size = target.detach().view(-1), self.dtype.itemsize
+        for start in range(0, flat.numel(), PART):
+            part = flat[start : start + PART]
+            begin = self.offset + start * size
+            end = begin + len(part) * size
+            content = file.content[begin:end]
+            # A tensor may begin anywhere, but not be looked at there.
+            part.copy_((content.clone() if begin % size else content).view(self.dtype))
+            file.forget(begin, end)
 
 
-def map_file(path: Path) -> Tensor:
-    """The bytes of a file, u8 [bytes], read when they are looked at; what is written to them stays in memory."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+class MappedFile:
+    """A file's bytes, `content`, u8 [bytes]: read when they are looked at; what is written to them stays in memory."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.content = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def forget(self, begin: int, end: int) -> None:
+        """Give the memory of these bytes back, where the system can; what was written to them is lost."""
+        begin -= begin % mmap.PAGESIZE
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -180,18 +191,18 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     parameters = model.state_dict()
     if problems := mismatches(stored, parameters, {"present twice": twice}):
         raise ValueError(f"{directory} does not fit its config.json:\n{problems}")
-    mapped = cache(map_file)
+    mapped = cache(MappedFile)
     for name, parameter in model.named_parameters():
         place = stored[name]
         as_it_is = parameter.device.type == "cpu" and parameter.dtype == place.dtype
         if as_it_is and place.offset % place.dtype.itemsize == 0:
-            parameter.data = place.within(mapped(place.file))
+            parameter.data = place.within(mapped(place.file).content)
         else:
-            place.read_into(parameter)
+            place.read_into(parameter, mapped(place.file))
     embedding = model.get_parameter(EMBEDDING)
     if head is not None:
         other = torch.empty(head.shape, dtype=embedding.dtype)
-        head.read_into(other)
+        head.read_into(other, mapped(head.file))
         if not torch.equal(other, embedding.cpu()):
             raise ValueError(f"{directory}: {TIED_HEAD} differs from the embedding; PaliGemma ties the two")
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
 from finetune.scratch import from_random
-from model import PaliGemma, PaliGemmaConfig
+from model import PaliGemma, PaliGemmaConfig, checkpoint
+from model.checkpoint import MappedFile, StoredTensor
 from tests import tiny
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -229,7 +230,8 @@ def test_the_hub_is_asked_for_the_revision_and_only_for_what_is_read(
 
 MEASURE = """
 import sys, torch
-from model import PaliGemma
+from model import PaliGemma, checkpoint
+checkpoint.PART //= 16  # as this network is smaller than the published one
 def status(name):
     return int(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1]) * 1024
 with torch.device("meta"):
@@ -341,3 +343,17 @@ def test_both_config_forms_are_read(form: dict[str, Any], theta: float) -> None:
 def test_other_architectures_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PaliGemmaConfig.from_hf(tiny.config(**changes))
+
+
+@pytest.mark.parametrize("offset", [0, 4, 2, 7])
+def test_a_tensor_is_read_from_wherever_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
+    """In parts and by a cast, and what lies beside it in the file is still there afterwards."""
+    monkeypatch.setattr(checkpoint, "PART", 1000)
+    values = torch.randn(37, 100)
+    file = tmp_path / "tensors"
+    file.write_bytes(bytes(range(offset)) + values.numpy().tobytes() + b"beside")
+    mapped, target = MappedFile(file), torch.empty(37, 100, dtype=torch.bfloat16)
+    StoredTensor(file, offset, torch.float32, (37, 100)).read_into(target, mapped)
+    assert torch.equal(target, values.bfloat16())
+    assert bytes(mapped.content[-6:].tolist()) == b"beside"
+    assert bytes(mapped.content[:offset].tolist()) == bytes(range(offset))
