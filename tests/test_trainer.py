@@ -477,6 +477,7 @@ SEAMS: dict[str, list[str]] = {
     "get_train_dataloader": ["self"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "_wrap_model": ["self", "model", "training", "dataloader"],
     "create_optimizer": ["self", "model"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "_save_checkpoint": ["self", "model", "trial"],
