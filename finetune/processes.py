@@ -37,8 +37,9 @@ def join(device: torch.device) -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true":
             raise ValueError(
-                f"the launcher asks for {name}, which shards the network: here every process holds all of it. Launch "
-                "without, as configs/accelerate_2cpu.yaml does; model.quantize=nf4 and train.recompute save memory"
+                f"the launcher asks for {name}, and here no network is sharded: each process holds all of it "
+                "(configs/accelerate_fsdp.yaml says why). Launch with --multi_gpu alone; model.quantize=nf4 and "
+                "train.recompute save memory"
             )
     if device.index is not None:
         raise ValueError(f"{device} is one card for {os.environ['WORLD_SIZE']} processes: name it cuda, or auto")

@@ -73,6 +73,7 @@ class LoRATrainer(Trainer):
                 f"{arguments.n_gpu} devices are visible, and this is one process: choose one with "
                 "CUDA_VISIBLE_DEVICES=0, or use all with accelerate launch --multi_gpu train.py ..."
             )
+        arguments.mixed_precision = "no"  # whatever a launcher says: model.dtype is what is computed in
         self.run, self.network, self.mode, self.collate = config, model, mode, collate
         self.steps, self.part = steps, Part(steps, processes.rank(), processes.count())
         self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from finetune import processes
@@ -151,11 +153,17 @@ def test_what_looks_before_a_run_is_for_one_process(runs: Path) -> None:
     assert "leave out the launcher" in said(runs, "looking", 0)
 
 
-def test_what_is_not_built_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_card_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="cuda:1 is one card for 2 processes"):
         processes.join(torch.device("cuda:1"))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+
+
+def test_what_accelerate_makes_of_the_configuration_for_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(kill_test.ROOT / "configs/accelerate_fsdp.yaml")
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))
+    monkeypatch.setenv("WORLD_SIZE", str(arguments.num_processes))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
     with pytest.raises(ValueError, match="the launcher asks for FSDP"):
         processes.join(torch.device("cpu"))
 

@@ -499,5 +499,5 @@ def test_the_trainer_does_not_use_several_devices_by_itself(
     from transformers import TrainingArguments
 
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0, or use all with accelerate launch --multi_gpu"):
         trainer_of(run_config(base, tmp_path, ADAPTERS))
