@@ -5,23 +5,25 @@
     python evaluate.py --results F --questions F --annotations F  score answers that exist
 
 The first form reads the configuration of a run, takes its data.validation, and writes OUTPUT/eval/ARM/results.json (the
-official format) and metrics.json for each ARM.
+official format) and metrics.json for each ARM. With `accelerate launch --multi_gpu evaluate.py ...` the cards share the
+pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import print as show
 from rich.table import Table
 
 from data import Processor
 from data.records import decodable, load_records
-from finetune import cli, load_adapter
+from finetune import cli, load_adapter, processes
+from finetune.cli import show
 from finetune.config import EvaluationConfig, load_config
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.evaluate import Evaluation, evaluate
@@ -46,14 +48,14 @@ def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
     config = load_config(arguments.config, arguments.overrides)
     if config.data.validation is None:
         raise ValueError(f"{arguments.config} has no data.validation: nothing to evaluate on")
-    output = Path(config.output)
+    device, output = pick_device(config.model.device), Path(config.output)
+    processes.join(device)
     left_out = cli.leave_out(config, "validation")
     if left_out.file:
-        left_out.file.unlink(missing_ok=True)  # of another time
+        processes.once(partial(left_out.file.unlink, missing_ok=True))  # of another time
     records = decodable(first(cli.open_records(config, "validation", left_out), arguments.limit), left_out)
     if left_out.reasons:
         show(f"{len(left_out.reasons):,} questions cannot be asked and are left out: see {left_out.file}")
-    device = pick_device(config.model.device)
     dtype, settings = pick_dtype(config.model.dtype, device), config.evaluation
     trained = output / ("adapter" if config.lora else "model")
     arms: dict[str, tuple[str | Path, Path | None]] = {"base": (config.model.path, None)}
@@ -69,7 +71,8 @@ def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
         processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
         kept = None if arm == "merged" else config.model.quantize
         result = answer(directory, adapter, processor, records, dtype, device, settings, kept)
-        result.save(output / "eval" / arm, model=str(path), adapter=str(adapter) if adapter else None)
+        facts = {"model": str(path), "adapter": str(adapter) if adapter else None}
+        processes.once(partial(result.save, output / "eval" / arm, **facts))
         scores[arm] = result.score
     return scores
 
@@ -78,6 +81,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> VQAScore:
     """One checkpoint, with or without an adapter, on files named on the command line."""
     records = open_records(arguments)
     device = pick_device(arguments.device)
+    processes.join(device)
     dtype = pick_dtype(arguments.dtype, device)
     directory = fetch(arguments.model, arguments.revision)
     settings = EvaluationConfig(batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)
@@ -85,7 +89,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> VQAScore:
     processor = Processor.from_pretrained(directory)
     result = answer(directory, arguments.adapter, processor, records, dtype, device, settings, kept)
     if arguments.output:
-        result.save(arguments.output, model=arguments.model, adapter=arguments.adapter, prompt=arguments.prompt)
+        facts = {"model": arguments.model, "adapter": arguments.adapter, "prompt": arguments.prompt}
+        processes.once(partial(result.save, arguments.output, **facts))
     return result.score
 
 

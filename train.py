@@ -2,6 +2,7 @@
 
 python train.py configs/vqav2_8gb.yaml
 python train.py configs/vqav2_8gb.yaml train.epochs=2 lora.rank=32
+accelerate launch --multi_gpu train.py configs/vqav2_8gb.yaml
 
 Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --check looks at every picture;
 --inspect shows what is learned from; --overfit 8 tries whether it learns at all. --help lists every key of the file,
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import print as show
 from rich.table import Table
 
 from data import PaliGemmaDataset, Processor, collate
 from data.faults import LeftOut
 from data.records import decodable
-from finetune import cli, inject_lora, save_adapter
+from finetune import cli, inject_lora, processes, save_adapter
+from finetune.cli import show
 from finetune.config import RunConfig, describe, load_config
 from finetune.device import pick_device, pick_dtype
 from finetune.durable import write_whole
@@ -47,6 +48,12 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.probe and not arguments.dry_run:
         raise ValueError("--probe times the steps that --dry-run plans: give both")
+    processes.join(pick_device(config.model.device))
+    looks = arguments.dry_run or arguments.check or arguments.inspect or arguments.overfit is not None
+    if processes.count() > 1 and looks:
+        raise ValueError(
+            "--dry-run, --check, --inspect and --overfit look before a run, in one process: leave out the launcher"
+        )
     if arguments.dry_run:
         dry_run(config, arguments.probe)
         return
@@ -56,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.overfit is not None:
         overfit(config, arguments.overfit)
         return
-    checkpoint, notes = find_checkpoint(config, arguments.resume, arguments.accept_changes)
+    found, notes = processes.once(partial(find_checkpoint, config, arguments.resume, arguments.accept_changes))
+    checkpoint = Path(found) if found else None
     for note in notes:
         show(note)
     directory = fetch(config.model.path, config.model.revision)
@@ -75,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
     adapt(model, config)
     show_trained(model)
-    start_run(config)
+    processes.once(partial(start_run, config))
     trainer = LoRATrainer(
         config,
         model,
@@ -90,14 +98,16 @@ def main(argv: Sequence[str]) -> None:
     if checkpoint and checkpoint.name == f"step-{steps.total:06d}":
         show(f"{config.output} is finished: nothing is left to train")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received and trainer.state.global_step < steps.total:
+    if stop.stopping and trainer.state.global_step < steps.total:
         again = cli.command("train.py", arguments.config, *arguments.overrides)
+        again = again if processes.count() == 1 else "the same command"
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to go on: {again}")
     trainer.finish()
     after = cli.command("evaluate.py", arguments.config, *arguments.overrides)
     if config.data.validation is None:
         after = cli.command("predict.py", "--help")
-    print(f"saved {result_directory(config)}; next: {after}")
+    if processes.writes():
+        print(f"saved {result_directory(config)}; next: {after}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

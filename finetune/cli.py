@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rich
 from tqdm import tqdm
 
+from finetune import processes
 from finetune.adapter import trained_on
 
 if TYPE_CHECKING:
@@ -27,21 +29,30 @@ class StoppedError(Exception):
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's `main` with the command line, and exit: 0; 2 on a mistake or a full disk, 4 on values
     that are not finite, 75 when told to stop (what was done is kept), 130 when stopped at once.
+
+    A launcher of several processes ends them all once one has failed, with an exit code of its own.
     """
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, processes.ElsewhereError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(NOT_FINITE)
-    except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(STOPPED)
+    except (FloatingPointError, StoppedError) as error:  # of all processes of a run alike
+        mistake = isinstance(error, FloatingPointError)
+        if processes.writes():
+            print(f"error: {error}" if mistake else error, file=sys.stderr)
+        processes.gather("said")  # before one is gone, and the launcher ends the others
+        sys.exit(NOT_FINITE if mistake else STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    processes.leave()
+
+
+def show(*objects: Any) -> None:
+    """Print with rich, in one process of a run."""
+    if processes.writes():
+        rich.print(*objects)
 
 
 def open_records(config: RunConfig, part: str, left_out: LeftOut | None = None) -> Any:
@@ -78,5 +89,6 @@ def quantization(asked: str, adapter: str | Path | None) -> str | None:
 
 
 def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """A progress bar over batches, on stderr."""
-    return tqdm(batches, total=total, desc="answering", unit="batch", leave=False, file=sys.stderr)
+    """A progress bar over batches, on stderr; of several processes the first shows its share."""
+    hidden = not processes.writes()
+    return tqdm(batches, total=total, desc="answering", unit="batch", leave=False, file=sys.stderr, disable=hidden)

@@ -1,6 +1,7 @@
 """Answers generated and scored: the loss of the majority answer, and the official VQA accuracy.
 
-Every picture passes the vision tower once for all its questions. Logits of a data set are never kept.
+Every picture passes the vision tower once for all its questions. Several processes share the pictures, and each has
+all answers in the end. Logits of a data set are never kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data import Processor, collate
+from finetune import processes
 from finetune.vqa_accuracy import VQAScore, score, write_results
 from model import IGNORE_INDEX, PaliGemma
 
@@ -64,6 +66,7 @@ def generate_answers(
         new = model.generate(**inputs, image_features=features, max_new_tokens=max_new_tokens, **sampling)
         for row, tokens in zip(rows, new.tolist(), strict=True):
             answers[row["id"]] = processor.decode(tokens)
+    answers = {name: text for part in processes.gather(answers) for name, text in part.items()}
     return {record["id"]: answers[record["id"]] for record in records}
 
 
@@ -78,6 +81,7 @@ def mean_loss(model: PaliGemma, processor: Processor, records: Sequence[Record],
         count = int((texts["labels"] != IGNORE_INDEX).sum())
         total += float(model(**inputs, image_features=features, num_items_in_batch=1).loss)
         tokens += count
+    total, tokens = processes.total(total), int(processes.total(tokens))
     return total / tokens if tokens else float("nan")
 
 
@@ -86,10 +90,13 @@ def encoded_batches(
     model: PaliGemma, processor: Processor, records: Sequence[Record], batch_size: int, progress: Progress = silent
 ) -> Iterator[tuple[list[Record], Tensor]]:
     """Records and the image tokens [B, N, D] of their pictures, questions of one picture side by side, so that each
-    picture passes the vision tower once.
+    picture passes the vision tower once. Of several processes each has its share of the pictures.
     """
     model.eval()
-    order = sorted(range(len(records)), key=lambda i: (records[i]["image_id"], i))
+    places = sorted((record["image_id"], i) for i, record in enumerate(records))
+    pictures = list(dict.fromkeys(image_id for image_id, _ in places))
+    mine = set(pictures[processes.rank() :: processes.count()])
+    order = [i for image_id, i in places if image_id in mine]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     features: dict[str, Tensor] = {}
     for batch in progress(batches, len(batches)):

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune import processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -16,11 +18,13 @@ class StopOnSignal(TrainerCallback):
     """The first SIGTERM or Ctrl-C ends training after the step at work, with a checkpoint; a second one at once.
 
     Attributes:
-        received: the signal that came, or None.
+        received: the signal that came to this process, or None.
+        stopping: one came to any process of the run, and all of them end after this step.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.stopping = False
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -34,7 +38,8 @@ class StopOnSignal(TrainerCallback):
         print(f"\n{self.received.name}: finishing this step; once more stops at once", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.received is not None:
+        self.stopping = processes.total(self.received is not None) > 0
+        if self.stopping:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -46,5 +51,8 @@ class StopOnSignal(TrainerCallback):
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """For worker processes: Ctrl-C reaches every process of the terminal, and the main one decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For worker processes: Ctrl-C reaches all processes of a terminal, a launcher signals groups of them; the main one
+    decides.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -10,6 +10,7 @@ what is lost between allocations) is an estimate, named as one. Not here: how lo
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune import processes
 from finetune.config import RunConfig
 from finetune.device import pick_device, pick_dtype
 from finetune.lora import LoRAConfig, inject_lora
@@ -101,7 +103,7 @@ class Planner:
         dtype: of base weights and arithmetic.
         tokens: of the longest row, image and padding included.
         supervised: tokens that the longest answer has, `<eos>` included.
-        batch_size: examples of a step.
+        batch_size: examples of a step, or of a process's part of it.
         device: where it would run; on the CPU no weights can leave for elsewhere.
         quantize: how the decoder's frozen linears are kept: "nf4", or None for as they are.
     """
@@ -335,13 +337,15 @@ def count_work(config: PaliGemmaConfig, lora: LoRAConfig | None, vision: bool, t
 def plan_run(run: RunConfig, config: PaliGemmaConfig) -> tuple[Planner, Plan, str]:
     """The plan of a run: planner, what it chose within what the configuration leaves open, and whose the budget is.
 
-    Rows are taken at their longest, data.max_text_tokens, with answers of at most ANSWER_TOKENS.
+    Rows are taken at their longest, data.max_text_tokens, with answers of at most ANSWER_TOKENS. Of several processes
+    each plans its part of a step.
     """
     device = pick_device(run.model.device)
     dtype, train = pick_dtype(run.model.dtype, device), run.train
     text = run.data.max_text_tokens
     tokens, supervised = config.vision.num_patches + 1 + text, min(ANSWER_TOKENS, text)
-    planner = Planner(config, run.lora, dtype, tokens, supervised, train.batch_size, device, run.model.quantize)
+    part = math.ceil(train.batch_size / processes.count())
+    planner = Planner(config, run.lora, dtype, tokens, supervised, part, device, run.model.quantize)
     budget, whose = budget_of(device, run.memory.budget_gib)
     micro_batch = None if train.micro_batch == "auto" else train.micro_batch
     recompute = {"auto": None, "gate_up": (0, True)}.get(str(train.recompute), (train.recompute, False))
@@ -356,7 +360,7 @@ def budget_of(device: torch.device, budget_gib: float | None) -> tuple[int, str]
         return torch.cuda.mem_get_info(device)[0] + CONTEXT, f"free on {torch.cuda.get_device_name(device)}"
     import psutil
 
-    return psutil.virtual_memory().available, "free in this machine's memory"
+    return psutil.virtual_memory().available // processes.count(), "free in this machine's memory"
 
 
 def spill_warning(device: torch.device) -> str | None:

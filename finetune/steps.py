@@ -60,6 +60,28 @@ class Steps:
         return shuffled(self.num_records, self.seed, epoch)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one of `count` processes takes of each step: every count-th pair. Together they take all of it."""
+
+    steps: Steps
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.steps.batch_size < self.count:
+            raise ValueError(
+                f"train.batch_size={self.steps.batch_size} for {self.count} processes: each needs an example of every "
+                f"step; launch {self.steps.batch_size} at most, or make the steps larger"
+            )
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return (step[self.index :: self.count] for step in self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
 @functools.lru_cache(maxsize=2)  # a step touches one epoch, or two at their border
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

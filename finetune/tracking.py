@@ -14,12 +14,15 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune import processes
 from finetune.config import RunConfig, dump_config
 from finetune.steps import Steps
 
 
 def callbacks_for(config: RunConfig, steps: Steps) -> list[TrainerCallback]:
-    """The callbacks of a run."""
+    """The callbacks of a run; of several processes, one tracks for all."""
+    if not processes.writes():
+        return []
     made: list[TrainerCallback] = [MetricsFile(Path(config.output) / "metrics.jsonl", steps), ProgressBar()]
     return made + ([Wandb(config)] if config.tracking.wandb != "off" else [])
 

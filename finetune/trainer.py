@@ -2,8 +2,9 @@
 
 The loader hands over whole effective batches. `training_step` encodes the step's pictures, cuts the batch into
 micro-batches and divides by the supervised tokens of the whole step, so that the gradient does not depend on the cut.
-Only what is trained is saved and resumed, without pickle. The Trainer is used through its public seams; a contract test
-fails when one of their signatures moves. Not here: several processes, which are refused.
+Of several processes each takes a part of the step, and the gradients are summed once: the step is the same one. Only
+what is trained is saved and resumed, without pickle. The Trainer is used through its public seams; a contract test
+fails when one of their signatures moves.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from finetune import checkpoints
+from finetune import checkpoints, processes
 from finetune.config import RunConfig
 from finetune.interrupt import ignore_interrupts
 from finetune.lora import LoRALinear, set_dropout_rows
 from finetune.plan import Mode
-from finetune.steps import Steps
+from finetune.steps import Part, Steps
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaOutput
 
 Example = dict[str, Any]
@@ -67,12 +68,14 @@ class LoRATrainer(Trainer):
         checkpointed: bool = True,
     ) -> None:
         arguments = training_arguments(config, steps.total, model.device, evaluate is not None, checkpointed)
-        if arguments.n_gpu > 1 or arguments.world_size > 1:
+        if arguments.n_gpu > 1:
             raise ValueError(
-                f"{max(arguments.n_gpu, arguments.world_size)} devices are visible: this trains on one; choose it with "
-                "CUDA_VISIBLE_DEVICES=0"
+                f"{arguments.n_gpu} devices are visible, and this is one process: choose one with "
+                "CUDA_VISIBLE_DEVICES=0, or use all with accelerate launch --multi_gpu train.py ..."
             )
-        self.run, self.network, self.steps, self.mode, self.collate = config, model, steps, mode, collate
+        arguments.mixed_precision = "no"  # whatever a launcher says: model.dtype is what is computed in
+        self.run, self.network, self.mode, self.collate = config, model, mode, collate
+        self.steps, self.part = steps, Part(steps, processes.rank(), processes.count())
         self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if config.model.dtype != "float32" and any(p.dtype != torch.float32 for p in self.trained.values()):
@@ -94,14 +97,14 @@ class LoRATrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # `callbacks` show what there is to see
 
-    # The data: whole effective batches, in the order of `steps`.
+    # The data: whole effective batches, in the order of `steps`; of several processes, each has its part of them.
 
     def get_train_dataloader(self) -> DataLoader[Example]:
         workers = self.run.data.workers
         assert self.train_dataset is not None
         return DataLoader(
             WithErrors(self.train_dataset),
-            batch_sampler=self.steps,
+            batch_sampler=self.part,
             collate_fn=list,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -111,9 +114,10 @@ class LoRATrainer(Trainer):
     # The step.
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Gradients of one effective batch (a list of examples), micro-batch by micro-batch; returns its mean loss.
+        """Gradients of one effective batch, micro-batch by micro-batch; returns its mean loss.
 
-        Where the device runs out of memory, and the cut was the plan's, the step is repeated in smaller micro-batches.
+        `inputs` are its examples, or this process's part of them; gradients and loss are those of all. Where a device
+        runs out of memory, and the cut was the plan's, its part is repeated in smaller micro-batches.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; the state before this step is kept.
@@ -123,27 +127,33 @@ class LoRATrainer(Trainer):
         if error := next((example for example in inputs if isinstance(example, ValueError)), None):
             raise error
         model.train()
+        tokens = int(processes.total(supervised(inputs)))
         while True:
             try:
-                total = self.cut_step(model, inputs)
+                total = self.cut_step(model, inputs, tokens)
                 break
             except (torch.OutOfMemoryError, MemoryError) as error:
                 reason = str(error).split("\n")[0]
             # Outside of the except block: the error holds on to what the failed attempt had allocated.
             self.network.zero_grad()
             self.mode = self.smaller(reason)
-        self.check_finite(model, inputs, total)
+        processes.add_up([total, *self.gradients()])
+        self.check_finite(model, inputs, tokens, total)
         if self.state.global_step == self._initial_global_step:
             check_gradients(self.network)
         return total
 
-    def cut_step(self, model: nn.Module, examples: list[Example]) -> Tensor:
-        tokens = supervised(examples)
+    def cut_step(self, model: nn.Module, examples: list[Example], tokens: int) -> Tensor:
+        """Gradients of these examples, of a step of so many supervised `tokens`; returns their part of its loss."""
         features = self.frozen_image_features(examples)
         total = torch.zeros((), device=self.args.device)
         for part in micro_batches(examples, self.mode.micro_batch):
             total += self.micro_step(model, part, features, tokens)
         return total
+
+    def gradients(self) -> list[Tensor]:
+        """Of what is trained. Which parameters have one depends on the network alone, not on the examples."""
+        return [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
 
     def smaller(self, reason: str) -> Mode:
         """The mode to go on with after running out of memory: half of the micro-batch."""
@@ -162,13 +172,15 @@ class LoRATrainer(Trainer):
         )
         return dataclasses.replace(self.mode, micro_batch=rows // 2)
 
-    def check_finite(self, model: nn.Module, examples: list[Example], total: Tensor) -> None:
+    def check_finite(self, model: nn.Module, examples: list[Example], tokens: int, total: Tensor) -> None:
         """Stop before the optimizer where loss or gradients are not finite: keep the state before, say where it is."""
-        norm = get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+        norm = get_total_norm(self.gradients())
         if total.isfinite() and norm.isfinite():
             return
         self.network.zero_grad()
-        where, ids = self.first_not_finite(model, examples)
+        found = processes.gather(self.first_not_finite(model, examples, tokens))
+        everyone = "the sum over the step", [name for _, ids in found for name in ids]
+        where, ids = next((place for place in found if place[0]), everyone)
         kept = "nothing was kept: the weights themselves are not finite"
         if all(bool(parameter.isfinite().all()) for parameter in self.trained.values()):
             self._save_checkpoint(model, None)
@@ -178,8 +190,8 @@ class LoRATrainer(Trainer):
             f"in {where}, of the examples {', '.join(ids)}; the step was not taken, and {kept}"
         )
 
-    def first_not_finite(self, model: nn.Module, examples: list[Example]) -> tuple[str, list[str]]:
-        """Where the first value that is not finite appears, and the ids of the examples that were at work."""
+    def first_not_finite(self, model: nn.Module, examples: list[Example], tokens: int) -> tuple[str | None, list[str]]:
+        """Where the first value that is not finite appears, if one does, and the ids of the examples at work."""
         found: list[str] = []
 
         def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -187,19 +199,19 @@ class LoRATrainer(Trainer):
                 found.append(name)
 
         hooks = [m.register_forward_hook(partial(look, name)) for name, m in self.network.named_modules() if name]
-        part: list[Example] = []
         features = self.frozen_image_features(examples)
         for part in micro_batches(examples, self.mode.micro_batch):
-            self.micro_step(model, part, features, supervised(examples))
+            self.micro_step(model, part, features, tokens)
             broken = [n for n, p in self.trained.items() if p.grad is not None and not p.grad.isfinite().all()]
             # The backward pass comes from the end: the last parameter's gradient is the first one.
             found += [f"the gradient of {name}" for name in reversed(broken)]
             if found:
+                examples = part
                 break
         for hook in hooks:
             hook.remove()
         self.network.zero_grad()
-        return (found[0] if found else "the sum over the step"), [example["id"] for example in part or examples]
+        return next(iter(found), None), [example["id"] for example in examples]
 
     def micro_step(self, model: nn.Module, part: Sequence[Example], features: dict[str, Tensor], tokens: int) -> Tensor:
         """Forward and backward pass of a micro-batch; returns its part of the mean loss over a step's `tokens`."""
@@ -268,6 +280,10 @@ class LoRATrainer(Trainer):
         prefix = f"{self.run.train.seed} {self.state.global_step} "
         return torch.tensor([zlib.crc32((prefix + name).encode()) for name in names], device=self.args.device)
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """The network as it is: `training_step` sums the gradients of several processes itself."""
+        return self.network
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         train = self.run.train
         betas = (train.beta1, train.beta2)
@@ -284,7 +300,7 @@ class LoRATrainer(Trainer):
         with self.tower_on_device():
             metrics = {f"eval_{name}": value for name, value in self.evaluate_now().items()}
         if self.state.best_metric is None or metrics["eval_accuracy"] > self.state.best_metric:
-            self.save_result()
+            processes.once(self.save_result)
         self.evaluated_step = self.state.global_step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -294,13 +310,16 @@ class LoRATrainer(Trainer):
     def finish(self) -> None:
         """After training: evaluate, where the last step did not; with nothing to evaluate, keep the last state."""
         if self.evaluate_now is None:
-            self.save_result()
+            processes.once(self.save_result)
         elif self.evaluated_step != self.state.global_step:
             self.evaluate()
 
     # Checkpoints: what is trained, the optimizer's moments, the Trainer's own state.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        processes.once(self.write_checkpoint)
+
+    def write_checkpoint(self) -> None:
         directory = Path(self.run.output) / "checkpoints"
         documents = {
             "trainer_state.json": dataclasses.asdict(self.state),

@@ -9,6 +9,7 @@ import torch
 
 from data import Processor, shapes
 from data.records import load_records
+from finetune import processes
 from finetune.evaluate import generate_answers, mean_loss
 from model import PaliGemma
 
@@ -50,3 +51,25 @@ def test_a_batch_of_several_pictures_answers_as_each_record_alone(records: list[
 def test_the_mean_loss_does_not_depend_on_the_batches(records: list[dict[str, object]]) -> None:
     model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
     assert mean_loss(model, processor, records, 3) == pytest.approx(mean_loss(model, processor, records, 10), rel=1e-5)
+
+
+def test_processes_share_the_pictures(records: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two takes other pictures, with all their questions, and what both have is what one process would."""
+    model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
+    encoded: list[int] = []
+    model.vision_tower.register_forward_hook(lambda _module, inputs, _output: encoded.append(len(inputs[0])))
+    one = generate_answers(model, processor, records, max_new_tokens=4)
+    shares: list[dict[str, str]] = []
+
+    def gather(answers: dict[str, str]) -> list[dict[str, str]]:
+        shares.append(answers)
+        return [one]
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", gather)
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        generate_answers(model, processor, records, max_new_tokens=4)
+    assert encoded == [5, 3, 2]
+    assert [len(share) for share in shares] == [6, 4]
+    assert {**shares[0], **shares[1]} == one

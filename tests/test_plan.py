@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from finetune import LoRAConfig, inject_lora
+from finetune import LoRAConfig, inject_lora, processes
 from finetune.config import load_config
 from finetune.plan import GIB, TERA, Mode, Planner, counting, kept_bytes, plan_run, spill_warning
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
@@ -176,6 +177,14 @@ def test_what_the_configuration_says_of_itself_is_what_the_plan_finds() -> None:
     examples = run.train.epochs * 44_376
     assert f"{examples:,.0f} examples, {examples * made.work(without.mode) / 14 / 3600:.1f} hours" in said
     assert f"{examples / run.train.batch_size + 1:,.0f} steps" in said
+
+
+def test_each_of_several_processes_plans_its_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=9 * GIB))
+    run = load_config(Path(__file__).parent.parent / "configs/vqav2_8gb.yaml", ["model.device=cpu"])
+    made, plan, _ = plan_run(run, NARROW)
+    assert (run.train.batch_size, made.batch_size, plan.budget) == (64, 22, 3 * GIB)
 
 
 def test_dry_run_says_what_fits_from_config_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

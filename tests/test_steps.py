@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from finetune.steps import Steps
+from finetune.steps import Part, Steps
 
 
 def flat(steps: Steps) -> list[tuple[int, int]]:
@@ -37,6 +37,19 @@ def test_epochs_have_orders_of_their_own() -> None:
 
 def test_the_batch_size_does_not_change_the_order() -> None:
     assert flat(Steps(100, 10, seed=5, total=20)) == flat(Steps(100, 25, seed=5, total=8))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_the_parts_of_a_step_are_even_and_together_the_step(count: int) -> None:
+    steps = Steps(50, 7, seed=1, total=20)
+    for step, *parts in zip(steps, *(Part(steps, index, count) for index in range(count)), strict=True):
+        assert sorted(pair for part in parts for pair in part) == sorted(step)
+        assert {len(part) for part in parts} <= {7 // count, -(-7 // count)}
+
+
+def test_more_parts_than_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"train\.batch_size=7 for 8 processes: .* launch 7 at most"):
+        Part(Steps(50, 7, seed=1, total=20), 0, 8)
 
 
 def test_nothing_to_visit_is_refused() -> None:

@@ -477,6 +477,7 @@ SEAMS: dict[str, list[str]] = {
     "get_train_dataloader": ["self"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "_wrap_model": ["self", "model", "training", "dataloader"],
     "create_optimizer": ["self", "model"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "_save_checkpoint": ["self", "model", "trial"],
@@ -498,5 +499,5 @@ def test_the_trainer_does_not_use_several_devices_by_itself(
     from transformers import TrainingArguments
 
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0, or use all with accelerate launch --multi_gpu"):
         trainer_of(run_config(base, tmp_path, ADAPTERS))

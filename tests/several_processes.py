@@ -1,0 +1,180 @@
+"""Runs of several processes, with a fault in one of them or without, for tests/test_processes.py to look at.
+
+    python -m tests.several_processes DIRECTORY
+
+A process is forked and told by its environment which one it is, as a launcher does it: so torch is imported once, not
+for each. Leaves `NAME/` as the run wrote it, `NAME.RANK.txt` with what a process said, and their exit codes in
+`codes.json`. A run that hangs is killed, and its exit codes say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import evaluate
+import train
+from data import shapes
+from finetune import cli, durable, processes
+from finetune.plan import Mode, Plan
+from finetune.trainer import LoRATrainer
+from tests import kill_test
+
+PATIENCE = 120.0  # seconds for a run
+TARGETS = "[language.down_proj, connector.linear, vision.fc2]"
+CHANGES = [f"train.{change}" for change in ("max_steps=4", "batch_size=7", "learning_rate=3e-3", "eval_every=2")]
+CHANGES += [f"lora={{rank: 4, dropout: 0.1, targets: {TARGETS}}}"]
+Fault = Callable[[], None]
+
+
+def main(argv: Sequence[str]) -> None:
+    directory = Path(argv[0])
+    torch.set_num_threads(1)  # no threads in this process: it forks
+    # Planning takes longer than a run.
+    train.plan_run = lambda *_: (None, Plan(Mode(3), {}, 0), "by nobody")  # type: ignore[assignment]
+    for split, seed in (("train2014", 1), ("val2014", 2)):
+        shapes.write(directory / "data", scenes=8, seed=seed, split=split)
+    codes: dict[str, list[int]] = {}
+
+    def run(name: str, count: int, fault: Fault = lambda: None, output: str = "", *more: str) -> None:
+        arguments = [str(kill_test.ROOT / "configs/quickstart.yaml")]
+        arguments += [*kill_test.overrides(directory, directory / (output or name)), *CHANGES, *more]
+        codes[name] = run_processes(directory / name, count, train.main, arguments, fault)
+
+    run("one", 1)
+    run("two", 2)
+    run("killed", 2, at(2, 1, lambda _: os.kill(os.getpid(), signal.SIGKILL)))
+    run("killed, gone on", 1, output="killed")
+    run("told", 2, at(0, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM)), "told", "train.save_every=100")
+    run("told, gone on", 3, lambda: None, "told", "train.save_every=100")
+    run("full disk", 2, full_disk)
+    run("not finite", 2, not_finite)
+    run("little memory", 2, little_memory, "little memory", "train.micro_batch=auto")
+    run("too many", 2, lambda: None, "too many", "train.batch_size=1", "train.micro_batch=1")
+    run("looking", 2, lambda: None, "looking", "--dry-run")
+    for name, count in (("one", 1), ("two", 2)):
+        arguments = [str(kill_test.ROOT / "configs/quickstart.yaml")]
+        arguments += [*kill_test.overrides(directory, directory / name), *CHANGES]
+        codes[f"{name}, evaluated"] = run_processes(directory / f"{name}, evaluated", count, evaluate.main, arguments)
+    (directory / "codes.json").write_text(json.dumps(codes), encoding="utf-8")
+
+
+def run_processes(
+    name: Path, count: int, script: Callable[[Sequence[str]], None], argv: list[str], fault: Fault = lambda: None
+) -> list[int]:
+    """Exit codes of the processes, minus the signal where one ended them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+        children.append(begin(Path(f"{name}.{rank}.txt"), told if count > 1 else {}, script, argv, fault))
+    end = time.monotonic() + PATIENCE
+    codes: dict[int, int] = {}
+    while len(codes) < count:
+        for child in set(children) - codes.keys():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def begin(
+    said: Path, told: dict[str, int], script: Callable[[Sequence[str]], None], argv: list[str], fault: Fault
+) -> int:
+    """Fork a process that runs a script as its command line would; returns its number."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1), os.dup2(file, 2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in told.items()}}
+    sys.argv = [script.__module__, *argv]
+    code: Any = 0
+    try:
+        fault()
+        cli.run(script)
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def at(step: int, rank: int, act: Callable[[list[dict[str, Any]]], None]) -> Fault:
+    """Do something with the examples of a step (counted from 0) in one process, before it computes gradients."""
+
+    def fault() -> None:
+        cut_step = LoRATrainer.cut_step
+
+        def faulty(self: LoRATrainer, model: Any, examples: Any, tokens: int) -> torch.Tensor:
+            if (self.state.global_step, processes.rank()) == (step, rank):
+                act(examples)
+            return cut_step(self, model, examples, tokens)
+
+        LoRATrainer.cut_step = faulty  # type: ignore[method-assign]
+
+    return fault
+
+
+def full_disk() -> None:
+    """The disk is full when step 2 is written."""
+    sync = durable.sync
+
+    def full(path: Path) -> None:
+        if "step-000002" in str(path):
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    durable.sync = full
+
+
+def not_finite() -> None:
+    """In step 2 an example of the second process gives an infinite gradient; it says which."""
+    micro_step, broken = LoRATrainer.micro_step, []
+
+    def poisoned(self: LoRATrainer, model: Any, part: Any, *given: Any) -> torch.Tensor:
+        loss = micro_step(self, model, part, *given)
+        if any(example["id"] in broken for example in part):
+            next(iter(self.trained.values())).grad.fill_(torch.inf)  # type: ignore[union-attr]
+        return loss
+
+    def note(examples: list[dict[str, Any]]) -> None:
+        broken.append(examples[1]["id"])
+        print(f"broken: {broken[0]}", flush=True)
+
+    LoRATrainer.micro_step = poisoned  # type: ignore[method-assign, assignment]
+    at(1, 1, note)()
+
+
+def little_memory() -> None:
+    """The second process has too little memory for the plan's micro-batches of three."""
+    micro_step = LoRATrainer.micro_step
+
+    def small(self: LoRATrainer, model: Any, part: Any, *given: Any) -> torch.Tensor:
+        if processes.rank() == 1 and len(part) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return micro_step(self, model, part, *given)
+
+    LoRATrainer.micro_step = small  # type: ignore[method-assign, assignment]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
