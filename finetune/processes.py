@@ -46,6 +46,7 @@ def join(device: torch.device) -> None:
     from accelerate import PartialState
 
     PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
+    gather("here")  # none goes on, perhaps to its end, while another is on its way
 
 
 def count() -> int:
