@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -41,7 +42,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         mistake = isinstance(error, FloatingPointError)
         if processes.writes():
             print(f"error: {error}" if mistake else error, file=sys.stderr)
-        processes.gather("said")  # before one is gone, and the launcher ends the others
+        with contextlib.suppress(processes.ElsewhereError):  # one was killed meanwhile
+            processes.gather("said")  # before one is gone, and the launcher ends the others
         sys.exit(NOT_FINITE if mistake else STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
