@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finetune import durable
-from finetune.durable import MANIFEST, NoSpaceError, damage, settle, write_whole
+from finetune.durable import MANIFEST, NoSpaceError, damage, settle, write_text_whole, write_whole
 
 
 def files(text: str) -> Callable[[Path], None]:
@@ -106,6 +106,34 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, small_files:
     assert os.listdir(tmp_path) == ["d"]
 
 
+def test_what_does_not_get_into_its_place_leaves_the_old_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "d", files("old"))
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name == ".d.unfinished":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "d", files("new"), replace=True)
+    assert (tmp_path / "d/a.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["d"]
+
+
+def test_a_single_file_is_written_whole_or_not_at_all(tmp_path: Path, small_files: None) -> None:
+    write_text_whole(tmp_path / "a.txt", "old")
+    with pytest.raises(OSError, match="File too large"):
+        write_text_whole(tmp_path / "a.txt", "new" * 1000)
+    assert (tmp_path / "a.txt").read_text() == "old"
+    write_text_whole(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -127,6 +155,8 @@ def flip(path: Path) -> None:
         (MANIFEST, lambda path: path.write_text("[1]"), "cannot be read"),
         (MANIFEST, lambda path: path.write_text('{"a.txt": 3}'), "cannot be read"),
         (MANIFEST, lambda path: path.write_bytes(b"\xff"), "cannot be read"),
+        (MANIFEST, lambda path: path.write_text("[" * 100_000), "cannot be read"),
+        (MANIFEST, lambda path: (path.unlink(), path.mkdir()), r"a file cannot be read \(.*Is a directory"),
     ],
 )
 def test_every_damage_is_seen(tmp_path: Path, name: str, spoil: Callable[[Path], object], message: str) -> None:
