@@ -27,10 +27,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, below any bar
         sys.exit(MISTAKE)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(NOT_FINITE)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.checkpoints import checkpoints, newest_whole
 from finetune.config import RunConfig, dump_config, load_config, what_changes
-from finetune.durable import damage
+from finetune.durable import damage, write_text_whole
 
 
 def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False) -> tuple[Path | None, list[str]]:
@@ -61,10 +61,17 @@ def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False
 
 
 def start_run(config: RunConfig) -> None:
-    """Make the run directory and write the resolved configuration into it."""
+    """Make the run directory and write the resolved configuration into it.
+
+    Raises:
+        ValueError: it cannot be written; one that was there stands.
+    """
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text_whole(output / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error}\nmend that and start the same command again") from error
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
