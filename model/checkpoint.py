@@ -128,7 +128,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{index} names a file outside its own directory: refused")
     else:
         files = ["model.safetensors"]
-    missing = [name for name in files if not (directory / name).is_file()]
+    missing = [name for name in files if not os.path.isfile(directory / name)]
     if missing:
         hint = ": it is an adapter, give its base" if (directory / "adapter_config.json").exists() else ""
         raise ValueError(f"{directory} lacks {', '.join(missing)}{hint}")

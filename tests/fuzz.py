@@ -367,7 +367,8 @@ def tensor_renamed(rng: Random, content: bytes) -> bytes:
 def tensor_duplicated(rng: Random, content: bytes) -> bytes:
     header, values = unpack(content)
     old = rng.choice(named(header))
-    return repacked(header | {other_name(rng, old, named(header)): header[old]}, values)
+    fresh = other_name(rng, old, named(header))
+    return repacked({fresh: header[old]} | header, values)
 
 
 def other_name(rng: Random, name: str, names: list[str]) -> str:
@@ -415,7 +416,7 @@ def tensor_shape_edited(rng: Random, content: bytes) -> bytes:
         5,
         {},
         [[]],
-        [shape[0] + 1, *shape[1:]],
+        [99, *shape[1:]],
     ]
     entry["shape"] = rng.choice(others)
     return pack(header, values)
@@ -506,8 +507,15 @@ def places(document: Any) -> list[tuple[Any, Any]]:
 def json_value_changed(rng: Random, content: bytes) -> bytes:
     document = json.loads(content)
     holder, key = rng.choice(places(document))
-    numbers = [holder[key] * 2, holder[key] + 1] if type(holder[key]) in (int, float) else []
-    holder[key] = rng.choice([*JUNK, *numbers, *numbers])
+    holder[key] = rng.choice(JUNK)
+    return json.dumps(document).encode()
+
+
+def json_number_changed(rng: Random, content: bytes) -> bytes:
+    document = json.loads(content)
+    numbers = [(holder, key) for holder, key in places(document) if type(holder[key]) in (int, float)]
+    for holder, key in rng.sample(numbers, min(1, len(numbers))):
+        holder[key] = rng.choice([holder[key] * 2, holder[key] + 1, holder[key] / 2, -holder[key], str(holder[key])])
     return json.dumps(document).encode()
 
 
@@ -561,6 +569,7 @@ OF_JSON: list[Spoiler] = [
     json_bits_flipped,
     json_garbled,
     json_value_changed,
+    json_number_changed,
     json_value_removed,
     json_key_renamed,
     json_key_added,
