@@ -217,21 +217,20 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     if any(adapters(model)) or any(trained_in_full(model)):
         raise ValueError("the model has adapters already: eject_lora(model) first")
     try:
-        ranks, full, problems = plan_loading(model, config, tensors)
+        adapted, full, problems = plan_loading(model, config, tensors)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {error}") from error
     if problems:
         raise ValueError(f"{path} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
     model.requires_grad_(False)
-    for name, rank in ranks.items():
-        alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    for name, (rank, alpha) in adapted.items():
         put_adapter(model, name, rank, alpha, bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0))
     for name in full:
         model.set_submodule(name, TrainedInFull(model.get_submodule(name)))
     with torch.no_grad():
         for name, parameter in trained_parameters(model).items():
             parameter.copy_(tensors[name])
-    return [*ranks, *full]
+    return [*adapted, *full]
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -278,17 +277,22 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def plan_loading(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, int], list[str], str]:
-    """What to inject: rank of each linear, modules trained in full; and every problem found, "" for none."""
+) -> tuple[dict[str, tuple[int, float]], list[str], str]:
+    """What to inject: rank and alpha of each linear, modules trained in full; and every problem found, "" for none."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     paired = sorted({name.rsplit(".", 1)[0] for name in tensors if name.endswith((".lora_A", ".lora_B"))})
-    adapted = {name for name in linears if name in paired}
-    targeted = closest([selected(list(linears), config, layout) for layout in LAYOUTS.values()], adapted)
-    ranks = {
-        name: int(pattern_value(config.get("rank_pattern"), name, config["r"])) for name in linears if name in targeted
+    present = {name for name in linears if name in paired}
+    targeted = closest([selected(list(linears), config, layout) for layout in LAYOUTS.values()], present)
+    adapted = {
+        name: (
+            pattern_value(config.get("rank_pattern"), name, config["r"]),
+            float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])),
+        )
+        for name in linears
+        if name in targeted
     }
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, rank in ranks.items():
+    for name, (rank, _) in adapted.items():
         wanted[f"{name}.lora_A"] = (rank, linears[name].in_features)
         wanted[f"{name}.lora_B"] = (linears[name].out_features, rank)
     full = [name for name, _ in model.named_modules() if is_saved_in_full(name, config)]
@@ -302,7 +306,7 @@ def plan_loading(
         "not finite": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
         "not to be trained in full": [n for n in full if n not in leaves or isinstance(leaves[n], nn.Embedding)],
     }
-    return ranks, full, mismatches(tensors, wanted, others)
+    return adapted, full, mismatches(tensors, wanted, others)
 
 
 def selected(paths: list[str], config: dict[str, Any], layout: Callable[[str], str]) -> set[str]:

@@ -155,9 +155,10 @@ class Adapters:
     def load(self) -> Snapshot:
         try:
             load_adapter(self.model, self.directory)
-        except ValueError:
-            frozen_now = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
-            assert not frozen_now + self.empty(), "refused, but the network is another"
+        except Exception:
+            changed = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+            changed += self.empty()
+            assert not changed, "not loaded, but the network is another"
             raise
         declared = {path: (a.rank, a.scale, a.dropout) for path, a in adapters(self.model)}
         snapshot = {"tensors": frozen(trained_parameters(self.model)), "declared": declared}

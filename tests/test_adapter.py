@@ -273,6 +273,7 @@ def setting(key: str, value: Any) -> Spoil:
         (setting("lora_dropout", 1.0), "cannot be used: lora_dropout: "),
         (setting("use_rslora", "false"), "cannot be used: use_rslora: "),
         (setting("alpha_pattern", {"q_proj": "8"}), "cannot be used: alpha_pattern: "),
+        (setting("alpha_pattern", {"(": 8}), "cannot be used: missing \\)"),
         (setting("modules_to_save", "norm"), "cannot be used: modules_to_save: "),
         (setting("modules_to_save", ["mlp"]), r"not to be trained in full \(6\): .*language_model.model.layers.0.mlp"),
         (setting("modules_to_save", ["embed_tokens"]), r"not to be trained in full \(1\): .*embed_tokens"),

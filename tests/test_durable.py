@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,17 +83,6 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monk
     with pytest.raises(NoSpaceError, match="needs 100 bytes, and 99 are free"):
         write_whole(tmp_path / "d", files("new"), size=100, replace=True)
     write_whole(tmp_path / "d", files("new"), size=99, replace=True)
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files cannot grow beyond 2,000 bytes, as on a disk that is full there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, small_files: None) -> None:

@@ -180,11 +180,16 @@ def broken_in(output: Path) -> Iterable[str]:
     directories = [output / "adapter", *(output / "checkpoints").glob("*")]
     yield from (f"{path}: {reason}" for path in directories if path.exists() and (reason := damage(path)))
     yield from (f"{path} was left behind" for path in output.rglob(".*"))
-    if (output / "config.yaml").exists():
-        load_config(output / "config.yaml")
-    if (output / "metrics.jsonl").exists():
-        for line in (output / "metrics.jsonl").read_text().splitlines():
-            json.loads(line)
+    for name, read in (("config.yaml", load_config), ("metrics.jsonl", read_lines)):
+        try:
+            if (output / name).exists():
+                read(output / name)
+        except ValueError as error:
+            yield f"{name}: {error}"
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -304,7 +304,10 @@ REGEX = st.text(alphabet=".*()|[]\\?+{}9q_proj", max_size=12)
 @steady
 @given(
     changes=st.dictionaries(
-        st.sampled_from(SETTINGS) | ANY_TEXT, JSON | REGEX | st.lists(REGEX), min_size=1, max_size=2
+        st.sampled_from(SETTINGS) | ANY_TEXT,
+        JSON | REGEX | st.lists(REGEX) | st.dictionaries(REGEX, st.integers(1, 8)),
+        min_size=1,
+        max_size=2,
     )
 )
 def test_any_values_of_settings_open_with_finite_scales_or_are_refused(
