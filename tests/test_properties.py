@@ -112,7 +112,7 @@ SCRIPTS = [
 TEXTS = st.lists(ANY_TEXT | st.sampled_from([*SCRIPTS, "\n", "\r\n", " ", "<image>", "<eos>", "<loc0001>"])).map(
     "".join
 )
-LONG = st.tuples(st.sampled_from([*SCRIPTS, "a", "a ", " ", "\n", "<image>"]), st.just(20_000)).map(
+LONG = st.tuples(st.sampled_from([*SCRIPTS, "a", "a ", " ", "\n", "<image>"]), st.just(5_000)).map(
     lambda of: of[0] * of[1]
 )
 
