@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 TINY := runs/tiny-base
 
-.PHONY: quickstart test test-transformers-4 vqav2 vqav2-data tiny-base clean
+.PHONY: quickstart test test-transformers-4 fuzz vqav2 vqav2-data tiny-base clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 # Stopped at any moment, the same command goes on; `make clean` starts afresh.
@@ -37,6 +37,10 @@ test: .venv/.installed-dev
 test-transformers-4: .venv-4/.installed
 	.venv-4/bin/python -m pytest -n 2 $(patsubst %,tests/test_%.py,paligemma checkpoint adapter merge generate processor) \
 		--deselect "tests/test_processor.py::test_pixels_are_the_librarys_bit_for_bit[size4]"
+
+# Ten thousand spoilt adapters and checkpoints; `make test` spoils 300.
+fuzz: .venv/.installed-dev
+	$(BIN)/python -m tests.fuzz --files 10000
 
 # How assets/tiny-base was made.
 tiny-base: .venv/.installed

@@ -138,6 +138,8 @@ class Processor:
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of a person's text, special ones spelled out."""
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"the text {text!r:.100} holds half a character; mend it, or leave it out")
         self.tokenizer.encode_special_tokens = True  # at each call, for pickling (to a worker) forgets it
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 

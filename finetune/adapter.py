@@ -12,18 +12,19 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from finetune.durable import MANIFEST, damage, settle, write_whole
+from finetune.durable import require_whole, settle, write_whole
 from finetune.fingerprint import fingerprint
 from finetune.lora import LoRALinear, TrainedInFull, adapters, put_adapter, trained_in_full, trained_parameters
 from finetune.quantize import quantization_of
-from model.checkpoint import canonical_name, mismatches
+from model.checkpoint import DTYPES, canonical_name, mismatches
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -38,17 +39,48 @@ LAYOUTS: dict[str, Callable[[str], str]] = {
 }
 WRITTEN = LAYOUTS["transformers 4.57"]
 
-# Settings of PEFT's LoraConfig that change what an adapter computes and are not implemented here: their neutral values.
+# Values under which settings of PEFT's LoraConfig that are not implemented change nothing; of those not listed, UNSET.
 # The initialisations left out (PiSSA, OLoRA, CorDA, LoftQ, ...) also change the base weights.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"), (False, None)),
-    **dict.fromkeys(("layer_replication", "trainable_token_indices", "alora_invocation_tokens"), (None, [])),
-    **dict.fromkeys(("target_parameters", "megatron_config", "kasa_config", "velora_config"), (None, [], {})),
-    **dict.fromkeys(("monteclora_config", "arrow_config", "layers_to_transform"), (None, [], {})),
 }
+UNSET: tuple[Any, ...] = (None, False, [], {})
+# Where an adapter comes from and how it is trained: nothing of what it computes.
+WITHOUT_EFFECT = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+    "layers_pattern",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+]
+
+
+class Settings(BaseModel):
+    """PEFT's settings that are implemented."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    r: int = Field(ge=1)
+    lora_alpha: float
+    target_modules: str | list[str] | None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
 def save_adapter(model: nn.Module, directory: str | Path, base: str | None = None, revision: str | None = None) -> None:
@@ -89,7 +121,10 @@ def serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 def trained_on(directory: str | Path) -> str | None:
     """How the base was kept while the adapter in `directory` was trained: "nf4", or None (unknown for PEFT's files)."""
-    return metadata_of(Path(directory)).get(BASE_QUANTIZATION)
+    kept = metadata_of(Path(directory)).get(BASE_QUANTIZATION)
+    if kept not in (None, "nf4"):
+        raise ValueError(f"{Path(directory) / WEIGHTS_FILE} says it was trained on a base in {kept!r}; expected nf4")
+    return kept
 
 
 def metadata_of(directory: Path) -> dict[str, str]:
@@ -199,8 +234,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     if any(adapters(model)) or any(trained_in_full(model)):
         raise ValueError("the model has adapters already: eject_lora(model) first")
     try:
-        ranks, full, problems = plan_loading(model, config, tensors)
-    except (re.error, TypeError, AttributeError) as error:
+        adapted, full, problems = plan_loading(model, config, tensors)
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {error}") from error
     if problems:
         raise ValueError(f"{path} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
@@ -210,29 +245,27 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
             f"trained on ({config.get('base_model_name_or_path') or 'its name was not kept'})"
         )
     model.requires_grad_(False)
-    for name, rank in ranks.items():
-        alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    for name, (rank, alpha) in adapted.items():
         put_adapter(model, name, rank, alpha, bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0))
     for name in full:
         model.set_submodule(name, TrainedInFull(model.get_submodule(name)))
     with torch.no_grad():
         for name, parameter in trained_parameters(model).items():
             parameter.copy_(tensors[name])
-    return [*ranks, *full]
+    return [*adapted, *full]
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration, checked to be one that is implemented, and tensors under our names: `<path>.lora_A`, ..."""
     settle(path)
-    if (path / MANIFEST).exists() and (reason := damage(path)):
-        raise ValueError(f"{path} is not as it was written: {reason}; if that is meant, delete its {MANIFEST}")
+    require_whole(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise ValueError(f"{path} holds no {name}: expected an adapter directory")
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         stored = load_file(path / WEIGHTS_FILE)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / CONFIG_FILE} is not JSON: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
@@ -241,14 +274,24 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{path / CONFIG_FILE} lacks {', '.join(sorted(lacking))}: not the configuration of an adapter"
         )
-    strange = {key: config[key] for key, neutral in NEUTRAL.items() if key in config and config[key] not in neutral}
+    ours = (*Settings.model_fields, *WITHOUT_EFFECT)
+    strange = {key: value for key, value in config.items() if key not in ours and value not in NEUTRAL.get(key, UNSET)}
     if strange:
         raise ValueError(f"{path / CONFIG_FILE} asks for what is not implemented here: {strange}")
+    try:
+        Settings.model_validate(config)
+    except ValidationError as error:
+        faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
+        raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {faults}") from error
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{path / WEIGHTS_FILE} holds {key} in {tensor.dtype}; expected one of {', '.join(DTYPES)}"
+            )
         name = canonical_name(key.removeprefix(PREFIX)) or key
         name = re.sub(r"\.(lora_[AB])\.weight$", r".\1", name)
-        if name in tensors and not torch.equal(tensors[name], tensor):
+        if name in tensors and not torch.equal(tensors[name].float(), tensor.float()):
             raise ValueError(f"{path / WEIGHTS_FILE} holds {name} twice, in two layouts and with other values")
         tensors[name] = tensor
     return config, tensors
@@ -256,25 +299,36 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def plan_loading(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, int], list[str], str]:
-    """What to inject: rank of each linear, modules trained in full; and every problem found, "" for none."""
+) -> tuple[dict[str, tuple[int, float]], list[str], str]:
+    """What to inject: rank and alpha of each linear, modules trained in full; and every problem found, "" for none."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     paired = sorted({name.rsplit(".", 1)[0] for name in tensors if name.endswith((".lora_A", ".lora_B"))})
-    adapted = {name for name in linears if name in paired}
-    targeted = closest([selected(list(linears), config, layout) for layout in LAYOUTS.values()], adapted)
-    ranks = {
-        name: int(pattern_value(config.get("rank_pattern"), name, config["r"])) for name in linears if name in targeted
+    present = {name for name in linears if name in paired}
+    targeted = closest([selected(list(linears), config, layout) for layout in LAYOUTS.values()], present)
+    adapted = {
+        name: (
+            pattern_value(config.get("rank_pattern"), name, config["r"]),
+            float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])),
+        )
+        for name in linears
+        if name in targeted
     }
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, rank in ranks.items():
+    for name, (rank, _) in adapted.items():
         wanted[f"{name}.lora_A"] = (rank, linears[name].in_features)
         wanted[f"{name}.lora_B"] = (linears[name].out_features, rank)
     full = [name for name, _ in model.named_modules() if is_saved_in_full(name, config)]
     for name in full:
         shapes = model.get_submodule(name).named_parameters(recurse=False)
         wanted |= {f"{name}.{leaf}": tuple(parameter.shape) for leaf, parameter in shapes}
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    return ranks, full, mismatches(tensors, wanted, {"not finite": broken})
+    leaves = {
+        name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
+    }
+    others = {
+        "not finite": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
+        "not to be trained in full": [n for n in full if n not in leaves or isinstance(leaves[n], nn.Embedding)],
+    }
+    return adapted, full, mismatches(tensors, wanted, others)
 
 
 def selected(paths: list[str], config: dict[str, Any], layout: Callable[[str], str]) -> set[str]:

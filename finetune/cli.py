@@ -36,12 +36,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, processes.ElsewhereError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, below any bar
         sys.exit(MISTAKE)
     except (FloatingPointError, StoppedError) as error:  # of all processes of a run alike
         mistake = isinstance(error, FloatingPointError)
         if processes.writes():
-            print(f"error: {error}" if mistake else error, file=sys.stderr)
+            tqdm.write(f"error: {error}" if mistake else str(error), file=sys.stderr)
         with contextlib.suppress(processes.ElsewhereError):  # one was killed meanwhile
             processes.gather("said")  # before one is gone, and the launcher ends the others
         sys.exit(NOT_FINITE if mistake else STOPPED)

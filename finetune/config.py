@@ -210,7 +210,8 @@ class TrainConfig(Section):
     keep_checkpoints: Count = 2
     """Newest checkpoints to keep."""
     on_full_disk: Literal["stop", "go_on"] = "stop"
-    """When a checkpoint finds no room: stop the run, or go on without it. Those before it stand in either case."""
+    """When a checkpoint finds no room: stop the run, or go on without it. Those before it stand in either case. A
+    result that finds none always stops the run."""
 
     @field_validator("max_steps")
     @classmethod

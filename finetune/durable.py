@@ -47,14 +47,27 @@ def write_whole(directory: Path, fill: Callable[[Path], None], size: int = 0, re
         (unfinished / MANIFEST).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
         for path in [*unfinished.iterdir(), unfinished]:
             sync(path)
+        if directory.exists():
+            directory.rename(superseded)
+        unfinished.rename(directory)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        settle(directory)
         raise
-    if directory.exists():
-        directory.rename(superseded)
-    unfinished.rename(directory)
     sync(directory.parent)
     shutil.rmtree(superseded, ignore_errors=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or, as it was before, not at all; OSError where it finds no room."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        sync(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def occupied(directory: Path) -> bool:
@@ -89,9 +102,17 @@ def damage(directory: Path) -> str | None:
                 return f"{name} is not what was written (its sha256 differs)"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        return f"a file cannot be read ({error})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error!r})"
     return None
+
+
+def require_whole(directory: Path) -> None:
+    """ValueError where a directory has a manifest and is not what that says; published ones have none."""
+    if (directory / MANIFEST).exists() and (reason := damage(directory)):
+        raise ValueError(f"{directory} is not as it was written: {reason}; if that is meant, delete its {MANIFEST}")
 
 
 def describe(path: Path) -> dict[str, int | str]:

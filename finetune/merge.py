@@ -119,9 +119,7 @@ def merge_checkpoint(
     if occupied(output) and not replace:
         raise ValueError(f"{output} exists already: choose another --output, or overwrite it with --force")
     directory = fetch(base, revision)
-    bases: dict[str, Callable[[torch.dtype], PaliGemma]] = {
-        "full": lambda dtype: PaliGemma.from_pretrained(directory, dtype, device)
-    }
+    bases: dict[str, Callable[[torch.dtype], PaliGemma]] = {"full": lambda dtype: open_base(directory, dtype, device)}
     from_nf4: dict[str, float] = {}
     if kept := trained_on(adapter):
         bases["dequantized"] = lambda dtype: dequantize(open_base(directory, dtype, device, kept))

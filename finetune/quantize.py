@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.durable import require_whole
 from model import PaliGemma
 
 SAMPLE = 64  # values by which a weight is known again
@@ -107,7 +108,12 @@ def dequantize(model: PaliGemma) -> PaliGemma:
 def open_base(
     directory: Path, dtype: torch.dtype, device: str | torch.device, quantization: str | None = None
 ) -> PaliGemma:
-    """A checkpoint's network on `device`: as it is, or its decoder in NF4, then read into the host's memory first."""
+    """A checkpoint's network on `device`: as it is, or its decoder in NF4, then read into the host's memory first.
+
+    Raises:
+        ValueError: the checkpoint does not open, or has a manifest and is not as it was written.
+    """
+    require_whole(directory)
     if quantization is None:
         return PaliGemma.from_pretrained(directory, dtype, device)
     library()  # before minutes of reading

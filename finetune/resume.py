@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.checkpoints import checkpoints, newest_whole
 from finetune.config import RunConfig, dump_config, load_config, what_changes
-from finetune.durable import damage, describe
+from finetune.durable import damage, describe, write_text_whole
 
 DATA_FILE = "data.json"
 
@@ -65,11 +65,18 @@ def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False
 
 
 def start_run(config: RunConfig) -> None:
-    """Make the run directory and write the resolved configuration into it."""
+    """Make the run directory and write the resolved configuration into it.
+
+    Raises:
+        ValueError: it cannot be written; one that was there stands.
+    """
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    (output / DATA_FILE).write_text(json.dumps(contents(config), indent=1) + "\n", encoding="utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text_whole(output / "config.yaml", dump_config(config))
+        write_text_whole(output / DATA_FILE, json.dumps(contents(config), indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error}\nmend that and start the same command again") from error
 
 
 def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:

@@ -84,7 +84,9 @@ class Document:
         above = [path[:length] for length in range(len(path), -1, -1)]
         if not self._unread.intersection(above):
             origin = next(self.origins[near] for near in above if near in self.origins)
-            self.faults.append(f"{origin}: {'.'.join(map(str, path))}{': ' if path else ''}{message}")
+            name = ".".join(map(str, path))
+            name = name if name.isprintable() else repr(name)  # a fault is one line
+            self.faults.append(f"{origin}: {name}{': ' if path else ''}{message}")
 
     def lay_over(self, path: Path, value: Any, origin: str) -> None:
         """Put a value at a path of keys, whatever stood there, making the sections on the way."""

@@ -31,7 +31,7 @@ class MetricsFile(TrainerCallback):
     """Appends every log and evaluation to a file of JSON lines, with step, epoch and seconds since the start."""
 
     def __init__(self, path: Path, steps: Steps) -> None:
-        self.path, self.steps, self.start = path, steps, time.monotonic()
+        self.path, self.steps, self.start, self.failed = path, steps, time.monotonic(), False
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -42,8 +42,21 @@ class MetricsFile(TrainerCallback):
             "seconds": round(time.monotonic() - self.start, 1),
             **{name: value for name, value in (logs or {}).items() if name != "epoch"},
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            append_line(self.path, json.dumps(line))
+        except OSError as error:
+            if not self.failed:
+                tqdm.write(f"{self.path}: lines are missing from step {state.global_step} on: {error}", file=sys.stderr)
+            self.failed = True
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line whole or not at all: half of one, on a disk that is full, would spoil the next one too."""
+    with path.open("ab", buffering=0) as file:
+        size, content = file.tell(), line.encode() + b"\n"
+        if (written := file.write(content)) < len(content):
+            file.truncate(size)
+            raise OSError(f"{written} of {len(content)} bytes found room")
 
 
 class ProgressBar(TrainerCallback):

@@ -300,7 +300,7 @@ class LoRATrainer(Trainer):
         with self.tower_on_device():
             metrics = {f"eval_{name}": value for name, value in self.evaluate_now().items()}
         if self.state.best_metric is None or metrics["eval_accuracy"] > self.state.best_metric:
-            processes.once(self.save_result)
+            processes.once(self.keep_result)
         self.evaluated_step = self.state.global_step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -310,9 +310,19 @@ class LoRATrainer(Trainer):
     def finish(self) -> None:
         """After training: evaluate, where the last step did not; with nothing to evaluate, keep the last state."""
         if self.evaluate_now is None:
-            processes.once(self.save_result)
+            processes.once(self.keep_result)
         elif self.evaluated_step != self.state.global_step:
             self.evaluate()
+
+    def keep_result(self) -> None:
+        """Save the result; a run whose result finds no room stops, whatever `on_full_disk` says of checkpoints."""
+        try:
+            self.save_result()
+        except OSError as error:
+            raise ValueError(
+                f"the result of step {self.state.global_step} could not be written, what was there stands: {error}\n"
+                "make room and start the same command again"
+            ) from error
 
     # Checkpoints: what is trained, the optimizer's moments, the Trainer's own state.
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import mmap
+import operator
 import os
 import re
 import shutil
@@ -130,13 +132,14 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     if index.exists():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            outside = [name for name in files if Path(name).name != name]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index} is not an index of shards: {error!r}") from error
-        if any(Path(name).name != name for name in files):
+        if outside:
             raise ValueError(f"{index} names a file outside its own directory: refused")
     else:
         files = ["model.safetensors"]
-    missing = [name for name in files if not (directory / name).is_file()]
+    missing = [name for name in files if not os.path.isfile(directory / name)]
     if missing:
         hint = ": it is an adapter, give its base" if (directory / "adapter_config.json").exists() else ""
         raise ValueError(f"{directory} lacks {', '.join(missing)}{hint}")
@@ -150,7 +153,10 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The safetensors header: 8 bytes of length, then JSON of names, dtypes, shapes and offsets."""
+    """The safetensors header: 8 bytes of length, then JSON of names, dtypes, shapes and offsets.
+
+    As the format asks, the tensors lie side by side and fill the rest of the file: no gaps, no overlaps.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -159,22 +165,24 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError("the header is cut off")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if stop - start != torch.Size(shape).numel() * dtype.itemsize or 8 + length + stop > size or start < 0:
+        tensors, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = map(operator.index, entry["data_offsets"])
+            dtype, shape = DTYPES[entry["dtype"]], tuple(map(operator.index, entry["shape"]))
+            if start != end or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} does not fit its bytes")
-            tensors[name] = StoredTensor(path, 8 + length + start, dtype, shape)
-    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+            tensors[name], end = StoredTensor(path, 8 + length + start, dtype, shape), stop
+        if 8 + length + end != size:
+            raise ValueError(f"its tensors end at byte {8 + length + end} of {size}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file of floats ({error!r}): download it again"
         ) from error
     return tensors
 
 
-def load_weights(model: nn.Module, directory: Path) -> None:
-    """Fill every parameter of `model` from a checkpoint, strictly.
+def load_weights(model: nn.Module, directory: Path, device: str | torch.device) -> None:
+    """Bring `model`, which takes no memory yet (meta), to `device` with every parameter from a checkpoint, strictly.
 
     Raises:
         ValueError: lists all missing, unexpected and mis-shaped names; or an output head that is not the embedding.
@@ -191,6 +199,7 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     parameters = model.state_dict()
     if problems := mismatches(stored, parameters, {"present twice": twice}):
         raise ValueError(f"{directory} does not fit its config.json:\n{problems}")
+    model.to_empty(device=device)
     mapped = cache(MappedFile)
     for name, parameter in model.named_parameters():
         place = stored[name]
@@ -199,11 +208,12 @@ def load_weights(model: nn.Module, directory: Path) -> None:
             parameter.data = place.within(mapped(place.file).content)
         else:
             place.read_into(parameter, mapped(place.file))
-    embedding = model.get_parameter(EMBEDDING)
     if head is not None:
-        other = torch.empty(head.shape, dtype=embedding.dtype)
-        head.read_into(other, mapped(head.file))
-        if not torch.equal(other, embedding.cpu()):
+        embedding = model.get_parameter(EMBEDDING).cpu()
+        other = torch.empty_like(embedding)
+        if tied := head.shape == embedding.shape:
+            head.read_into(other, mapped(head.file))
+        if not tied or not torch.equal(other, embedding):
             raise ValueError(f"{directory}: {TIED_HEAD} differs from the embedding; PaliGemma ties the two")
 
 

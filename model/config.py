@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 TANH_GELU = "gelu_pytorch_tanh"
+LARGEST, DEEPEST = 2**20, 2**10  # dimension and number of layers that are believed: a garbled file asks for any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +68,18 @@ class PaliGemmaConfig:
 
     def __post_init__(self) -> None:
         vision, text = self.vision, self.text
+        for place, values in (("vision_config", vision), ("text_config", text), ("the top level", self)):
+            for field in dataclasses.fields(values):
+                _require_sensible(place, field.name, getattr(values, field.name), field.default)
         for name, whole, part in (
             ("vision hidden_size by num_attention_heads", vision.hidden_size, vision.num_attention_heads),
             ("text num_attention_heads by num_key_value_heads", text.num_attention_heads, text.num_key_value_heads),
             ("vision image_size by patch_size", vision.image_size, vision.patch_size),
             ("text head_dim by 2", text.head_dim, 2),
         ):
-            if part <= 0 or whole <= 0 or whole % part:
+            if whole % part:
                 raise ValueError(f"config.json: {name} must divide evenly, got {whole} by {part}")
-        if not 0 <= self.image_token_id < self.text.vocab_size:
+        if self.image_token_id >= self.text.vocab_size:
             raise ValueError(
                 f"config.json: image_token_index {self.image_token_id} has no row among the {self.text.vocab_size}"
             )
@@ -84,10 +89,14 @@ class PaliGemmaConfig:
         """Read `directory/config.json`. Raises ValueError where it is missing, no JSON, or not a PaliGemma's."""
         path = directory / "config.json"
         try:
-            return cls.from_hf(json.loads(path.read_text(encoding="utf-8")))
+            hf = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{directory} holds no config.json: expected a PaliGemma checkpoint directory") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        try:
+            return cls.from_hf(hf)
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a model configuration: {error}") from error
 
     @classmethod
@@ -97,7 +106,7 @@ class PaliGemmaConfig:
         Raises:
             ValueError: another architecture, or a setting this network does not implement.
         """
-        vision, text = dict(hf.get("vision_config") or {}), dict(hf.get("text_config") or {})
+        vision, text = ({**(hf.get(f"{part}_config") or {})} for part in ("vision", "text"))
         _require({"model_type": None, **hf}, "the top level", "model_type", {"paligemma"})
         _require(text, "text_config", "model_type", {"gemma"})
         _require(vision, "vision_config", "model_type", {"siglip_vision_model"})
@@ -148,16 +157,26 @@ def _present(config: type, hf: Mapping[str, Any], names: set[str] | None = None)
     return {name: hf[name] for name in sorted(names) if hf.get(name) is not None}
 
 
+def _require_sensible(where: str, key: str, value: Any, default: Any) -> None:
+    """Of the default's kind: a whole number (tokens from 0 on, sizes from 1), or a finite one above 0."""
+    if isinstance(default, int):
+        least, most = int(not key.endswith("_token_id")), DEEPEST if key == "num_hidden_layers" else LARGEST
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"config.json: {key} at {where} is {value!r}; expected a whole number, {least} to {most}")
+    elif isinstance(default, float) and (type(value) not in (int, float) or not 0 < value < math.inf):
+        raise ValueError(f"config.json: {key} at {where} is {value!r}; expected a finite number above 0")
+
+
 def _require(hf: Mapping[str, Any], where: str, key: str, allowed: set[Any]) -> None:
     if key in hf and hf[key] not in allowed:
         expected = " or ".join(sorted(repr(value) for value in allowed))
         raise ValueError(f"config.json: {key} at {where} is {hf[key]!r}; this network implements {expected} only")
 
 
-def _rope_theta(text: Mapping[str, Any]) -> float:
+def _rope_theta(text: Mapping[str, Any]) -> Any:
     """`rope_theta` (4.x) or `rope_parameters` (5.x); only the plain rotary embedding exists here."""
     parameters = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ValueError(f"config.json: rope type is {kind!r}; this network implements 'default' only")
-    return float(parameters.get("rope_theta", text.get("rope_theta", TextConfig.rope_theta)))
+    return parameters.get("rope_theta", text.get("rope_theta", TextConfig.rope_theta))

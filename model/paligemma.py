@@ -64,8 +64,8 @@ class PaliGemma(nn.Module):
             ValueError: nothing to open, another architecture, or tensors missing, unexpected or mis-shaped.
         """
         directory = checkpoint.fetch(path_or_hub_id, revision)
-        model = cls.empty(PaliGemmaConfig.from_directory(directory), dtype, device)
-        checkpoint.load_weights(model, directory)
+        model = cls.empty(PaliGemmaConfig.from_directory(directory), dtype, "meta")
+        checkpoint.load_weights(model, directory, device)
         model.source = directory
         return model.eval()
 

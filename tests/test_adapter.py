@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +242,14 @@ def wrong_targets(config: dict[str, Any], _: dict[str, Tensor]) -> None:
     config["target_modules"] = ["q_proj"]
 
 
+def whole_numbers(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[KEY] = tensors[KEY].int()
+
+
+def setting(key: str, value: Any) -> Spoil:
+    return lambda config, _: config.update({key: value})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -256,6 +265,19 @@ def wrong_targets(config: dict[str, Any], _: dict[str, Tensor]) -> None:
         (prefix_tuning, "not implemented here: {'peft_type': 'PREFIX_TUNING'}"),
         (no_rank, "lacks r: not the configuration of an adapter"),
         (bad_regex, "holds a value that cannot be used"),
+        (setting("target_modules", "a{99999999999}"), "holds a value that cannot be used: .*repetition number"),
+        (whole_numbers, r"holds .*up_proj.lora_B.weight in torch.int32; expected one of F32, BF16, F16"),
+        (setting("r", 4.5), "cannot be used: r: "),
+        (setting("r", "4"), "cannot be used: r: "),
+        (setting("lora_alpha", math.nan), "cannot be used: lora_alpha: "),
+        (setting("lora_dropout", 1.0), "cannot be used: lora_dropout: "),
+        (setting("use_rslora", "false"), "cannot be used: use_rslora: "),
+        (setting("alpha_pattern", {"q_proj": "8"}), "cannot be used: alpha_pattern: "),
+        (setting("alpha_pattern", {"(": 8}), "cannot be used: missing \\)"),
+        (setting("modules_to_save", "norm"), "cannot be used: modules_to_save: "),
+        (setting("modules_to_save", ["mlp"]), r"not to be trained in full \(6\): .*language_model.model.layers.0.mlp"),
+        (setting("modules_to_save", ["embed_tokens"]), r"not to be trained in full \(1\): .*embed_tokens"),
+        (setting("use_rsloar", True), "not implemented here: {'use_rsloar': True}"),
         (wrong_targets, "does not fit this model and its own adapter_config.json"),
     ],
 )
@@ -279,12 +301,13 @@ def test_what_does_not_fit_is_refused_by_name_and_the_model_left_alone(
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\x00" * 100, b"[1]"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\x00" * 100, b"[1]", b"[" * 100_000, b"9" * 5000])
 def test_missing_and_damaged_files_are_named(pair: Pair, tmp_path: Path, name: str, content: bytes | None) -> None:
     inject_lora(pair[1], LoRAConfig(rank=4))
     save_adapter(pair[1], tmp_path)
     eject_lora(pair[1])
     (tmp_path / name).unlink()
+    (tmp_path / "manifest.json").unlink()
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(name)):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,6 +176,77 @@ def test_a_cut_off_file_is_refused(saved: Path, tmp_path: Path, keep: int) -> No
         PaliGemma.from_pretrained(directory)
 
 
+Header = dict[str, Any]
+BIAS, NORM = "multi_modal_projector.linear.bias", "language_model.model.norm.weight"
+
+
+def overlap(header: Header) -> None:
+    header[BIAS]["data_offsets"] = header[NORM]["data_offsets"]
+
+
+def leave_a_gap(header: Header) -> None:
+    del header[BIAS]
+
+
+def not_whole(header: Header) -> None:
+    header[BIAS]["data_offsets"] = [float(offset) for offset in header[BIAS]["data_offsets"]]
+
+
+def negative(header: Header) -> None:
+    header[BIAS]["shape"] = [-1, -32]
+
+
+def too_large(header: Header) -> None:
+    header[BIAS]["shape"] = [2**62, 2**10, 32]  # 32 to whom counts in 64 bits
+
+
+@pytest.mark.parametrize("spoil", [overlap, leave_a_gap, not_whole, negative, too_large])
+def test_a_header_that_is_not_of_its_file_is_refused(
+    saved: Path, tmp_path: Path, spoil: Callable[[Header], None]
+) -> None:
+    directory = write(saved, tmp_path / "spoilt", load_file(saved / "model.safetensors"))
+    content = (directory / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    spoil(header)
+    text = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        PaliGemma.from_pretrained(directory)
+
+
+def test_a_file_with_bytes_after_its_tensors_is_refused(saved: Path, tmp_path: Path) -> None:
+    directory = write(saved, tmp_path / "longer", load_file(saved / "model.safetensors"))
+    with (directory / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ValueError, match=r"is damaged .*its tensors end at byte"):
+        PaliGemma.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content", [None, b"[" * 100_000, b"9" * 5000, b'{"weight_map": {"a": 5}}', b'{"text_config": "x"}']
+)
+def test_json_that_cannot_be_used_is_named(saved: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+    directory = write(saved, tmp_path / "garbled", load_file(saved / "model.safetensors"))
+    (directory / name).unlink(missing_ok=True)
+    if content is None:
+        (directory / name).mkdir()
+    else:
+        (directory / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        PaliGemma.from_pretrained(directory)
+
+
+def test_a_config_that_asks_for_more_than_the_file_has_takes_no_memory(saved: Path, tmp_path: Path) -> None:
+    """The embedding alone would be of 4 TB."""
+    directory = write(saved, tmp_path / "large", load_file(saved / "model.safetensors"))
+    hf = tiny.config(hidden_size=2**20, projection_dim=2**20, text__hidden_size=2**20, text__vocab_size=2**20)
+    (directory / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=r"does not fit its config\.json"):
+        PaliGemma.from_pretrained(directory)
+
+
 def test_only_a_plain_network_is_saved(saved: Path, tmp_path: Path) -> None:
     ours = PaliGemma.from_pretrained(saved)
     ours.multi_modal_projector.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(1)))
@@ -338,6 +412,12 @@ def test_both_config_forms_are_read(form: dict[str, Any], theta: float) -> None:
         ({"projection_dim": 64}, "projection_dim"),
         ({"vision__patch_size": 13}, "image_size by patch_size"),
         ({"image_token_index": 128}, "image_token_index 128 has no row"),
+        ({"image_token_index": -1}, "image_token_id at the top level is -1; expected a whole number, 0 to"),
+        ({"text__head_dim": 16.0}, "head_dim at text_config is 16.0; expected a whole number, 1 to"),
+        ({"vision__hidden_size": "24"}, "hidden_size at vision_config is '24'; expected a whole number"),
+        ({"text__num_hidden_layers": 10**6}, "num_hidden_layers at text_config is 1000000; expected .* 1 to 1024"),
+        ({"text__rope_theta": math.nan}, "rope_theta at text_config is nan; expected a finite number above 0"),
+        ({"vision__layer_norm_eps": "1e-6"}, "layer_norm_eps at vision_config is '1e-6'; expected a finite number"),
     ],
 )
 def test_other_architectures_are_refused_by_name(changes: dict[str, Any], message: str) -> None:

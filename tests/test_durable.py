@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from finetune import durable
-from finetune.durable import MANIFEST, NoSpaceError, damage, settle, write_whole
+from finetune.durable import MANIFEST, NoSpaceError, damage, settle, write_text_whole, write_whole
 
 
 def files(text: str) -> Callable[[Path], None]:
@@ -86,17 +85,6 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monk
     write_whole(tmp_path / "d", files("new"), size=99, replace=True)
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files cannot grow beyond 2,000 bytes, as on a disk that is full there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
-
-
 def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, small_files: None) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d/a.txt").write_text("old")
@@ -104,6 +92,34 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, small_files:
         write_whole(tmp_path / "d", files("new"), replace=True)
     assert (tmp_path / "d/a.txt").read_text() == "old"
     assert os.listdir(tmp_path) == ["d"]
+
+
+def test_what_does_not_get_into_its_place_leaves_the_old_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "d", files("old"))
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name == ".d.unfinished":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "d", files("new"), replace=True)
+    assert (tmp_path / "d/a.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["d"]
+
+
+def test_a_single_file_is_written_whole_or_not_at_all(tmp_path: Path, small_files: None) -> None:
+    write_text_whole(tmp_path / "a.txt", "old")
+    with pytest.raises(OSError, match="File too large"):
+        write_text_whole(tmp_path / "a.txt", "new" * 1000)
+    assert (tmp_path / "a.txt").read_text() == "old"
+    write_text_whole(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def cut(path: Path) -> None:
@@ -127,6 +143,8 @@ def flip(path: Path) -> None:
         (MANIFEST, lambda path: path.write_text("[1]"), "cannot be read"),
         (MANIFEST, lambda path: path.write_text('{"a.txt": 3}'), "cannot be read"),
         (MANIFEST, lambda path: path.write_bytes(b"\xff"), "cannot be read"),
+        (MANIFEST, lambda path: path.write_text("[" * 100_000), "cannot be read"),
+        (MANIFEST, lambda path: (path.unlink(), path.mkdir()), r"a file cannot be read \(.*Is a directory"),
     ],
 )
 def test_every_damage_is_seen(tmp_path: Path, name: str, spoil: Callable[[Path], object], message: str) -> None:

@@ -67,6 +67,11 @@ def texts(*pieces: str) -> st.SearchStrategy[str]:
     return parts.map("".join).filter(lambda text: not any(token in text for token in SPECIAL))
 
 
+def test_half_a_character_is_refused(ours: Processor) -> None:
+    with pytest.raises(ValueError, match=r"the text 'a\\ud83d' holds half a character"):
+        ours.encode("a\ud83d")
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(prefix=texts(), suffix=texts("\n", "\n\n"))
 def test_a_row_is_the_librarys_token_for_token(

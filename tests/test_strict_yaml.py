@@ -83,6 +83,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
         ('a: 1\nb: "\\ud800"', ["run.yaml:2: b: '\\ud800' holds half a character"]),
         ('a: 1\n"\\ud800": 2', ["run.yaml:2: ?: expected a name as key"]),
         ("a: 1\n? [b]\n: 2", ["run.yaml:2: ?: expected a name as key"]),
+        ('"a\\nb":\n', ["run.yaml:1: 'a\\nb': nothing given"]),
         ("a: &s {b: 1}\nc: *s", ["run.yaml:2: c: aliases of sections or lists"]),
         ("a: &a [*a]", ["run.yaml:1: a.0: aliases of sections or lists"]),
         (
