@@ -9,13 +9,13 @@ have its tensors.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -67,20 +67,31 @@ WITHOUT_EFFECT = [
 ]
 
 
-class Settings(BaseModel):
-    """PEFT's settings that are implemented."""
+def is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    r: int = Field(ge=1)
-    lora_alpha: float
-    target_modules: str | list[str] | None
-    exclude_modules: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    use_rslora: bool | None = None
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+# The settings that are implemented, and the values they may have; all but the first three may be null.
+SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "r": is_rank,
+    "lora_alpha": is_number,
+    "target_modules": lambda value: value is None or isinstance(value, str) or are_texts(value),
+    "exclude_modules": lambda value: isinstance(value, str) or are_texts(value),
+    "modules_to_save": are_texts,
+    "rank_pattern": lambda value: isinstance(value, dict) and all(map(is_rank, value.values())),
+    "alpha_pattern": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
+    "use_rslora": lambda value: isinstance(value, bool),
+    "lora_dropout": lambda value: is_number(value) and 0 <= value < 1,
+}
+REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
 def save_adapter(model: nn.Module, directory: str | Path, base: str | None = None, revision: str | None = None) -> None:
@@ -269,20 +280,22 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path / CONFIG_FILE} is not JSON: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
-    lacking = {"peft_type", "r", "lora_alpha", "target_modules"} - set(config if isinstance(config, dict) else ())
+    lacking = {"peft_type", *REQUIRED} - set(config if isinstance(config, dict) else ())
     if lacking:
         raise ValueError(
             f"{path / CONFIG_FILE} lacks {', '.join(sorted(lacking))}: not the configuration of an adapter"
         )
-    ours = (*Settings.model_fields, *WITHOUT_EFFECT)
+    ours = (*SETTINGS, *WITHOUT_EFFECT)
     strange = {key: value for key, value in config.items() if key not in ours and value not in NEUTRAL.get(key, UNSET)}
     if strange:
         raise ValueError(f"{path / CONFIG_FILE} asks for what is not implemented here: {strange}")
-    try:
-        Settings.model_validate(config)
-    except ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
-        raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {faults}") from error
+    unusable = {
+        key: config[key]
+        for key, is_usable in SETTINGS.items()
+        if not (is_usable(config.get(key)) or (config.get(key) is None and key not in REQUIRED))
+    }
+    if unusable:
+        raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {unusable}")
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         if tensor.dtype not in DTYPES.values():
