@@ -101,7 +101,7 @@ def main(directory: Path) -> list[dict[str, Any]]:
     code, message = run(directory, straight, "stop")
     assert code == 0, message
     checkpoint, result = (on_disk((straight / name).iterdir()) for name in ("checkpoints/step-000004", "adapter"))
-    begun = on_disk([straight / "config.yaml"]) + PAGE  # and a page of metrics.jsonl
+    begun = on_disk([straight / "config.yaml", straight / "data.json"]) + PAGE  # and a page of metrics.jsonl
     rooms = [
         ("stop", 0),
         ("stop", begun + checkpoint // 2),
