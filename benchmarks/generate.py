@@ -25,7 +25,7 @@ from model import PaliGemma, PaliGemmaConfig
 NAME = "benchmarks.generate"
 PICTURE_OF_ROW = (0, 0, 0, 0, 0, 1, 1, 1)
 PROMPT_LENGTHS = (8, 9, 11, 13, 14, 16, 18, 20)
-NO_TOKEN = -1  # an end that is never reached
+NO_TOKEN = 2**20  # an end that is never reached: in no vocabulary
 Generate = Callable[[dict[str, Tensor], int], Tensor]  # batch and number of new tokens -> new tokens i64 [B, T]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rich
 from tqdm import tqdm
 
 from finetune import processes
@@ -53,6 +52,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def show(*objects: Any) -> None:
     """Print with rich, in one process of a run."""
+    import rich  # here: not every script prints with it
+
     if processes.writes():
         rich.print(*objects)
 

@@ -103,7 +103,11 @@ def begin(
         return child
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in told.items()}}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        **{name: str(value) for name, value in told.items()},
+    }
     sys.argv = [script.__module__, *argv]
     code: Any = 0
     try:

@@ -4,6 +4,7 @@ mistakes.
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ import merge_lora
 import predict
 import train
 from data import shapes
+from finetune import cli
 from finetune.config import load_config
 from model import PaliGemma
 
@@ -242,10 +244,22 @@ def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_
         ("merge_lora.py", ["/nowhere", "--output", "/nowhere/merged"], "give --base"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(script: str, argv: list[str], message: str) -> None:
-    ran = subprocess.run([sys.executable, script, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    script: str, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(importlib.import_module(script.removesuffix(".py")).main)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_program_ends_as_its_main_does() -> None:
+    command = [sys.executable, "merge_lora.py", "/nowhere", "--output", "/nowhere/merged"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 2, ran.stderr
-    assert message in ran.stderr
+    assert ran.stderr.startswith("error: ")
     assert "Traceback" not in ran.stderr
 
 
