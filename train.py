@@ -69,13 +69,14 @@ def main(argv: Sequence[str]) -> None:
         show(note)
     directory = fetch(config.model.path, config.model.revision)
     _, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
-    model = open_model(directory, config)
     processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
     left_out = cli.leave_out(config, "train")
     records = cli.open_records(config, "train", left_out)
     if left_out.reasons:
         show(f"{len(left_out.reasons):,} records cannot be used, others take their places: see {left_out.file}")
     dataset = PaliGemmaDataset(records, processor, config.data.answers, config.train.seed, left_out)
+    asked = asked_in_training(config)
+    model = open_model(directory, config)
     if arguments.inspect:
         inspect(model, dataset, processor)
         return
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
         plan.mode,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config),
-        evaluate=evaluation_of(config, model, processor),
+        evaluate=evaluation_of(config, model, processor, asked),
         callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
     if checkpoint and checkpoint.name == f"step-{steps.total:06d}":
@@ -358,15 +359,21 @@ def show_trained(model: PaliGemma) -> None:
     show(f"{trained:,} of {everything:,} parameters are trained, on {model.device} in {model.dtype}")
 
 
-def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor) -> Any:
-    """What measures the model during training: loss and accuracy on a fixed part of the validation questions."""
+def asked_in_training(config: RunConfig) -> Any:
+    """A fixed part of the validation questions, whose pictures were decoded; None where the run has none."""
     if config.data.validation is None or config.train.eval_every is None:
         return None
     left_out = cli.leave_out(config, "validation")
     records = cli.open_records(config, "validation", left_out)
     if config.evaluation.count is not None and config.evaluation.count < len(records):
         records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
-    records = decodable(records, left_out)
+    return decodable(records, left_out)
+
+
+def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any) -> Any:
+    """What measures the model during training: loss and accuracy on these records; None without them."""
+    if records is None:
+        return None
     settings = config.evaluation
 
     def measure() -> dict[str, float]:

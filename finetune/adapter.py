@@ -48,11 +48,23 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 UNSET: tuple[Any, ...] = (None, False, [], {})
 # Where an adapter comes from and how it is trained: nothing of what it computes.
-WITHOUT_EFFECT = (
-    "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type "
-    "layers_pattern megatron_core loftq_config eva_config corda_config lora_ga_config "
-    "qalora_group_size runtime_config ensure_weight_tying"
-).split()
+WITHOUT_EFFECT = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+    "layers_pattern",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+]
 
 
 def is_rank(value: Any) -> bool:
