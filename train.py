@@ -12,6 +12,7 @@ with its meaning.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -75,11 +76,11 @@ def main(argv: Sequence[str]) -> None:
     if left_out.reasons:
         show(f"{len(left_out.reasons):,} records cannot be used, others take their places: see {left_out.file}")
     dataset = PaliGemmaDataset(records, processor, config.data.answers, config.train.seed, left_out)
+    if arguments.inspect:
+        inspect(open_model(directory, config), dataset, processor)
+        return
     asked = asked_in_training(config)
     model = open_model(directory, config)
-    if arguments.inspect:
-        inspect(model, dataset, processor)
-        return
     steps = plan_steps(config, len(dataset))
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
     adapt(model, config)
@@ -170,7 +171,7 @@ def check(config: RunConfig) -> None:
     """
     count = 0
     for part in ("train", "validation") if config.data.validation else ("train",):
-        left_out = LeftOut(share=1.0)
+        left_out = LeftOut(share=math.inf)
         records = decodable(cli.open_records(config, part, left_out), left_out)
         show(f"data.{part}: {len(records):,} records can be used, {len(left_out.reasons):,} cannot")
         for name, reason in left_out.reasons.items():

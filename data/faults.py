@@ -68,6 +68,8 @@ class LeftOut:
         with self.file.open("rb") as content:
             content.seek(self._read)
             for line in content:
+                if not line.endswith(b"\n"):
+                    break  # another process is at it
                 self._read += len(line)
                 try:
                     fault = json.loads(line)

@@ -45,3 +45,14 @@ def test_processes_count_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 of 100"):
         here.add(FAULTS[3:4], 100)
     assert here.reasons == there.reasons == {"q0": "before", "q1": "reason 1", "q2": "reason 2"}
+
+
+def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "left_out.jsonl"
+    file.write_bytes(b'{"id": "q0", "rea')
+    left_out = LeftOut(file, share=0.5)
+    left_out.add([], 100)
+    with file.open("ab") as more:
+        more.write(b'son": "before"}\n')
+    left_out.add([], 100)
+    assert left_out.reasons == {"q0": "before"}

@@ -372,6 +372,19 @@ def test_check_decodes_every_picture_and_lists_what_cannot_be_used(
     assert "0 cannot" in capsys.readouterr().out
 
 
+def test_check_lists_all_where_nothing_can_be_used(odd: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = sorted((odd / "data/images").iterdir())[7].name
+    line = json.dumps({"image": broken, "prefix": "x", "suffix": "y"})
+    (odd / "examples.jsonl").write_text(f"{{\n{line}\n")
+    settings = overrides(odd, odd / "run", f"model.path={base}", "train.eval_every=null")
+    source = f"data={{train: {{jsonl: {odd}/examples.jsonl, images: {odd}/data/images}}}}"
+    with pytest.raises(ValueError, match=r"^2 records cannot be used: mend them"):
+        train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source, "--check"])
+    shown = capsys.readouterr().out
+    assert "  line 1: " in shown
+    assert "truncated" in shown
+
+
 def test_a_run_does_not_go_on_with_data_edited_meanwhile(odd: Path, base: Path) -> None:
     skip = ["data.on_error=skip", "data.skip_at_most=0.4"]
     config = [str(ROOT / "configs/quickstart.yaml"), *overrides(odd, odd / "run", f"model.path={base}", *skip)]
