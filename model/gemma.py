@@ -11,6 +11,7 @@ heads, d head width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
@@ -126,12 +127,21 @@ class GemmaAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, queries: Tensor, seeing: Sight, x: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
-        """Tokens `queries` [B, U, D] look at the tokens x [B, S, D], and at those in the cache."""
-        q, k, v = (
-            projection(t).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h or g, U or S, d)
-            for projection, t in ((self.q_proj, queries), (self.k_proj, x), (self.v_proj, x))
-        )
+    def forward(
+        self,
+        queries: Tensor,
+        seeing: Sight,
+        x: Tensor,
+        sight: Sight,
+        cache: KVCache | None,
+        unkept: AbstractContextManager[None],
+    ) -> Tensor:
+        """Tokens `queries` [B, U, D] look at the tokens x [B, S, D], and at those in the cache; x is read `unkept`."""
+        with unkept:
+            q, k, v = (
+                projection(t).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h or g, U or S, d)
+                for projection, t in ((self.q_proj, queries), (self.k_proj, x), (self.v_proj, x))
+            )
         q, k = seeing.rotate(q), sight.rotate(k)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -149,13 +159,12 @@ class GemmaMLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, checkpointed: bool = False) -> Tensor:
-        """The backward pass keeps gate and up, and makes their product again; within a checkpoint it keeps nothing."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+    def forward(self, x: Tensor, unkept: AbstractContextManager[None], checkpointed: bool) -> Tensor:
+        """The backward pass keeps gate and up, and makes their product again; x is read `unkept`."""
+        with unkept:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         product = gated(gate, up)
-        if checkpointed or not product.requires_grad:
-            return self.down_proj(product)
-        with remade(product, partial(gated, gate.detach(), up.detach())):
+        with remade(product, partial(gated, gate.detach(), up.detach()), checkpointed):
             return self.down_proj(product)
 
 
@@ -178,12 +187,23 @@ class GemmaLayer(nn.Module):
         self, x: Tensor, sight: Sight, cache: KVCache | None, used: Tensor | None = None, seeing: Sight | None = None
     ) -> Tensor:
         """[B, S, D] -> [B, S, D], or where only the positions `used` i64 [B, U] are wanted, `seeing` so, [B, U, D]."""
-        normed = self.input_layernorm(x)
-        x = pick(x, used) + self.self_attn(pick(normed, used), seeing or sight, normed, sight, cache)
-        normed = self.post_attention_layernorm(x)
+        checkpointed = self.recompute == "layer"
+        normed, unkept = unkept_output(self.input_layernorm, x, checkpointed)
+        x = pick(x, used) + self.self_attn(pick(normed, used), seeing or sight, normed, sight, cache, unkept)
         if self.recompute == "gate_up" and torch.is_grad_enabled():
-            return x + checkpoint(self.mlp, normed, True, use_reentrant=False)
-        return x + self.mlp(normed, checkpointed=self.recompute == "layer")
+            return x + checkpoint(self.feed, x, True, use_reentrant=False)
+        return x + self.feed(x, checkpointed)
+
+    def feed(self, x: Tensor, checkpointed: bool) -> Tensor:
+        """The MLP behind its norm, [B, U, D] -> [B, U, D]."""
+        normed, unkept = unkept_output(self.post_attention_layernorm, x, checkpointed)
+        return self.mlp(normed, unkept, checkpointed)
+
+
+def unkept_output(norm: nn.Module, x: Tensor, checkpointed: bool) -> tuple[Tensor, AbstractContextManager[None]]:
+    """norm(x), and the context within which it is read without being kept for the backward pass, as x is anyway."""
+    normed: Tensor = norm(x)
+    return normed, remade(normed, partial(norm, x.detach()), checkpointed)
 
 
 def pick(x: Tensor, positions: Tensor | None) -> Tensor:

@@ -9,8 +9,8 @@ Axes: D hidden, F intermediate; leading axes are free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,8 +103,9 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if not is_slow(x, weight):
         return out.addmm_(x, weight.t())
     x, size = x.float(), max(1, PART // weight.shape[1])
+    cast, summed = torch.empty(size, weight.shape[1]), torch.empty(len(x), size)
     for columns, part in zip(out.split(size, dim=1), weight.split(size), strict=True):
-        columns += x @ part.float().t()
+        columns += torch.mm(x, cast[: len(part)].copy_(part).t(), out=summed[:, : len(part)])
     return out
 
 
@@ -113,8 +114,9 @@ def product(grad: Tensor, weight: Tensor) -> Tensor:
     if not is_slow(grad, weight):
         return grad @ weight
     total, size = torch.zeros(len(grad), weight.shape[1]), max(1, PART // weight.shape[1])
+    cast = torch.empty(size, weight.shape[1])
     for columns, part in zip(grad.split(size, dim=1), weight.split(size), strict=True):
-        total.addmm_(columns.float(), part.float())
+        total.addmm_(columns.float(), cast[: len(part)].copy_(part))
     return total.to(grad.dtype)
 
 
@@ -130,17 +132,36 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return product
 
 
-def remade(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[object]:
-    """Within this context whoever saves `tensor` for the backward pass keeps nothing: it is made again when needed.
+@contextmanager
+def remade(tensor: Tensor, make: Callable[[], Tensor], checkpointed: bool) -> Iterator[None]:
+    """Within this context whoever saves `tensor` for the backward pass keeps nothing: it is made again when the first
+    of them needs it, and dropped after the last.
 
-    Of no use inside a checkpointed region, which keeps nothing anyway, while `make` keeps what it refers to.
+    Nothing of that happens in a checkpointed region, which keeps nothing anyway, while `make` keeps what it refers to.
     """
+    if checkpointed or not tensor.requires_grad:
+        yield
+        return
     storage = tensor.untyped_storage()._cdata
+    users, left, made = 0, 0, None
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if saved.untyped_storage()._cdata == storage else saved
+        nonlocal users
+        if saved.untyped_storage()._cdata != storage or not saved.is_contiguous():
+            return saved
+        users += 1
+        return saved.shape
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else make().view(kept)
+        nonlocal left, made
+        if isinstance(kept, Tensor):
+            return kept
+        if made is None:
+            left, made = users, make()
+        left, again = left - 1, made.view(kept)
+        if not left:
+            made = None
+        return again
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from finetune import LoRAConfig, LoRALinear, eject_lora, inject_lora
 from finetune.lora import put_adapter, set_dropout_rows
 from model import PaliGemma, TextConfig, lean
 from model.gemma import GemmaLayer, GemmaMLP, Sight
-from model.lean import gated, rms_norm
+from model.lean import gated, remade, rms_norm
 from tests import tiny
 
 
@@ -150,11 +152,62 @@ def test_the_mlp_keeps_gate_and_up_and_not_their_product(narrow: TextConfig) -> 
         return product
 
     one = 2 * 9 * 256 * 4
-    assert kept_bytes(lambda: mlp(x), mlp) == x.nbytes + 2 * one
+
+    def lean(x: Tensor) -> Tensor:
+        product: Tensor = mlp(x, nullcontext(), False)
+        return product
+
+    assert kept_bytes(lambda: lean(x), mlp) == x.nbytes + 2 * one
     assert kept_bytes(lambda: unlean(x), plain) >= x.nbytes + 4 * one
-    ours = torch.autograd.grad(mlp(x), [x, *(p for p in mlp.parameters() if p.requires_grad)], grad)
+    ours = torch.autograd.grad(lean(x), [x, *(p for p in mlp.parameters() if p.requires_grad)], grad)
     theirs = torch.autograd.grad(unlean(x), [x, *(p for p in plain.parameters() if p.requires_grad)], grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_made_again_is_made_once_for_all_and_dropped() -> None:
+    x, weights = torch.randn(5, 8).requires_grad_(), [torch.randn(8, 8).requires_grad_() for _ in range(3)]
+    made: list[weakref.ref[Tensor]] = []
+
+    def make() -> Tensor:
+        made.append(weakref.ref(again := x.detach() * 2))
+        return again
+
+    def run() -> Tensor:
+        tensor = x * 2
+        with remade(tensor, make, checkpointed=False):
+            products = [tensor @ weight for weight in weights]
+            products.append(tensor.t().contiguous().t() @ weights[0])  # another storage: kept
+        alive.append(weakref.ref(tensor))
+        return torch.stack(products).sum()
+
+    alive: list[weakref.ref[Tensor]] = []
+    plain = torch.stack([x * 2 @ weight for weight in [*weights, weights[0]]]).sum()
+    wanted = torch.autograd.grad(plain, [x, *weights])
+    for times in (1, 2):
+        loss = run()
+        assert alive[-1]() is None
+        got = torch.autograd.grad(loss, [x, *weights])
+        assert len(made) == times
+        assert made[-1]() is None
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_layer_keeps_its_two_inputs_what_attention_reads_and_gate_and_up(narrow: TextConfig) -> None:
+    layer = GemmaLayer(narrow, 0).requires_grad_(False)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        put_adapter(layer, f"self_attn.{name}", rank=4, alpha=4.0)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        put_adapter(layer, f"mlp.{name}", rank=4, alpha=4.0)
+    sight = Sight.of(torch.ones(1, 1, 9, 9, dtype=torch.bool), torch.arange(9)[None], narrow, torch.float32)
+    shared = sum(tensor.nbytes for tensor in (sight.cos, sight.sin, sight.bias))
+    x = torch.randn(1, 9, 32).requires_grad_()
+    heads, rows = narrow.num_attention_heads * narrow.head_dim, 9 * 4
+    norms, sums = (
+        2 * rows,
+        rows * narrow.num_attention_heads,
+    )  # one number a row of each norm, a row and head of softmax
+    floats = 2 * 32 + 2 * heads + 2 * narrow.head_dim + 2 * narrow.intermediate_size
+    assert kept_bytes(lambda: layer(x, sight, None), layer) == floats * rows + norms + sums + shared
 
 
 def test_a_checkpointed_layer_does_not_compute_its_last_product_again(narrow: TextConfig) -> None:

@@ -135,8 +135,8 @@ def test_the_published_3b_is_counted_from_its_dimensions() -> None:
     plan = made.plan(Mode(1), 8 * GIB)
     assert plan.components["base weights"] == 2 * 2_923_466_480
     assert plan.components["trained weights"] == 4 * 8 * 1_225_728
-    # Of a token in a layer: two norms' inputs and outputs, q, k, v, what attention gives, gate and up.
-    a_token = 2 * (4 * 2048 + 2 * 2048 + 2 * 256 + 2 * 16384) + 2 * 4 + 8 * 4
+    # Of a token in a layer: the inputs of two norms, q, k, v, what attention gives, gate and up.
+    a_token = 2 * (2 * 2048 + 2 * 2048 + 2 * 256 + 2 * 16384) + 2 * 4 + 8 * 4
     assert made.kept.layers["nothing"][5] == 272 * a_token
     assert made.kept.layers["layer"][5] == 272 * 2 * 2048
 
@@ -167,8 +167,8 @@ def test_what_the_configuration_says_of_itself_is_what_the_plan_finds() -> None:
     made.device = torch.device("cuda")
     on_a_card = made.choose(without.budget)
     assert without.mode == Mode(2)
-    assert on_a_card.mode == Mode(3, vision_leaves=True)
-    for plan, rows in ((without, "two rows"), (on_a_card, "three rows")):
+    assert on_a_card.mode == Mode(4, vision_leaves=True)
+    for plan, rows in ((without, "two rows"), (on_a_card, "four rows")):
         base, activations = (plan.components[name] / GIB for name in ("base weights", "activations"))
         for number in (f"{plan.total / GIB:.2f} GiB", f"base weights {base:.2f}", rows, f" {activations:.2f}"):
             assert number in said, number
