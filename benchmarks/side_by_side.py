@@ -190,12 +190,22 @@ def start(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def library_model(case: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The checkpoint in transformers' own PaliGemma."""
-    from transformers import PaliGemmaForConditionalGeneration
+def library_model(case: Path, dtype: torch.dtype, device: torch.device, nf4: bool = False) -> Any:
+    """The checkpoint in transformers' own PaliGemma; in NF4 the decoder's linears, as ours, the towers as they are."""
+    from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration
 
-    model: Any = PaliGemmaForConditionalGeneration.from_pretrained(case / "checkpoint", dtype=dtype)
-    return model.to(device)
+    opened: Any = PaliGemmaForConditionalGeneration
+    if not nf4:
+        return opened.from_pretrained(case / "checkpoint", dtype=dtype).to(device)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+    place = str(device)
+    return opened.from_pretrained(case / "checkpoint", dtype=dtype, quantization_config=settings, device_map=place)
 
 
 def timed(work: Callable[[], object], steps: int, device: torch.device) -> float:

@@ -8,12 +8,15 @@ dropped. Rows of one image, 13 prefix and 3 supervised tokens. What is compared:
 
     ours, ours-gate-up, ours-recompute   nothing, gate and up, or all layers computed again in the backward pass
     documented            the library's recipe: fp32 adapters under bf16 autocast, all logits, checkpointing
+    documented-keeping    the same without checkpointing
     tuned                 logits of supervised rows only, adapters in the base's dtype (the optimizer keeps fp32
                           copies), vision without a graph, no autocast
     tuned-checkpointing   the same with checkpointing
+    ours-nf4, ours-nf4-recompute, documented-nf4   the decoder's linears in NF4 (needs bitsandbytes); the library's is
+                          the documented recipe on a base quantised as it documents, the vision tower left as it is
 
-First the gate, in fp32 on two layers of each tower: every arm's loss within 1e-5 of the documented recipe's, every
-gradient within 1e-4 of its norm.
+First the gate, in fp32 on two layers of each tower: every arm's loss within 1e-5 of the documented recipe's on the same
+kind of base, every gradient within 1e-4 of its norm.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from benchmarks import side_by_side
 from finetune import cli
 from finetune.adapter import PREFIX, load_adapter
 from finetune.lora import trained_parameters
-from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
+from finetune.quantize import open_base
+from model import IGNORE_INDEX, PaliGemmaConfig
 from model.checkpoint import canonical_name
 
 NAME = "benchmarks.train_step"
@@ -44,8 +48,8 @@ Loss = Callable[[dict[str, Tensor]], Tensor]
 Arm = tuple[dict[str, nn.Parameter], Loss]  # what is trained, under our names, and the loss of a batch
 
 
-def ours(case: Path, dtype: torch.dtype, device: torch.device, recompute: str) -> Arm:
-    model = PaliGemma.from_pretrained(case / "checkpoint", dtype=dtype, device=device)
+def ours(case: Path, dtype: torch.dtype, device: torch.device, recompute: str, quantization: str | None = None) -> Arm:
+    model = open_base(case / "checkpoint", dtype, device, quantization)
     load_adapter(model, case / "adapter")
     decoder = model.train().language_model.model
     decoder.set_recompute(layers=len(decoder.layers) if recompute == "layers" else 0, gate_up=recompute == "gate-up")
@@ -62,12 +66,12 @@ def ours(case: Path, dtype: torch.dtype, device: torch.device, recompute: str) -
 
 
 def library(
-    case: Path, dtype: torch.dtype, device: torch.device, tuned: bool, checkpointing: bool
+    case: Path, dtype: torch.dtype, device: torch.device, tuned: bool, checkpointing: bool, nf4: bool = False
 ) -> tuple[dict[str, nn.Parameter], Any]:
     """The library's model with the adapter in PEFT, and its trained parameters."""
     from peft import PeftModel
 
-    base = side_by_side.library_model(case, dtype, device)
+    base = side_by_side.library_model(case, dtype, device, nf4)
     model = PeftModel.from_pretrained(
         base, case / "adapter", is_trainable=True, autocast_adapter_dtype=not tuned, torch_device=str(device)
     )
@@ -79,8 +83,10 @@ def library(
     return trained, model
 
 
-def documented(case: Path, dtype: torch.dtype, device: torch.device) -> Arm:
-    trained, model = library(case, dtype, device, tuned=False, checkpointing=True)
+def documented(
+    case: Path, dtype: torch.dtype, device: torch.device, checkpointing: bool = True, nf4: bool = False
+) -> Arm:
+    trained, model = library(case, dtype, device, tuned=False, checkpointing=checkpointing, nf4=nf4)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -118,9 +124,14 @@ ARMS: dict[str, Callable[[Path, torch.dtype, torch.device], Arm]] = {
     "ours-gate-up": functools.partial(ours, recompute="gate-up"),
     "ours-recompute": functools.partial(ours, recompute="layers"),
     "documented": documented,
+    "documented-keeping": functools.partial(documented, checkpointing=False),
     "tuned": functools.partial(tuned, checkpointing=False),
     "tuned-checkpointing": functools.partial(tuned, checkpointing=True),
+    "ours-nf4": functools.partial(ours, recompute="nothing", quantization="nf4"),
+    "ours-nf4-recompute": functools.partial(ours, recompute="layers", quantization="nf4"),
+    "documented-nf4": functools.partial(documented, nf4=True),
 }
+DENSE = [arm for arm in ARMS if "nf4" not in arm]
 
 
 def our_name(name: str) -> str:
@@ -186,23 +197,30 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def gate(case: Path, arms: Sequence[str], arguments: argparse.Namespace) -> list[str]:
-    """Every way in which an arm differs from the documented recipe, in fp32."""
-    problems, reference, wanted = [], 0.0, dict[str, Tensor]()
-    for arm in ["documented", *(arm for arm in arms if arm != "documented")]:
+    """Every way in which an arm differs, in fp32, from the documented recipe on the same kind of base."""
+
+    def run(arm: str) -> tuple[float, dict[str, Tensor]]:
         file = case / f"{arm}.safetensors"
         more = ["--batch", "2", "--gradients", str(file)]
-        loss = side_by_side.fresh(NAME, arm, case, side_by_side.exactly(arguments), *more)["loss"]
-        got = load_file(file)
-        if arm == "documented":
-            reference, wanted = loss, got
-        if not abs(loss - reference) <= LOSS_TOLERANCE:
-            problems.append(f"{arm}: loss {loss:.7f} instead of {reference:.7f}")
-        if got.keys() != wanted.keys():
-            problems.append(f"{arm}: gradients of other parameters: {sorted(got.keys() ^ wanted.keys())[:5]}")
-        for name in got.keys() & wanted.keys():
-            error = ((got[name] - wanted[name]).norm() / wanted[name].norm()).item()
-            if not error <= GRADIENT_TOLERANCE:
-                problems.append(f"{arm}: gradient of {name} is off by {error:.1e} of its norm")
+        loss: float = side_by_side.fresh(NAME, arm, case, side_by_side.exactly(arguments), *more)["loss"]
+        return loss, load_file(file)
+
+    problems = []
+    for reference in ("documented", "documented-nf4"):
+        others = [arm for arm in arms if arm != reference and (arm in DENSE) == (reference in DENSE)]
+        if not others:
+            continue
+        wanted_loss, wanted = run(reference)
+        for arm in others:
+            loss, got = run(arm)
+            if not abs(loss - wanted_loss) <= LOSS_TOLERANCE:
+                problems.append(f"{arm}: loss {loss:.7f} instead of {wanted_loss:.7f}")
+            if got.keys() != wanted.keys():
+                problems.append(f"{arm}: gradients of other parameters: {sorted(got.keys() ^ wanted.keys())[:5]}")
+            for name in got.keys() & wanted.keys():
+                error = ((got[name] - wanted[name]).norm() / wanted[name].norm()).item()
+                if not error <= GRADIENT_TOLERANCE:
+                    problems.append(f"{arm}: gradient of {name} is off by {error:.1e} of its norm")
     return problems
 
 
@@ -242,7 +260,9 @@ def largest(case: Path, arms: Sequence[str], arguments: argparse.Namespace) -> s
 def main(argv: Sequence[str]) -> None:
     parser = side_by_side.parser(NAME, __doc__)
     parser.add_argument("--batch", type="positive", default=1, help="rows of a step")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="default: all")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=DENSE, metavar="ARM", help="default: all but those in NF4"
+    )
     parser.add_argument(
         "--largest", action="store_true", help="on a GPU: find each arm's largest batch, from --batch on"
     )

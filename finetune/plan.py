@@ -159,10 +159,10 @@ class Planner:
         rows, e = mode.micro_batch, self.dtype.itemsize
         text, vision = self.config.text, self.config.vision
         # One layer at work in the backward pass: gradients of gate, up and their product, the two made again; and all
-        # that a recomputed layer keeps for that moment.
+        # that a recomputed layer keeps for that moment, its norms' outputs too.
         workspace = rows * self.tokens * 5 * text.intermediate_size * e + self.dense
         if mode.recompute_layers:
-            workspace += rows * max(self.kept.layers["nothing"])
+            workspace += rows * (max(self.kept.layers["nothing"]) + self.tokens * 2 * text.hidden_size * e)
         elif mode.recompute_gate_up:
             workspace += rows * self.tokens * 2 * text.intermediate_size * e
         decoder = {

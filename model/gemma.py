@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from model.config import TextConfig
 from model.lean import Linear, gated, remade, rms_norm
 
+ALIGNED = 8  # elements
+
 
 class KVCache:
     """Keys and values of all layers, storage reserved once for `max_length` slots.
@@ -53,7 +55,8 @@ class Sight:
 
     Attributes:
         cos, sin: of the rotary angles (arXiv 2104.09864), [B, 1, S, d] in the activations' dtype.
-        bias: [B, 1, S * h/g, T], 0 at keys that a query may look at, -inf elsewhere.
+        bias: [B, 1, S * h/g, T], 0 at keys that a query may look at, -inf elsewhere. In memory its rows have a multiple
+            of ALIGNED elements: of any other bias CUDA's kernels make, and keep, a copy in every layer.
     """
 
     cos: Tensor
@@ -68,9 +71,11 @@ class Sight:
         frequencies = 1.0 / config.rope_theta**powers
         angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, S, d/2)
         angles = torch.cat((angles, angles), dim=-1)
-        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-        bias = bias.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype), bias)
+        *shape, keys = mask.shape
+        shape += [config.num_attention_heads // config.num_key_value_heads, -(-keys // ALIGNED) * ALIGNED]
+        bias = torch.zeros(shape, dtype=dtype, device=mask.device)[..., :keys]
+        bias.masked_fill_(~mask[..., None, :], float("-inf"))
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype), bias.flatten(2, 3))
 
     def rotate(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=-1)  # half-split, not interleaved

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,21 +49,26 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable
 
 
 def test_a_training_step_beside_the_library(in_this_process: object, tmp_path: Path) -> None:
-    """All arms pass the gate, and the table names each, with equal losses and gradients."""
-    train_step.main([*QUICK, "--dtype", "float32", "--batch", "3", "--output", str(tmp_path / "RESULTS.md")])
+    """All arms pass the gate, and the table names each, with equal losses and gradients on either kind of base."""
+    options = ["--dtype", "float32", "--batch", "3", "--output", str(tmp_path / "RESULTS.md")]
+    train_step.main([*QUICK, *options, "--arms", *train_step.ARMS])
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     measured = {row[0]: row[-2:] for row in body if row[0] in train_step.ARMS}
     assert list(measured) == list(train_step.ARMS)
-    for column in zip(*measured.values(), strict=True):
-        numbers = [float(cell) for cell in column]
-        assert max(numbers) - min(numbers) <= 2e-4 * max(numbers)
-    assert len([row for row in body if " / " in row[0]]) == 9
+    means = []
+    for arms in (train_step.DENSE, [arm for arm in train_step.ARMS if arm not in train_step.DENSE]):
+        for column in zip(*(measured[arm] for arm in arms), strict=True):
+            numbers = [float(cell) for cell in column]
+            assert max(numbers) - min(numbers) <= 2e-4 * max(numbers)
+            means.append(statistics.mean(numbers))
+    assert means[:2] != pytest.approx(means[2:], rel=2e-4)  # a base in NF4 is another one
+    assert len([row for row in body if " / " in row[0]]) == 5 * 5
     assert "--batch 3" in text
     assert "avx512_bf16" in text
 
 
-@pytest.mark.parametrize("arm", ["ours-recompute", "tuned"])
+@pytest.mark.parametrize("arm", ["ours-recompute", "tuned", "ours-nf4"])
 def test_one_scaled_adapter_closes_the_gate(in_this_process: Callable[[Fault], None], arm: str) -> None:
     """A thousandth in one of the B of one arm: exit code not 0, its name in the list, and no other arm's."""
 
@@ -75,7 +81,7 @@ def test_one_scaled_adapter_closes_the_gate(in_this_process: Callable[[Fault], N
 
     in_this_process(scale)
     with pytest.raises(SystemExit) as refused:
-        train_step.main([*QUICK, "--arms", "ours", arm, "documented"])
+        train_step.main([*QUICK, "--arms", "ours", arm, "documented", "documented-nf4"])
     first, *problems = str(refused.value.code).splitlines()  # a text as code: exit status 1
     assert "nothing to compare" in first
     assert problems

@@ -199,7 +199,7 @@ def test_a_layer_keeps_its_two_inputs_what_attention_reads_and_gate_and_up(narro
     for name in ("gate_proj", "up_proj", "down_proj"):
         put_adapter(layer, f"mlp.{name}", rank=4, alpha=4.0)
     sight = Sight.of(torch.ones(1, 1, 9, 9, dtype=torch.bool), torch.arange(9)[None], narrow, torch.float32)
-    shared = sum(tensor.nbytes for tensor in (sight.cos, sight.sin, sight.bias))
+    shared = sum(tensor.untyped_storage().nbytes() for tensor in (sight.cos, sight.sin, sight.bias))
     x = torch.randn(1, 9, 32).requires_grad_()
     heads, rows = narrow.num_attention_heads * narrow.head_dim, 9 * 4
     norms, sums = (
@@ -208,6 +208,16 @@ def test_a_layer_keeps_its_two_inputs_what_attention_reads_and_gate_and_up(narro
     )  # one number a row of each norm, a row and head of softmax
     floats = 2 * 32 + 2 * heads + 2 * narrow.head_dim + 2 * narrow.intermediate_size
     assert kept_bytes(lambda: layer(x, sight, None), layer) == floats * rows + norms + sums + shared
+
+
+@pytest.mark.parametrize("keys", [8, 9, 15, 16])
+def test_what_attention_adds_is_aligned(narrow: TextConfig, keys: int) -> None:
+    """A multiple of 8 elements from row to row; what is between them is no key."""
+    mask = torch.rand(2, 1, 5, keys) < 0.5
+    bias = Sight.of(mask, torch.arange(5).expand(2, -1), narrow, torch.float32).bias
+    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+    assert torch.equal(bias == 0, mask.repeat_interleave(4, dim=2))
+    assert torch.equal(bias == float("-inf"), ~mask.repeat_interleave(4, dim=2))
 
 
 def test_a_checkpointed_layer_does_not_compute_its_last_product_again(narrow: TextConfig) -> None:
