@@ -43,7 +43,7 @@ def ours(case: Path, dtype: torch.dtype, device: torch.device) -> Generate:
 
 
 def library(case: Path, dtype: torch.dtype, device: torch.device) -> Generate:
-    model = side_by_side.library_model(case, dtype, device).eval()
+    model = side_by_side.library_model(case / "checkpoint", dtype, device).eval()
 
     def run(batch: dict[str, Tensor], count: int) -> Tensor:
         ids, mask = batch["left_padded_ids"], batch["attention_mask"].flip(1)

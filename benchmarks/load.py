@@ -37,7 +37,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.arm == "ours":
         model: Any = PaliGemma.from_pretrained(arguments.case / "checkpoint", dtype=dtype, device=device)
     else:
-        model = side_by_side.library_model(arguments.case, dtype, device)
+        model = side_by_side.library_model(arguments.case / "checkpoint", dtype, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begin

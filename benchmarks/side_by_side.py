@@ -190,13 +190,13 @@ def start(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def library_model(case: Path, dtype: torch.dtype, device: torch.device, nf4: bool = False) -> Any:
+def library_model(checkpoint: Path, dtype: torch.dtype, device: torch.device, nf4: bool = False) -> Any:
     """The checkpoint in transformers' own PaliGemma; in NF4 the decoder's linears, as ours, the towers as they are."""
     from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration
 
     opened: Any = PaliGemmaForConditionalGeneration
     if not nf4:
-        return opened.from_pretrained(case / "checkpoint", dtype=dtype).to(device)
+        return opened.from_pretrained(checkpoint, dtype=dtype).to(device)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -205,7 +205,7 @@ def library_model(case: Path, dtype: torch.dtype, device: torch.device, nf4: boo
         llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     )
     place = str(device)
-    return opened.from_pretrained(case / "checkpoint", dtype=dtype, quantization_config=settings, device_map=place)
+    return opened.from_pretrained(checkpoint, dtype=dtype, quantization_config=settings, device_map=place)
 
 
 def timed(work: Callable[[], object], steps: int, device: torch.device) -> float:

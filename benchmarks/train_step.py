@@ -71,7 +71,7 @@ def library(
     """The library's model with the adapter in PEFT, and its trained parameters."""
     from peft import PeftModel
 
-    base = side_by_side.library_model(case, dtype, device, nf4)
+    base = side_by_side.library_model(case / "checkpoint", dtype, device, nf4)
     model = PeftModel.from_pretrained(
         base, case / "adapter", is_trainable=True, autocast_adapter_dtype=not tuned, torch_device=str(device)
     )

@@ -102,18 +102,22 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """out [n, out] += x [n, in] W^T, in place; summed in fp32 and rounded once where that is faster."""
     if not is_slow(x, weight):
         return out.addmm_(x, weight.t())
-    x, size = x.float(), max(1, PART // weight.shape[1])
+    x, size = x.float(), rows_of_a_part(weight)
     cast, summed = torch.empty(size, weight.shape[1]), torch.empty(len(x), size)
     for columns, part in zip(out.split(size, dim=1), weight.split(size), strict=True):
         columns += torch.mm(x, cast[: len(part)].copy_(part).t(), out=summed[:, : len(part)])
     return out
 
 
+def rows_of_a_part(weight: Tensor) -> int:
+    return min(len(weight), max(1, PART // weight.shape[1]))
+
+
 def product(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [n, out] times W [out, in]: the gradient of x W^T for x, [n, in]."""
     if not is_slow(grad, weight):
         return grad @ weight
-    total, size = torch.zeros(len(grad), weight.shape[1]), max(1, PART // weight.shape[1])
+    total, size = torch.zeros(len(grad), weight.shape[1]), rows_of_a_part(weight)
     cast = torch.empty(size, weight.shape[1])
     for columns, part in zip(grad.split(size, dim=1), weight.split(size), strict=True):
         total.addmm_(columns.float(), cast[: len(part)].copy_(part))

@@ -153,13 +153,13 @@ def test_the_mlp_keeps_gate_and_up_and_not_their_product(narrow: TextConfig) -> 
 
     one = 2 * 9 * 256 * 4
 
-    def lean(x: Tensor) -> Tensor:
+    def frugal(x: Tensor) -> Tensor:
         product: Tensor = mlp(x, nullcontext(), False)
         return product
 
-    assert kept_bytes(lambda: lean(x), mlp) == x.nbytes + 2 * one
+    assert kept_bytes(lambda: frugal(x), mlp) == x.nbytes + 2 * one
     assert kept_bytes(lambda: unlean(x), plain) >= x.nbytes + 4 * one
-    ours = torch.autograd.grad(lean(x), [x, *(p for p in mlp.parameters() if p.requires_grad)], grad)
+    ours = torch.autograd.grad(frugal(x), [x, *(p for p in mlp.parameters() if p.requires_grad)], grad)
     theirs = torch.autograd.grad(unlean(x), [x, *(p for p in plain.parameters() if p.requires_grad)], grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -202,12 +202,9 @@ def test_a_layer_keeps_its_two_inputs_what_attention_reads_and_gate_and_up(narro
     shared = sum(tensor.untyped_storage().nbytes() for tensor in (sight.cos, sight.sin, sight.bias))
     x = torch.randn(1, 9, 32).requires_grad_()
     heads, rows = narrow.num_attention_heads * narrow.head_dim, 9 * 4
-    norms, sums = (
-        2 * rows,
-        rows * narrow.num_attention_heads,
-    )  # one number a row of each norm, a row and head of softmax
+    scales, sums = 2 * rows, rows * narrow.num_attention_heads  # of each norm, and of each head's softmax
     floats = 2 * 32 + 2 * heads + 2 * narrow.head_dim + 2 * narrow.intermediate_size
-    assert kept_bytes(lambda: layer(x, sight, None), layer) == floats * rows + norms + sums + shared
+    assert kept_bytes(lambda: layer(x, sight, None), layer) == floats * rows + scales + sums + shared
 
 
 @pytest.mark.parametrize("keys", [8, 9, 15, 16])

@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration
 
 import evaluate
 import merge_lora as merge_script
 import predict
 import train
+from benchmarks.side_by_side import library_model
 from finetune import LoRAConfig, eject_lora, inject_lora, load_adapter, merge_lora, save_adapter
 from finetune.adapter import LAYOUTS, trained_on
 from finetune.checkpoints import checkpoints
@@ -43,15 +43,7 @@ def packed(checkpoint: Path) -> PaliGemma:
 
 def library_in_nf4(checkpoint: Path) -> Any:
     """The documented QLoRA way to open a model, the decoder alone quantised, computing in fp32."""
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-    )
-    opened: Any = PaliGemmaForConditionalGeneration
-    return opened.from_pretrained(checkpoint, quantization_config=settings, dtype=torch.float32, device_map="cpu")
+    return library_model(checkpoint, torch.float32, torch.device("cpu"), nf4=True)
 
 
 def noise(model: nn.Module, std: float = 0.02) -> None:
