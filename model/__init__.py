@@ -3,6 +3,7 @@
 from model.checkpoint import fetch
 from model.config import PaliGemmaConfig, TextConfig, VisionConfig
 from model.gemma import prefix_lm_mask
+from model.lean import choose_kernels
 from model.paligemma import IGNORE_INDEX, PaliGemma, PaliGemmaOutput
 
 __all__ = [
@@ -15,3 +16,5 @@ __all__ = [
     "fetch",
     "prefix_lm_mask",
 ]
+
+choose_kernels()

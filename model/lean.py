@@ -26,6 +26,17 @@ PART = 2**22  # elements of a weight cast at a time
 ENOUGH = 16  # rows of x from which on that is faster (benchmarks/LOG.md)
 
 
+def choose_kernels() -> None:
+    """Call, by one thread, what else several threads would call first in this process.
+
+    MKL chooses the kernel of an elementwise function within its first call. Where threads share that call, one of them
+    may take a kernel good to 12 bits: cosines were off by 1.5e-4 (pytorch/pytorch#188792; benchmarks/LOG.md). Rotary
+    angles need the first two, AdamW the last.
+    """
+    for function in (torch.cos, torch.sin, torch.sqrt):
+        function(torch.ones(1))
+
+
 def wide(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

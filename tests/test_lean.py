@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -52,6 +54,36 @@ class Executed(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.name().partition(".")[0])
         return func(*args, **(kwargs or {}))
+
+
+FIRST_CALLS = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Of torch's functions, those whose kernel MKL chooses in the first call.
+CHOSEN = "acos asin atan cos erf erfc exp expm1 log log10 log1p log2 sin sqrt tan tanh trunc".split()
+
+class FirstCalls(TorchDispatchMode):
+    sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0].removesuffix("_")
+        if name in CHOSEN:
+            self.sizes.setdefault(name, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+with FirstCalls() as first:
+    from finetune import LoRAConfig, inject_lora
+    from model import PaliGemma, PaliGemmaConfig
+    from tests import tiny
+
+    model = PaliGemma(PaliGemmaConfig.from_hf(tiny.CONFIG))
+    inject_lora(model, LoRAConfig())
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    model(**tiny.batch(tiny.CONFIG, [3, 4], [2, 2])).loss.backward()
+    optimizer.step()
+print(first.sizes)
+"""
 
 
 def double(*shape: int) -> Tensor:
@@ -324,3 +356,9 @@ def test_a_frozen_product_in_fp32_is_the_one_in_bf16_but_nearer(monkeypatch: pyt
         assert torch.equal(linear.requires_grad_(True)(x), y)  # a weight that could learn, but does not now
     linear(x).sum().backward()
     assert linear.weight.grad is not None
+
+
+def test_what_mkl_chooses_in_a_first_call_is_first_called_with_one_number() -> None:
+    """Threads that shared that call could each have a kernel of another precision."""
+    ran = subprocess.run([sys.executable, "-c", FIRST_CALLS], stdout=subprocess.PIPE, text=True, check=True)
+    assert ran.stdout == "{'cos': 1, 'sin': 1, 'sqrt': 1}\n"
