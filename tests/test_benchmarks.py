@@ -65,7 +65,15 @@ def test_a_training_step_beside_the_library(in_this_process: object, tmp_path: P
     assert means[:2] != pytest.approx(means[2:], rel=2e-4)  # a base in NF4 is another one
     assert len([row for row in body if " / " in row[0]]) == 5 * 5
     assert "--batch 3" in text
+    assert "Gate passed" in text
     assert "avx512_bf16" in text
+
+
+def test_a_reference_alone_has_passed_no_gate(in_this_process: object, capsys: pytest.CaptureFixture[str]) -> None:
+    train_step.main([*QUICK, "--arms", "documented"])
+    printed = capsys.readouterr().out
+    assert "No gate" in printed
+    assert "Gate passed" not in printed
 
 
 @pytest.mark.parametrize("arm", ["ours-recompute", "tuned", "ours-nf4"])
