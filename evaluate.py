@@ -5,8 +5,8 @@
     python evaluate.py --results F --questions F --annotations F  score answers that exist
 
 The first form reads the configuration of a run, takes its data.validation, and writes OUTPUT/eval/ARM/results.json (the
-official format) and metrics.json for each ARM. With `accelerate launch --multi_gpu evaluate.py ...` the cards share the
-pictures.
+official format) and metrics.json for each ARM; with --limit it writes nothing. With `accelerate launch --multi_gpu
+evaluate.py ...` the cards share the pictures.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from finetune.evaluate import Evaluation, evaluate
 from finetune.quantize import open_base
 from finetune.vqa_accuracy import VQAScore, read_results, score
 from model import fetch
+
+TAKEN = ("config", "overrides", "limit")  # beside a configuration
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,6 +63,8 @@ def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
     arms: dict[str, tuple[str | Path, Path | None]] = {"base": (config.model.path, None)}
     if trained.exists():
         arms[trained.name] = (config.model.path, trained) if config.lora else (trained, None)
+    else:
+        show(f"{trained} is not there: nothing trained is evaluated")
     if (output / "merged").exists():
         arms["merged"] = (output / "merged", None)
     if config.model.weights == "random":
@@ -72,7 +76,8 @@ def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
         kept = None if arm == "merged" else config.model.quantize
         result = answer(directory, adapter, processor, records, dtype, device, settings, kept)
         facts = {"model": str(path), "adapter": str(adapter) if adapter else None}
-        processes.once(partial(result.save, output / "eval" / arm, **facts))
+        if arguments.limit is None:  # a glance is not put in the place of a result
+            processes.once(partial(result.save, output / "eval" / arm, **facts))
         scores[arm] = result.score
     return scores
 
@@ -157,7 +162,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--quantize", choices=["auto", "nf4", "none"], default="auto", help=cli.QUANTIZE_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    return parser.parse_intermixed_args(argv)
+    given = parser.parse_intermixed_args(argv)
+    ignored = [name for name in vars(given) if name not in TAKEN and getattr(given, name) != parser.get_default(name)]
+    if given.config and ignored:
+        options = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        raise ValueError(
+            f"{given.config} is evaluated as it says, without {options}: override its keys instead, such as "
+            "evaluation.batch_size=4 or model.device=cpu, or leave it out and give --model, --questions, --annotations "
+            "and --images"
+        )
+    return given
 
 
 if __name__ == "__main__":

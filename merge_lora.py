@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         "--into", choices=["full", "dequantized"], default="full", help="which base, for an adapter trained on NF4"
     )
     parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ...")
-    parser.add_argument("--force", action="store_true", help="overwrite what is at --output")
+    parser.add_argument("--force", action="store_true", help="overwrite the merged checkpoint at --output")
     arguments = parser.parse_args(argv)
     base, revision = arguments.base, arguments.revision
     if base is None:

@@ -33,7 +33,7 @@ from finetune.evaluate import evaluate, generate_answers, mean_loss
 from finetune.inspection import problems_of
 from finetune.interrupt import StopOnSignal
 from finetune.lora import adapter_table
-from finetune.plan import GIB, Plan, Planner, plan_run, spill_warning
+from finetune.plan import GIB, Plan, Planner, plan_run, require_fit, spill_warning
 from finetune.probe import Shape, learn_by_heart, mean_row, pictures_of, probe, trial_config
 from finetune.quantize import open_base, quantize
 from finetune.resume import find_checkpoint, start_run
@@ -49,8 +49,9 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.probe and not arguments.dry_run:
         raise ValueError("--probe times the steps that --dry-run plans: give both")
-    processes.join(pick_device(config.model.device))
     looks = arguments.dry_run or arguments.check or arguments.inspect or arguments.overfit is not None
+    # A look makes no use of the other processes, and --dry-run none of the device.
+    processes.join(torch.device("cpu") if looks else pick_device(config.model.device))
     if processes.count() > 1 and looks:
         raise ValueError(
             "--dry-run, --check, --inspect and --overfit look before a run, in one process: leave out the launcher"
@@ -79,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.inspect:
         inspect(open_model(directory, config), dataset, processor)
         return
+    require_fit(config, plan, whose)
     asked = asked_in_training(config)
     model = open_model(directory, config)
     steps = plan_steps(config, len(dataset))
@@ -263,7 +265,7 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     directory = fetch(config.model.path, config.model.revision, weights=False)
     planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
     show(table_of_adapters(planner.model))
-    table = Table("component", "GiB", title="memory on the device")
+    table = Table("component", "GiB", title=f"memory on {planner.device}")
     for name, size in plan.components.items():
         table.add_row(name, f"{size / GIB:.3f}")
     table.add_row("total", f"{plan.total / GIB:.3f}")
@@ -276,12 +278,7 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     show(f"{work:.3g} TFLOP an example in rows that long{of_run}")
     if warning := spill_warning(planner.device):
         show(f"warning: {warning}")
-    if not plan.fits:
-        raise ValueError(
-            f"this does not fit: {plan.total / GIB:.2f} GiB are needed at least, the budget is "
-            f"{plan.budget / GIB:.2f} ({whose}). Close what else uses the device, lower data.max_text_tokens or "
-            "lora.rank, leave train.micro_batch and train.recompute at auto, or take a smaller checkpoint"
-        )
+    require_fit(config, plan, whose)
     show("it fits")
     if probed:
         show_pace(config, directory, plan, shape, steps)
@@ -356,7 +353,8 @@ def show_trained(model: PaliGemma) -> None:
     if table.row_count:
         show(table)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    everything = sum(parameter.numel() for parameter in model.parameters())
+    # A byte of an NF4 weight holds two of its values.
+    everything = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
     show(f"{trained:,} of {everything:,} parameters are trained, on {model.device} in {model.dtype}")
 
 

@@ -28,7 +28,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         raise ValueError(
             f"dtype {name!r}: expected one of {', '.join(DTYPES)}; Gemma's activations overflow in float16"
         )
-    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    here = device.type == "cuda" and torch.cuda.is_available()  # a card that is elsewhere cannot be asked
+    if name == "bfloat16" and here and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} has no bfloat16, and Gemma's activations overflow in float16. What "
             "works on it: float32 (twice the memory: 11.7 GB of weights for the 3B), or the CPU with bfloat16"

@@ -89,6 +89,14 @@ def beside(directory: Path) -> tuple[Path, Path]:
     return directory.with_name(f".{directory.name}.unfinished"), directory.with_name(f".{directory.name}.superseded")
 
 
+def files_of(directory: Path) -> set[str]:
+    """The files that were written into a directory, by its manifest; none where that cannot be read."""
+    try:
+        return set(json.loads((directory / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return set()
+
+
 def damage(directory: Path) -> str | None:
     """What is wrong with a directory by its own manifest, or None: every file is there as it was written."""
     try:

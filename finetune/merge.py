@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapter import load_adapter, trained_on
-from finetune.durable import occupied, write_whole
+from finetune.durable import MANIFEST, files_of, occupied, write_whole
 from finetune.lora import adapters, eject_lora, trained_in_full
 from finetune.quantize import dequantize, open_base, quantization_of
 from model import PaliGemma, fetch
@@ -109,16 +109,17 @@ def merge_checkpoint(
     Args:
         into: "full", the base as it was published; or, for an adapter that was trained on NF4, "dequantized": the
             weights that NF4 stands for, which is what the adapter saw.
-        replace: what is at `output` already gives way, once the new checkpoint is complete; else it is an error.
+        replace: a checkpoint that was written to `output` before gives way, once the new one is complete.
 
     Raises:
-        ValueError: the adapter does not fit the base, there is something at `output`, or the verification failed;
-            nothing is written then.
+        ValueError: the adapter does not fit the base, there is something at `output` (with `replace`, something else
+            than a checkpoint of ours), or the verification failed; nothing is written then.
         OSError: the disk is full; `output` is as it was.
     """
     if occupied(output) and not replace:
         raise ValueError(f"{output} exists already: choose another --output, or overwrite it with --force")
     directory = fetch(base, revision)
+    require_replaceable(output, directory)
     bases: dict[str, Callable[[torch.dtype], PaliGemma]] = {"full": lambda dtype: open_base(directory, dtype, device)}
     from_nf4: dict[str, float] = {}
     if kept := trained_on(adapter):
@@ -150,8 +151,9 @@ def merge_checkpoint(
         from_nf4=from_nf4,
     )
     if problems := report.problems():
+        mend = "" if dtype == torch.float32 else "\n--dtype float32 rounds nothing away, at twice the size"
         raise ValueError(
-            "the merge is not to be trusted, nothing was written:\n  " + "\n  ".join(problems) + f"\n{report}"
+            "the merge is not to be trusted, nothing was written:\n  " + "\n  ".join(problems) + f"\n{report}{mend}"
         )
     size = sum(parameter.nbytes for parameter in model.parameters())
     write_whole(output, model.save_pretrained, size, replace)
@@ -162,6 +164,19 @@ def merge_checkpoint(
                 f"{output}, opened again, has another {name} than what was saved: the disk or the write failed"
             )
     return report
+
+
+def require_replaceable(output: Path, base: Path) -> None:
+    """ValueError where `output` holds anything but a checkpoint that was written here before, or is the base itself."""
+    if not occupied(output):
+        return
+    expected = "--force overwrites a merged checkpoint only: choose another --output"
+    if not (output / "config.json").is_file() or not (listed := files_of(output)):
+        raise ValueError(f"{output} is no checkpoint that was written here ({MANIFEST} lists its files). {expected}")
+    if foreign := sorted({path.name for path in output.iterdir()} - listed - {MANIFEST}):
+        raise ValueError(f"{output} holds {', '.join(foreign)}, which was not written with it. {expected}")
+    if output.resolve() == base.resolve():
+        raise ValueError(f"{output} is the base itself. {expected}")
 
 
 def logits_with_adapter(model: PaliGemma, adapter: str | Path, merged: bool = False) -> Tensor:

@@ -340,7 +340,9 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig) -> tuple[Planner, Plan, st
     Rows are taken at their longest, data.max_text_tokens, with answers of at most ANSWER_TOKENS. Of several processes
     each plans its part of a step.
     """
-    device = pick_device(run.model.device)
+    # With a budget, a device that is elsewhere can be planned for, too.
+    here = run.model.device == "auto" or run.memory.budget_gib is None
+    device = pick_device(run.model.device) if here else torch.device(run.model.device)
     dtype, train = pick_dtype(run.model.dtype, device), run.train
     text = run.data.max_text_tokens
     tokens, supervised = config.vision.num_patches + 1 + text, min(ANSWER_TOKENS, text)
@@ -350,6 +352,28 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig) -> tuple[Planner, Plan, st
     micro_batch = None if train.micro_batch == "auto" else train.micro_batch
     recompute = {"auto": None, "gate_up": (0, True)}.get(str(train.recompute), (train.recompute, False))
     return planner, planner.choose(budget, micro_batch, recompute), whose  # type: ignore[arg-type]
+
+
+def require_fit(run: RunConfig, plan: Plan, whose: str) -> None:
+    """ValueError where a plan does not fit; it says what there is to change."""
+    if plan.fits:
+        return
+    train, mends = run.train, ["close what else uses the device"]
+    if run.memory.budget_gib is not None:
+        mends = ["raise memory.budget_gib"]
+    if train.micro_batch != "auto" or train.recompute != "auto":
+        mends.append("leave train.micro_batch and train.recompute at auto")
+    if run.model.dtype == "float32":
+        mends.append("take model.dtype=bfloat16")
+    if run.lora is None:
+        mends.append("train an adapter (lora) instead of all parameters")
+    elif run.model.quantize is None:
+        mends.append("keep the base in four bits with model.quantize=nf4")
+    mends.append("lower data.max_text_tokens")
+    raise ValueError(
+        f"this does not fit: {plan.total / GIB:.2f} GiB are needed at least, the budget is {plan.budget / GIB:.2f} "
+        f"({whose}). What helps: {'; '.join(mends)}; a smaller checkpoint"
+    )
 
 
 def budget_of(device: torch.device, budget_gib: float | None) -> tuple[int, str]:

@@ -197,7 +197,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.vqav2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", default=CONFIG, help="default: %(default)s")
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", default=CONFIG, help=f"default: {CONFIG}")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over the file; values are YAML")
     parser.add_argument("--on-cpu", action="store_true", help="go on without a card")
     parser.add_argument("--annotations-url", default=ANNOTATIONS_URL, help="default: %(default)s")

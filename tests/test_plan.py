@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from finetune import LoRAConfig, inject_lora, processes
 from finetune.config import load_config
-from finetune.plan import GIB, TERA, Mode, Planner, counting, kept_bytes, plan_run, spill_warning
+from finetune.plan import GIB, TERA, Mode, Planner, counting, kept_bytes, plan_run, require_fit, spill_warning
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from tests import tiny
 
@@ -198,6 +198,40 @@ def test_dry_run_says_what_fits_from_config_json_alone(tmp_path: Path, capsys: p
     assert "steps are not known" in out
     with pytest.raises(ValueError, match=r"this does not fit: 0\.\d+ GiB are needed at least, the budget is 0\.10"):
         train.main([*argv, "memory.budget_gib=0.1"])
+
+
+def test_a_card_can_be_planned_for_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))
+    config = str(Path(__file__).parent.parent / "configs/vqav2_8gb.yaml")
+    argv = [config, f"model.path={tmp_path}", "model.revision=null", "model.device=cuda:7", "--dry-run"]
+    train.main([*argv, "memory.budget_gib=4"])
+    assert "memory on cuda:7" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="device 'cuda:7' is not there"):
+        train.main(argv)
+    with pytest.raises(ValueError, match="device 'cuda:7' is not there"):
+        train.main([*argv, "memory.budget_gib=4", "--probe"])
+
+
+@pytest.mark.parametrize(
+    ("change", "mend"),
+    [
+        ("memory.budget_gib=0.1", "raise memory.budget_gib"),
+        ("train.micro_batch=32", "leave train.micro_batch and train.recompute at auto"),
+        ("model.dtype=float32", "model.dtype=bfloat16"),
+        ("lora=null", "train an adapter"),
+        ("lora.rank=4", "model.quantize=nf4"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_helps(change: str, mend: str) -> None:
+    path, budget = Path(__file__).parent.parent / "configs/vqav2_8gb.yaml", "memory.budget_gib=0.1"
+    run = load_config(path, ["model.device=cpu", budget, change])
+    _, plan, whose = plan_run(run, NARROW)
+    with pytest.raises(ValueError, match=mend):
+        require_fit(run, plan, whose)
+    plainly = load_config(path, ["model.device=cpu", budget, "model.quantize=nf4"])
+    with pytest.raises(ValueError, match="does not fit") as found:
+        require_fit(plainly, plan, whose)
+    assert mend not in str(found.value) or "budget" in mend
 
 
 def test_windows_and_wsl_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:

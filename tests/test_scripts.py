@@ -70,6 +70,11 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def digest(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory and what it holds."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def arguments(base: Path, output: Path) -> list[str]:
     return [str(ROOT / "configs/quickstart.yaml"), *overrides(base, output)]
 
@@ -138,6 +143,18 @@ def test_merged_answers_as_the_adapter_and_results_are_official(
     )
     overall = json.loads((run / "eval/adapter/metrics.json").read_text())["overall"]
     assert f"{overall:.2f}" in capsys.readouterr().out
+    # A glance leaves the result as it is, and what a configuration settles is not taken from elsewhere.
+    before = digest(run / "eval")
+    evaluate.main([*arguments(base, run), "--limit", "3"])
+    assert digest(run / "eval") == before
+    with pytest.raises(ValueError, match="without --adapter, --batch-size: override its keys"):
+        evaluate.main([*arguments(base, run), "--adapter", "elsewhere", "--batch-size", "3"])
+
+
+def test_a_run_that_does_not_fit_does_not_start(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"this does not fit: .*raise memory\.budget_gib"):
+        train.main([*arguments(base, tmp_path / "run"), "memory.budget_gib=0.1"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_network_is_gone_before_the_next_one_is_loaded(
@@ -223,6 +240,25 @@ def test_another_configuration_does_not_go_on_with_a_run(base: Path, run: Path) 
 def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"exists already: .* or overwrite it with --force"):
         merge_lora.main([str(run / "adapter"), "--output", str(base)])
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    file = tmp_path / "file"
+    file.write_text("years")
+    before = digest(run / "adapter")
+    for output in (mine, file, run / "adapter", run):
+        with pytest.raises(ValueError, match="overwrites a merged checkpoint only"):
+            merge_lora.main([str(run / "adapter"), "--output", str(output), "--force", "--dtype", "float32"])
+    assert (mine / "thesis.txt").read_text() == file.read_text() == "years"
+    assert digest(run / "adapter") == before
+    merged = [str(run / "adapter"), "--output", str(tmp_path / "merged"), "--dtype", "float32", "--force"]
+    merge_lora.main(merged)
+    with pytest.raises(ValueError, match="is the base itself"):
+        merge_lora.main([*merged, "--base", str(tmp_path / "merged")])
+    merge_lora.main(merged)  # over what it wrote
+    (tmp_path / "merged/notes.txt").write_text("years")
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which was not written with it"):
+        merge_lora.main(merged)
     with pytest.raises(ValueError, match="give --base"):
         merge_lora.main([str(tmp_path), "--output", str(tmp_path / "merged")])
 
@@ -279,6 +315,7 @@ def test_a_device_that_is_not_there_is_refused(base: Path, tmp_path: Path) -> No
 def test_a_card_without_bfloat16_is_told_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.device import pick_dtype
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
     with pytest.raises(ValueError, match=r"RTX 2080 has no bfloat16.*What works on it: float32"):
@@ -340,10 +377,11 @@ def test_a_run_over_broken_pictures_fails_or_skips_as_asked(odd: Path, base: Pat
     reasons = {fault["id"]: fault["reason"] for fault in map(json.loads, lines)}
     assert len(reasons) == len(lines)
     assert len({reason.split(" cannot be used")[0] for reason in reasons.values()}) == 3
-    evaluate.main([*skip, "--limit", "20"])
+    evaluate.main(skip)
     asked_of = json.loads((odd / "run/eval/adapter/results.json").read_text())
     left = (odd / "run/left_out_validation.jsonl").read_text().splitlines()
-    assert len(asked_of) + len(left) == 20
+    questions = json.loads((odd / "data/v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
+    assert len(asked_of) + len(left) == len(questions)
     assert len(left) > 0
 
 

@@ -289,6 +289,7 @@ def test_a_card_is_looked_at_and_a_step_is_timed_on_it(
     """One that has no bfloat16 is refused there and then."""
     capability = (8, 6)
     monkeypatch.setattr(vqav2, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 2**30, 8 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3070")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -401,3 +402,9 @@ def test_a_program_that_is_not_there_says_nothing() -> None:
     assert result.said(["no-such-program"]) is None
     assert result.said(["false"]) is None
     assert result.said(["echo", "hello"]) == "hello"
+
+
+def test_the_recipe_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        vqav2.main(["--help"])
+    assert "--on-cpu" in capsys.readouterr().out
