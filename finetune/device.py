@@ -16,10 +16,18 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
-    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (device.index or 0) >= available.get(device.type, 0):
-        raise ValueError(f"device {name!r} is not there: this machine has {available}; device=auto takes what there is")
+    if not is_here(device):
+        raise ValueError(f"device {name!r} is not there: this machine has {counts()}; device=auto takes what there is")
     return device
+
+
+def counts() -> dict[str, int]:
+    """How many devices of each type this machine has."""
+    return {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+
+
+def is_here(device: torch.device) -> bool:
+    return (device.index or 0) < counts().get(device.type, 0)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -28,8 +36,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         raise ValueError(
             f"dtype {name!r}: expected one of {', '.join(DTYPES)}; Gemma's activations overflow in float16"
         )
-    here = device.type == "cuda" and torch.cuda.is_available()  # a card that is elsewhere cannot be asked
-    if name == "bfloat16" and here and torch.cuda.get_device_capability(device) < (8, 0):
+    asked = device.type == "cuda" and is_here(device)  # a card that is elsewhere cannot be
+    if name == "bfloat16" and asked and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} has no bfloat16, and Gemma's activations overflow in float16. What "
             "works on it: float32 (twice the memory: 11.7 GB of weights for the 3B), or the CPU with bfloat16"

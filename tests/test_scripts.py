@@ -315,11 +315,12 @@ def test_a_device_that_is_not_there_is_refused(base: Path, tmp_path: Path) -> No
 def test_a_card_without_bfloat16_is_told_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.device import pick_dtype
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
     with pytest.raises(ValueError, match=r"RTX 2080 has no bfloat16.*What works on it: float32"):
         pick_dtype("bfloat16", torch.device("cuda"))
+    assert pick_dtype("bfloat16", torch.device("cuda:1")) == torch.bfloat16  # of one that is not here nothing is known
     assert pick_dtype("float32", torch.device("cuda")) == torch.float32
 
 

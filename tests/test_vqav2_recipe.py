@@ -289,7 +289,7 @@ def test_a_card_is_looked_at_and_a_step_is_timed_on_it(
     """One that has no bfloat16 is refused there and then."""
     capability = (8, 6)
     monkeypatch.setattr(vqav2, "pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 2**30, 8 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3070")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
