@@ -151,6 +151,13 @@ def test_merged_answers_as_the_adapter_and_results_are_official(
         evaluate.main([*arguments(base, run), "--adapter", "elsewhere", "--batch-size", "3"])
 
 
+def test_a_run_that_trained_nothing_yet_is_said_to_be_so(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main([*arguments(base, tmp_path / "never"), "--limit", "2"])
+    assert "nothing trained is evaluated" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_that_does_not_fit_does_not_start(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"this does not fit: .*raise memory\.budget_gib"):
         train.main([*arguments(base, tmp_path / "run"), "memory.budget_gib=0.1"])
