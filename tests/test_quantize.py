@@ -230,3 +230,13 @@ def test_dense_is_the_weight_itself_where_it_is_plain() -> None:
     linear = nn.Linear(3, 2)
     same: Tensor = dense(linear)
     assert same is linear.weight
+
+
+def test_packed_weights_count_as_what_they_stand_for(
+    checkpoint: Path, packed: PaliGemma, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for model in (packed, PaliGemma.from_pretrained(checkpoint, torch.float32)):
+        train.show_trained(model)
+        said.append(capsys.readouterr().out.split(" of ")[1].split()[0])
+    assert said[0] == said[1]
