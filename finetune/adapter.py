@@ -8,6 +8,7 @@ have its tensors.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from model.checkpoint import DTYPES, canonical_name, mismatches
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Keys in the metadata of the tensors' file.
-BASE_QUANTIZATION, BASE_FINGERPRINT = "base_quantization", "base_fingerprint"
+BASE_QUANTIZATION, BASE_FINGERPRINT, TRAINING = "base_quantization", "base_fingerprint", "training"
 
 # Our path -> the path that each version of transformers gives the module. The 4.57 form is the one written.
 LAYOUTS: dict[str, Callable[[str], str]] = {
@@ -94,12 +95,62 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
 REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
-def save_adapter(model: nn.Module, directory: str | Path, base: str | None = None, revision: str | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class TrainingFacts:
+    """How an adapter was trained, as far as its use depends on it; None: not known."""
+
+    step: int | None = None
+    """The optimizer step whose weights these are."""
+    metric: str | None = None
+    """Name of the metric that the run was judged by."""
+    metric_value: float | None = None
+    """Its value at that step."""
+    validation_loss: float | None = None
+    """In nats per token, at that step."""
+    prompt: str | None = None
+    """Prompt of the questions, with {question} where the question goes."""
+    max_new_tokens: int | None = None
+    """Tokens of the longest answer that was trained, <eos> included."""
+    max_text_tokens: int | None = None
+    """The most that prefix, newline, suffix and <eos> took together."""
+
+    def __post_init__(self) -> None:
+        kinds = {"metric": (str,), "prompt": (str,), "metric_value": (int, float), "validation_loss": (int, float)}
+        for name, value in vars(self).items():
+            fits = type(value) in kinds.get(name, (int,)) and (isinstance(value, str) or 0 <= abs(value) < math.inf)
+            if value is not None and not fits:
+                expected = " or ".join(kind.__name__ for kind in kinds.get(name, (int,)))
+                raise ValueError(f"{name} is {value!r}; expected {expected}, finite, or null")
+
+    def to_json(self) -> str:
+        """What is known, as one JSON object."""
+        return json.dumps({name: value for name, value in vars(self).items() if value is not None})
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingFacts:
+        """Keys that a later version may add are ignored; ValueError where a value is of another type."""
+        try:
+            stored = json.loads(text)
+        except RecursionError as error:
+            raise ValueError(f"nested too deeply: {text:.50}") from error
+        if not isinstance(stored, dict):
+            raise ValueError(f"got {text:.50}; expected an object")
+        return cls(**{field.name: stored.get(field.name) for field in dataclasses.fields(cls)})
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    base: str | None = None,
+    revision: str | None = None,
+    facts: TrainingFacts | None = None,
+) -> None:
     """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base. The directory is there
     whole or not at all, with a manifest; one that was there gives way.
 
     Args:
         base, revision: what the adapter belongs to, a Hub id or a directory: stored as `base_model_name_or_path`.
+        facts: how it was trained, stored in the metadata of the tensors' file.
 
     Raises:
         ValueError: the model has no adapters, or their values are not finite.
@@ -112,6 +163,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str | None = Non
         raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
     config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
     about = {BASE_FINGERPRINT: fingerprint(model), BASE_QUANTIZATION: quantization_of(model)}
+    about |= {TRAINING: facts.to_json() if facts else None}
     metadata = {"format": "pt"} | {key: value for key, value in about.items() if value}
 
     def fill(path: Path) -> None:
@@ -136,6 +188,20 @@ def trained_on(directory: str | Path) -> str | None:
     if kept not in (None, "nf4"):
         raise ValueError(f"{Path(directory) / WEIGHTS_FILE} says it was trained on a base in {kept!r}; expected nf4")
     return kept
+
+
+def training_facts(directory: str | Path) -> TrainingFacts:
+    """How the adapter in `directory` was trained; nothing is known of PEFT's files.
+
+    Raises:
+        ValueError: what is stored cannot be used; names the value.
+    """
+    try:
+        return TrainingFacts.from_json(metadata_of(Path(directory)).get(TRAINING, "{}"))
+    except ValueError as error:
+        raise ValueError(
+            f"{Path(directory) / WEIGHTS_FILE} says in its metadata, under {TRAINING!r}, what cannot be used: {error}"
+        ) from error
 
 
 def metadata_of(directory: Path) -> dict[str, str]:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
 from finetune import LoRAConfig, eject_lora, inject_lora, load_adapter, save_adapter
-from finetune.adapter import LAYOUTS, PREFIX
+from finetune.adapter import LAYOUTS, PREFIX, TrainingFacts, training_facts
 from finetune.lora import trained_parameters
 from model import PaliGemma
 from model.checkpoint import canonical_name
@@ -330,6 +331,49 @@ def test_saving_and_loading_want_a_model_in_the_right_state(pair: Pair, tmp_path
     save_adapter(pair[1], tmp_path)
     with pytest.raises(ValueError, match="eject_lora"):
         load_adapter(pair[1], tmp_path)
+
+
+def test_how_an_adapter_was_trained_is_stored_with_it(pair: Pair, tmp_path: Path) -> None:
+    facts = TrainingFacts(40, "accuracy", 36.7, 0.123, "answer en {question}", 12, None)
+    inject_lora(pair[1], LoRAConfig(rank=4))
+    save_adapter(pair[1], tmp_path / "told", facts=facts)
+    save_adapter(pair[1], tmp_path / "untold")
+    assert training_facts(tmp_path / "told") == facts
+    assert training_facts(tmp_path / "untold") == TrainingFacts()
+    with safe_open(tmp_path / "told/adapter_model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["training"])["metric_value"] == 36.7
+    PeftModel.from_pretrained(pair[0], str(tmp_path / "told"))
+
+
+def test_facts_of_a_later_version_are_ignored_and_wrong_types_are_not() -> None:
+    assert TrainingFacts.from_json('{"step": 3, "of_a_later_version": [1]}') == TrainingFacts(step=3)
+    for text in (
+        '{"step": "3"}',
+        '{"step": true}',
+        '{"step": 3.0}',
+        '{"max_new_tokens": -1.5}',
+        '{"metric": 1}',
+        '{"metric_value": NaN}',
+        '{"validation_loss": Infinity}',
+        '{"prompt": ["answer"]}',
+        "[1]",
+        "3",
+        "{",
+        "[" * 100_000,
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011 (JSON's own, or ours that names the key)
+            TrainingFacts.from_json(text)
+    with pytest.raises(ValueError, match="validation_loss is nan; expected int or float, finite, or null"):
+        TrainingFacts(validation_loss=float("nan"))
+
+
+def test_facts_that_cannot_be_used_are_named_with_their_file(pair: Pair, tmp_path: Path) -> None:
+    inject_lora(pair[1], LoRAConfig(rank=4))
+    save_adapter(pair[1], tmp_path, facts=TrainingFacts(step=3))
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'step\\": 3', b'step\\": t'))
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors says in its metadata, under 'training', what"):
+        training_facts(tmp_path)
 
 
 def test_twenty_steps_equal_peft_and_transformers(pair: Pair) -> None:
