@@ -30,7 +30,11 @@ Generate = Callable[[dict[str, Tensor], int], Tensor]  # batch and number of new
 
 
 def ours(case: Path, dtype: torch.dtype, device: torch.device) -> Generate:
-    model = PaliGemma.from_pretrained(case / "checkpoint", dtype=dtype, device=device)
+    return ours_on(PaliGemma.from_pretrained(case / "checkpoint", dtype=dtype, device=device))
+
+
+def ours_on(model: PaliGemma) -> Generate:
+    """Each image is encoded once; the model's config is changed: no token ends an answer."""
     model.config = dataclasses.replace(model.config, eos_token_id=NO_TOKEN)
 
     def run(batch: dict[str, Tensor], count: int) -> Tensor:
@@ -43,8 +47,10 @@ def ours(case: Path, dtype: torch.dtype, device: torch.device) -> Generate:
 
 
 def library(case: Path, dtype: torch.dtype, device: torch.device) -> Generate:
-    model = side_by_side.library_model(case / "checkpoint", dtype, device).eval()
+    return library_on(side_by_side.library_model(case / "checkpoint", dtype, device).eval())
 
+
+def library_on(model: Any) -> Generate:
     def run(batch: dict[str, Tensor], count: int) -> Tensor:
         ids, mask = batch["left_padded_ids"], batch["attention_mask"].flip(1)
         tokens: Tensor = model.generate(

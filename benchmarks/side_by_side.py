@@ -142,13 +142,18 @@ def write_case(case: Path, checkpoint: Path, batch: dict[str, Tensor], rank: int
         with torch.device("meta"):
             model = PaliGemma(PaliGemmaConfig.from_directory(checkpoint))
         inject_lora(model, LoRAConfig(rank=rank, alpha=rank))
-        generator = torch.Generator().manual_seed(0)
-        for _, adapter in adapters(model):
-            (out_features, in_features), std = adapter.weight.shape, adapter.weight.shape[1] ** -0.5
-            adapter.lora_A = nn.Parameter(torch.randn(rank, in_features, generator=generator) * std)
-            adapter.lora_B = nn.Parameter(torch.randn(out_features, rank, generator=generator) * 0.01)
+        randomize_adapters(model, torch.device("cpu"))
         save_adapter(model, case / "adapter")
     return case
+
+
+def randomize_adapters(model: nn.Module, device: torch.device) -> None:
+    """Adapters on `device` that are off their start: A of std 1/sqrt(in), B of std 0.01."""
+    generator = torch.Generator(device).manual_seed(0)
+    for _, adapter in adapters(model):
+        for name, std in (("lora_A", adapter.lora_A.shape[1] ** -0.5), ("lora_B", 0.01)):
+            drawn = torch.randn(getattr(adapter, name).shape, generator=generator, device=device) * std
+            setattr(adapter, name, nn.Parameter(drawn))
 
 
 def write_shallow(checkpoint: Path, directory: Path, layers: int = 2) -> Path:
@@ -184,10 +189,16 @@ def start(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
     if arguments.cap_gib:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap_gib * GIB / total), device)
+        cap_memory(arguments.cap_gib, device)
     torch.backends.cudnn.allow_tf32 = arguments.dtype != "float32"
     return device, dtype
+
+
+def cap_memory(gib: float, device: torch.device) -> None:
+    """Let torch's allocator have so much of a GPU's memory, in this process; the CUDA context is besides."""
+    index = torch.cuda.current_device() if device.index is None else device.index  # torch wants an index here
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), index)
 
 
 def library_model(checkpoint: Path, dtype: torch.dtype, device: torch.device, nf4: bool = False) -> Any:

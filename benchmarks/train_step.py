@@ -22,140 +22,22 @@ kind of base, every gradient within 1e-4 of its norm.
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import side_by_side
+from benchmarks.arms import ARMS, DENSE, RANK, REFERENCES, make_batch, take_step
 from finetune import cli
-from finetune.adapter import PREFIX, load_adapter
-from finetune.lora import trained_parameters
-from finetune.quantize import open_base
-from model import IGNORE_INDEX, PaliGemmaConfig
-from model.checkpoint import canonical_name
+from model import PaliGemmaConfig
 
 NAME = "benchmarks.train_step"
-PREFIX_TOKENS, SUFFIX_TOKENS, RANK = 13, 3, 16
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # fp32 against fp32: other orders of summation
-Loss = Callable[[dict[str, Tensor]], Tensor]
-Arm = tuple[dict[str, nn.Parameter], Loss]  # what is trained, under our names, and the loss of a batch
-
-
-def ours(case: Path, dtype: torch.dtype, device: torch.device, recompute: str, quantization: str | None = None) -> Arm:
-    model = open_base(case / "checkpoint", dtype, device, quantization)
-    load_adapter(model, case / "adapter")
-    decoder = model.train().language_model.model
-    decoder.set_recompute(layers=len(decoder.layers) if recompute == "layers" else 0, gate_up=recompute == "gate-up")
-
-    def loss(batch: dict[str, Tensor]) -> Tensor:
-        inputs = dict(batch)
-        with torch.no_grad():
-            features = model.encode_images(inputs.pop("pixel_values"))
-        result = model(**inputs, image_features=features).loss
-        assert isinstance(result, Tensor), "labels were given"
-        return result
-
-    return trained_parameters(model), loss
-
-
-def library(
-    case: Path, dtype: torch.dtype, device: torch.device, tuned: bool, checkpointing: bool, nf4: bool = False
-) -> tuple[dict[str, nn.Parameter], Any]:
-    """The library's model with the adapter in PEFT, and its trained parameters."""
-    from peft import PeftModel
-
-    base = side_by_side.library_model(case / "checkpoint", dtype, device, nf4)
-    model = PeftModel.from_pretrained(
-        base, case / "adapter", is_trainable=True, autocast_adapter_dtype=not tuned, torch_device=str(device)
-    )
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trained = {our_name(name): p for name, p in model.train().named_parameters() if p.requires_grad}
-    kind = dtype if tuned else torch.float32
-    assert all(parameter.dtype == kind for parameter in trained.values()), f"adapters are not in {kind}"
-    return trained, model
-
-
-def documented(
-    case: Path, dtype: torch.dtype, device: torch.device, checkpointing: bool = True, nf4: bool = False
-) -> Arm:
-    trained, model = library(case, dtype, device, tuned=False, checkpointing=checkpointing, nf4=nf4)
-
-    def loss(batch: dict[str, Tensor]) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            result: Tensor = model(**batch, use_cache=False).loss
-        return result
-
-    return trained, loss
-
-
-def tuned(case: Path, dtype: torch.dtype, device: torch.device, checkpointing: bool) -> Arm:
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    trained, adapted = library(case, dtype, device, tuned=True, checkpointing=checkpointing)
-    model: Any = adapted.get_base_model()
-
-    def loss(batch: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            features = model.get_image_features(batch["pixel_values"]).pooler_output
-        hidden = model.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            token_type_ids=batch["token_type_ids"],
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-            use_cache=False,
-        ).last_hidden_state
-        targets = batch["labels"][:, 1:]
-        supervised = targets != IGNORE_INDEX
-        return F.cross_entropy(model.lm_head(hidden[:, :-1][supervised]).float(), targets[supervised])
-
-    return trained, loss
-
-
-ARMS: dict[str, Callable[[Path, torch.dtype, torch.device], Arm]] = {
-    "ours": functools.partial(ours, recompute="nothing"),
-    "ours-gate-up": functools.partial(ours, recompute="gate-up"),
-    "ours-recompute": functools.partial(ours, recompute="layers"),
-    "documented": documented,
-    "documented-keeping": functools.partial(documented, checkpointing=False),
-    "tuned": functools.partial(tuned, checkpointing=False),
-    "tuned-checkpointing": functools.partial(tuned, checkpointing=True),
-    "ours-nf4": functools.partial(ours, recompute="nothing", quantization="nf4"),
-    "ours-nf4-recompute": functools.partial(ours, recompute="layers", quantization="nf4"),
-    "documented-nf4": functools.partial(documented, nf4=True),
-}
-DENSE = [arm for arm in ARMS if "nf4" not in arm]
-REFERENCES = ("documented", "documented-nf4")  # for a dense base and for one in NF4
-
-
-def our_name(name: str) -> str:
-    """A parameter of the model in PEFT -> its name in ours."""
-    path = canonical_name(name.removeprefix(PREFIX).replace(".default.weight", ".weight"))
-    assert path is not None, f"{name} is unknown"
-    return path.removesuffix(".weight")
-
-
-def make_batch(config: PaliGemmaConfig, rows: int) -> dict[str, Tensor]:
-    """Random rows without padding, each with its own image."""
-    generator = torch.Generator().manual_seed(0)
-    images, side = config.vision.num_patches, config.vision.image_size
-    width = images + PREFIX_TOKENS + SUFFIX_TOKENS
-    ids = torch.full((rows, width), config.image_token_id)
-    words = (rows, width - images)
-    ids[:, images:] = torch.randint(3, min(config.image_token_id, 256_000), words, generator=generator)
-    types, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
-    types[:, -SUFFIX_TOKENS:] = 1
-    labels[:, -SUFFIX_TOKENS:] = ids[:, -SUFFIX_TOKENS:]
-    pixels = torch.rand(rows, 3, side, side, generator=generator) * 2 - 1
-    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types, "labels": labels}
-    return made | {"pixel_values": pixels}
 
 
 def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,29 +53,10 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
         save_file(got, arguments.gradients)
         return {"loss": loss.item()}
 
-    masters = [parameter.detach().float() for parameter in trained.values()]  # the parameter itself where it is fp32
-    optimizer = torch.optim.AdamW(masters, lr=1e-4)
-
-    def step(measure: bool = False) -> dict[str, float]:
-        loss, measured = loss_of(batch), {}
-        torch.autograd.backward(loss)
-        for parameter, master in zip(trained.values(), masters, strict=True):
-            assert parameter.grad is not None, "every adapter takes part"
-            master.grad, parameter.grad = parameter.grad.float(), None
-        if measure:
-            norms = torch.stack([master.grad.norm() for master in masters if master.grad is not None])
-            measured = {"loss": loss.item(), "gradient": norms.norm().item()}
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for parameter, master in zip(trained.values(), masters, strict=True):
-                if parameter.dtype != master.dtype:
-                    parameter.copy_(master)
-        return measured
-
+    step = take_step((trained, loss_of))
     since = side_by_side.reset_peak(device)
-    measured = step(measure=True)
-    seconds = side_by_side.timed(step, arguments.steps, device)
+    measured = step(batch, True)
+    seconds = side_by_side.timed(lambda: step(batch, False), arguments.steps, device)
     return {"seconds": seconds, **side_by_side.peaks(device), **measured, "since": since}
 
 

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import generate, load, side_by_side, train_step
+from benchmarks import arms, generate, load, side_by_side, train_step
 from model import PaliGemma
 
 QUICK = ["--tiny", "--rounds", "1", "--steps", "1"]
@@ -51,14 +52,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable
 def test_a_training_step_beside_the_library(in_this_process: object, tmp_path: Path) -> None:
     """All arms pass the gate, and the table names each, with equal losses and gradients on either kind of base."""
     options = ["--dtype", "float32", "--batch", "3", "--output", str(tmp_path / "RESULTS.md")]
-    train_step.main([*QUICK, *options, "--arms", *train_step.ARMS])
+    train_step.main([*QUICK, *options, "--arms", *arms.ARMS])
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    measured = {row[0]: row[-2:] for row in body if row[0] in train_step.ARMS}
-    assert list(measured) == list(train_step.ARMS)
+    measured = {row[0]: row[-2:] for row in body if row[0] in arms.ARMS}
+    assert list(measured) == list(arms.ARMS)
     means = []
-    for arms in (train_step.DENSE, [arm for arm in train_step.ARMS if arm not in train_step.DENSE]):
-        for column in zip(*(measured[arm] for arm in arms), strict=True):
+    for kind in (arms.DENSE, [arm for arm in arms.ARMS if arm not in arms.DENSE]):
+        for column in zip(*(measured[arm] for arm in kind), strict=True):
             numbers = [float(cell) for cell in column]
             assert max(numbers) - min(numbers) <= 2e-4 * max(numbers)
             means.append(statistics.mean(numbers))
@@ -146,6 +147,18 @@ def test_what_the_comparisons_need() -> None:
     code = "import sys\nfor name in 'data datasets rich bitsandbytes pydantic yaml accelerate wandb'.split():\n"
     code += "    sys.modules[name] = None\nimport benchmarks.train_step, benchmarks.generate, benchmarks.load"
     subprocess.run([sys.executable, "-c", code], cwd=side_by_side.ROOT, check=True)
+
+
+def test_the_cap_names_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses a device without an index there, which `--device cuda` is."""
+    capped: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=8 * 2**30))
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: capped.append(given), raising=False)
+    side_by_side.cap_memory(2.0, torch.device("cuda"))
+    side_by_side.cap_memory(16.0, torch.device("cuda:0"))
+    assert capped == [(0.25, 1), (1.0, 0)]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 11, 12, 16])
