@@ -25,6 +25,7 @@ from data.records import decodable, load_records
 from finetune import cli, load_adapter, processes
 from finetune.cli import show
 from finetune.config import EvaluationConfig, load_config
+from finetune.console import new_table
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.evaluate import Evaluation, evaluate
 from finetune.quantize import open_base
@@ -133,7 +134,7 @@ def first(records: Any, limit: int | None) -> Any:
 
 def table_of(scores: dict[str, VQAScore]) -> Table:
     types = sorted({name for scored in scores.values() for name in scored.by_answer_type})
-    table = Table("", "overall", "95%", *types, "questions", title="VQA accuracy, percent")
+    table = new_table("", "overall", "95%", *types, "questions", title="VQA accuracy, percent")
     for name, scored in scores.items():
         low, high = scored.interval
         by_type = (f"{scored.by_answer_type[kind]:.2f}" if kind in scored.by_answer_type else "" for kind in types)

@@ -39,12 +39,10 @@ def main(argv: Sequence[str]) -> None:
         base, revision = named_base(arguments.adapter, revision)
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
-    print(
-        merge_checkpoint(
-            base, arguments.adapter, arguments.output, dtype, device, revision, arguments.into, arguments.force
-        )
+    report = merge_checkpoint(
+        base, arguments.adapter, arguments.output, dtype, device, revision, arguments.into, arguments.force
     )
-    print(f"verified, and written to {arguments.output}")
+    cli.show(str(report), f"verified, and written to {arguments.output}")
 
 
 def named_base(adapter: Path, revision: str | None) -> tuple[str, str | None]:

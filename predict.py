@@ -10,7 +10,6 @@ cannot be used is named, the others are answered, and the exit code is 2.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +19,7 @@ from finetune import cli, load_adapter
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.evaluate import generate_answers
 from finetune.quantize import open_base
+from finetune.terminal import json_line, one_line, visible
 from model import fetch
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
     broken = broken_pictures(arguments.image)
     for reason in broken.values():
-        print(f"error: {reason}", file=sys.stderr)
+        print(visible(f"error: {reason}"), file=sys.stderr)
     if len(broken) == len(set(arguments.image)):
         raise ValueError("no picture is left to ask about")
     device = pick_device(arguments.device)
@@ -75,9 +75,11 @@ def lines(records: Sequence[dict[str, str]], answers: dict[str, str], form: str)
         answer = answers[record["id"]]
         if form == "jsonl":
             facts = {"image": record["image"], "prompt": record["prefix"], "answer": answer}
-            yield json.dumps(facts, ensure_ascii=False)
+            yield json_line(facts, sys.stdout)
+        elif len(records) == 1:
+            yield visible(answer)
         else:
-            yield answer if len(records) == 1 else f"{record['image']}\t{record['prefix']}\t{answer}"
+            yield "\t".join(map(one_line, (record["image"], record["prefix"], answer)))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

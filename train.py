@@ -27,6 +27,7 @@ from data.records import decodable
 from finetune import cli, inject_lora, processes, save_adapter
 from finetune.cli import show
 from finetune.config import RunConfig, describe, load_config
+from finetune.console import new_table
 from finetune.device import pick_device, pick_dtype
 from finetune.durable import write_whole
 from finetune.evaluate import evaluate, generate_answers, mean_loss
@@ -110,8 +111,7 @@ def main(argv: Sequence[str]) -> None:
     after = cli.command("evaluate.py", arguments.config, *arguments.overrides)
     if config.data.validation is None:
         after = cli.command("predict.py", "--help")
-    if processes.writes():
-        print(f"saved {result_directory(config)}; next: {after}")
+    show(f"saved {result_directory(config)}; next: {after}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -177,7 +177,7 @@ def check(config: RunConfig) -> None:
         records = decodable(cli.open_records(config, part, left_out), left_out)
         show(f"data.{part}: {len(records):,} records can be used, {len(left_out.reasons):,} cannot")
         for name, reason in left_out.reasons.items():
-            print(f"  {name}: {reason}")
+            show(f"  {name}: {reason}")
         count += len(left_out.reasons)
     if count:
         raise ValueError(
@@ -189,7 +189,7 @@ def check(config: RunConfig) -> None:
 def inspect(model: PaliGemma, dataset: PaliGemmaDataset, processor: Processor) -> None:
     """The first examples as the network sees them, checked for what would ruin the training."""
     examples = [dataset[index] for index in range(min(8, len(dataset)))]
-    table = Table("id", "prefix", "learns to answer", "tokens", "supervised")
+    table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
     for index, example in enumerate(examples):
         answer = example["input_ids"][example["token_type_ids"] == 1]
         prefix = dataset.records[index]["prefix"]
@@ -230,7 +230,7 @@ def overfit(config: RunConfig, count: int) -> None:
         return list(zip(records["question"], texts, answers.values(), strict=True))
 
     trial = learn_by_heart(config, model, dataset, plan.mode, partial(collate, pad_id=processor.pad_id), ask)
-    table = Table("question", "wanted", "answered")
+    table = new_table("question", "wanted", "answered")
     for row in trial.rows:
         table.add_row(*row)
     show(table)
@@ -265,7 +265,7 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     directory = fetch(config.model.path, config.model.revision, weights=False)
     planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
     show(table_of_adapters(planner.model))
-    table = Table("component", "GiB", title=f"memory on {planner.device}")
+    table = new_table("component", "GiB", title=f"memory on {planner.device}")
     for name, size in plan.components.items():
         table.add_row(name, f"{size / GIB:.3f}")
     table.add_row("total", f"{plan.total / GIB:.3f}")
@@ -333,7 +333,7 @@ def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, step
 
 
 def table_of_adapters(model: PaliGemma) -> Table:
-    table = Table("tower", "module", "adapted", "rank", "parameters", title="what is trained")
+    table = new_table("tower", "module", "adapted", "rank", "parameters", title="what is trained")
     for scope, name, count, rank, parameters in adapter_table(model):
         table.add_row(scope, name, str(count), str(rank) if rank else "in full", f"{parameters:,}")
     return table

@@ -71,4 +71,5 @@ def _example(line: Any, number: int, folder: Path) -> dict[str, Any]:
         "question": line["prefix"],
         "prefix": single_line(line["prefix"]),
         "answers": answers,
+        "equally_right": True,
     }

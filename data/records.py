@@ -32,11 +32,12 @@ FEATURES = datasets.Features(
     question=TEXT,  # as it was asked
     prefix=TEXT,  # the whole prompt, one line
     answers=datasets.List(TEXT),  # empty where unknown
+    equally_right=datasets.Value("bool"),  # each of them is a right answer; else they are what annotators said
     answer=TEXT,  # the most frequent one; "" where unknown, as the two below
     answer_type=TEXT,
     question_type=TEXT,
 )
-FORMAT = 2  # goes up when records are written differently, so that kept ones are written anew
+FORMAT = 3  # goes up when records are written differently, so that kept ones are written anew
 
 
 def load_records(
@@ -177,9 +178,8 @@ def memory_mapped(
                     if isinstance(row, Fault):
                         faults.append(row)
                     else:
-                        writer.write(
-                            {"answer": majority(row["answers"]), "answer_type": "", "question_type": "", **row}
-                        )
+                        unknown = {"answer_type": "", "question_type": ""}
+                        writer.write({"answer": majority(row["answers"]), **unknown, **row})
                 writer.finalize()
             Path(unfinished, "faults.json").write_text(json.dumps(faults))
             # Whole or not at all, also when several processes write it: the records last.

@@ -63,6 +63,7 @@ def read_vqav2(
             "image_id": str(image_id),
             "question": question,
             "prefix": single_line(prompt.replace("{question}", question)),
+            "equally_right": False,
             **answered,
         }
 

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from finetune import processes
+from finetune import processes, terminal
 from finetune.adapter import trained_on
+from finetune.terminal import visible
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from data.faults import LeftOut
     from finetune.config import RunConfig
 
@@ -32,15 +35,16 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     A launcher of several processes ends them all once one has failed, with an exit code of its own.
     """
+    terminal.keep_all_output()
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, processes.ElsewhereError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, below any bar
+        tqdm.write(visible(f"error: {error}"), file=sys.stderr)  # on a line of its own, below any bar
         sys.exit(MISTAKE)
     except (FloatingPointError, StoppedError) as error:  # of all processes of a run alike
         mistake = isinstance(error, FloatingPointError)
         if processes.writes():
-            tqdm.write(f"error: {error}" if mistake else str(error), file=sys.stderr)
+            tqdm.write(visible(f"error: {error}" if mistake else str(error)), file=sys.stderr)
         with contextlib.suppress(processes.ElsewhereError):  # one was killed meanwhile
             processes.gather("said")  # before one is gone, and the launcher ends the others
         sys.exit(NOT_FINITE if mistake else STOPPED)
@@ -50,12 +54,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     processes.leave()
 
 
-def show(*objects: Any) -> None:
-    """Print with rich, in one process of a run."""
-    import rich  # here: not every script prints with it
+def show(*objects: str | Table) -> None:
+    """Print lines and tables, in one process of a run."""
+    from finetune import console  # here: not every program that ends as they do needs rich
 
     if processes.writes():
-        rich.print(*objects)
+        console.show(*objects)
 
 
 def open_records(config: RunConfig, part: str, left_out: LeftOut | None = None) -> Any:

@@ -441,4 +441,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from finetune import cli  # which imports much more than a configuration needs
+
+    cli.run(main)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune import processes
 from finetune.config import RunConfig, dump_config
 from finetune.steps import Steps
+from finetune.terminal import visible
 
 
 def callbacks_for(config: RunConfig, steps: Steps) -> list[TrainerCallback]:
@@ -46,7 +47,8 @@ class MetricsFile(TrainerCallback):
             append_line(self.path, json.dumps(line))
         except OSError as error:
             if not self.failed:
-                tqdm.write(f"{self.path}: lines are missing from step {state.global_step} on: {error}", file=sys.stderr)
+                said = f"{self.path}: lines are missing from step {state.global_step} on: {error}"
+                tqdm.write(visible(said), file=sys.stderr)
             self.failed = True
 
 
@@ -101,9 +103,8 @@ class Wandb(TrainerCallback):
         try:
             return call()
         except Exception as error:  # whatever it is, a night of training is worth more than its tracking
-            tqdm.write(
-                f"wandb: {action} failed ({type(error).__name__}: {error}); going on without it", file=sys.stderr
-            )
+            said = f"wandb: {action} failed ({type(error).__name__}: {error}); going on without it"
+            tqdm.write(visible(said), file=sys.stderr)
             self.logged = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

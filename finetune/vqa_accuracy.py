@@ -11,7 +11,8 @@ evaluation program (GT-Vision-Lab/VQA), whose text rules are followed as they be
 - The program leaves out every annotation equal to the one left out. Two people who say the same are two people here,
   as their distinct `answer_id` says in the official files; annotations without ids are scored as if they had them.
 
-One annotated answer alone (not a VQA file) is scored as if everyone had given it: 1 if equal, else 0.
+One annotated answer alone (not a VQA file) is scored as if everyone had given it: 1 if equal, else 0. A record whose
+answers are equally right (a list of suffixes, not annotators) scores 1 for any of them, compared as they stand.
 Not here: other metrics, reading annotations (`data`), producing answers.
 """
 
@@ -79,6 +80,13 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
 
 
+def record_accuracy(prediction: str, record: Mapping[str, Any]) -> float:
+    """Accuracy of one prediction by what the record's answers are: annotators', or equally right."""
+    if record.get("equally_right"):
+        return float(strip_answer(prediction) in map(strip_answer, record["answers"]))
+    return vqa_accuracy(prediction, record["answers"])
+
+
 @dataclass(frozen=True)
 class VQAScore:
     """Accuracies in percent, unrounded. Questions without a type are in `overall` alone."""
@@ -105,8 +113,9 @@ class VQAScore:
 def score(predictions: Mapping[str, str], records: Iterable[Mapping[str, Any]]) -> VQAScore:
     """Score one prediction per record, by id; the two sets of ids must agree exactly.
 
-    A record has `id`, `answers`, `answer_type`, `question_type` and, for the interval, perhaps `image_id`. Raises
-    ValueError on missing, surplus or repeated ids, on a record without answers and when there is nothing to score.
+    A record has `id`, `answers`, `answer_type`, `question_type`; perhaps `equally_right`, by default they are
+    annotators' answers; and for the interval perhaps `image_id`. Raises ValueError on missing, surplus or repeated ids,
+    on a record without answers and when there is nothing to score.
     """
     seen: Counter[str] = Counter()
     values: list[float] = []
@@ -119,7 +128,7 @@ def score(predictions: Mapping[str, str], records: Iterable[Mapping[str, Any]]) 
             continue
         if not record["answers"]:
             raise ValueError(f"question {name!r} has no annotated answers: only annotated questions can be scored")
-        values.append(vqa_accuracy(predictions[name], record["answers"]))
+        values.append(record_accuracy(predictions[name], record))
         images.append(record.get("image_id") or ("question", name))
         for kind, group in groups.items():
             if record[kind]:

@@ -22,11 +22,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data.records import load_records
 from finetune import cli
+from finetune.console import PlainConsole
 from recipes.remote_zip import ATTEMPTS, Archive, Member
 
 SPLITS = {"train2014": "Train", "val2014": "Val"}  # as pictures are named and as the archives of questions are
@@ -44,8 +44,14 @@ def fetch(files: Sequence[Member], output: Path, verify: bool, what: str) -> Non
         raise ValueError(f"{output} has room for {free:,} bytes, the {what} to fetch are {needed:,}; {other}")
     for directory in {file.target.parent for file in missing}:
         directory.mkdir(exist_ok=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(CONNECTIONS) as pool:
+    columns = (
+        TextColumn(what, markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=PlainConsole(stderr=True)) as progress, ThreadPoolExecutor(CONNECTIONS) as pool:
         advance = partial(progress.advance, progress.add_task(what, total=sum(one.end - one.begin for one in missing)))
         running = {pool.submit(file.fetch, advance): file for file in missing}
         try:
@@ -85,7 +91,7 @@ def fetch_vqav2(
         pictures += [archive.member(name, output / split) for name in names]
     fetch(pictures, output, verify, "pictures")
     size = sum(file.info.file_size for file in (*texts, *pictures))
-    print(f"{len(pictures):,} pictures with their questions and annotations, {size:,} bytes, are in {output}")
+    cli.show(f"{len(pictures):,} pictures with their questions and annotations, {size:,} bytes, are in {output}")
 
 
 def chosen_pictures(questions: Path, choice: Mapping[str, Any]) -> list[str]:

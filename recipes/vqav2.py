@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich import print as show
-from rich.console import Console
 
 import evaluate
 import train
 from finetune import cli
+from finetune.cli import show
 from finetune.config import RunConfig, Source, dump_config, load_config
+from finetune.console import PlainConsole
 from finetune.device import pick_device, pick_dtype
 from finetune.plan import GIB
 from model import fetch
@@ -179,12 +179,12 @@ def take(walk: Walk) -> None:
     heading(len(LOOKS) + len(STEPS) + 1, "result")
     records = cli.open_records(walk.config, "train")
     output = write_result(walk.config, train.plan_steps(walk.config, len(records)).total)
-    print((output / "result.md").read_text(encoding="utf-8"))
+    show((output / "result.md").read_text(encoding="utf-8"))
     show(f"saved {output}/result.json and result.md: nothing in them says who or where you are")
 
 
 def heading(number: int, name: str) -> None:
-    Console().rule(f"{number} of {len(LOOKS) + len(STEPS) + 1}: {name}", align="left")
+    PlainConsole().rule(f"{number} of {len(LOOKS) + len(STEPS) + 1}: {name}", align="left")
 
 
 def release() -> None:

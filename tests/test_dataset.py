@@ -37,6 +37,7 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
                 "question": "how many?",
                 "prefix": "answer en how many?",
                 "answers": TEN if k < 3 else ["yes"],
+                "equally_right": False,
                 "answer": "3" if k < 3 else "yes",
                 "answer_type": "number",
                 "question_type": "how many",

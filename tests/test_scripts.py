@@ -235,6 +235,19 @@ def test_inspect_shows_the_first_examples_and_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_inspect_shows_texts_as_they_stand(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets are markup to rich, and unbalanced ones an error."""
+    image = sorted((base / "data/images").iterdir())[0].name
+    line = {"image": image, "prefix": "[INST] x [/INST]", "suffix": "[cat] on [mat]"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(line))
+    source = f"data={{train: {{jsonl: {tmp_path}/train.jsonl, images: {base}/data/images}}, workers: 0}}"
+    settings = [*arguments(base, tmp_path / "run"), source, "train.eval_every=null"]
+    train.main([*settings, "--inspect"])
+    shown = capsys.readouterr().out
+    assert "[INST] x [/INST]" in shown
+    assert "[cat] on [mat]" in shown
+
+
 def test_another_configuration_does_not_go_on_with_a_run(base: Path, run: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)another result.*lora\.rank: was 32, is 8"):
         train.main([*arguments(base, run), "lora.rank=8", "lora.alpha=64"])

@@ -214,6 +214,16 @@ def test_score_reports_percentages_and_counts_by_type() -> None:
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict() | {"overall": 47.5}
 
 
+def test_any_of_the_answers_that_are_equally_right_scores_in_full() -> None:
+    """A list of suffixes has no annotators to leave out: with two of them, one match would count a sixth."""
+    answers = ["7", "digit seven"]
+    either = [{**record(name, answers), "equally_right": True} for name in "1234"]
+    assert score({"1": "7", "2": "digit seven", "3": " 7\n", "4": "7"}, either).overall == 100
+    assert score({"1": "8", "2": "Digit seven", "3": "", "4": "7 digit seven"}, either).overall == 0
+    people = [record("1", answers)]
+    assert score({"1": "7"}, people).overall == pytest.approx(100 / 6)
+
+
 def test_score_takes_any_iterable_of_records_once() -> None:
     assert score({"1": "yes"}, iter([record("1", TEN_YES)])).overall == 100
 

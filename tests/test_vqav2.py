@@ -78,6 +78,7 @@ def test_every_column_is_what_the_files_say(tmp_path: Path, style: dict[str, Any
             "question": question["question"],
             "prefix": f"answer en {question['question']}",
             "answers": [answer["answer"] for answer in annotations[question["question_id"]]["answers"]],
+            "equally_right": False,
             "answer": "yes",
             "answer_type": "yes/no",
             "question_type": "is",
