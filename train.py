@@ -34,6 +34,7 @@ from finetune.evaluate import evaluate, generate_answers, mean_loss
 from finetune.inspection import problems_of
 from finetune.interrupt import StopOnSignal
 from finetune.lora import adapter_table
+from finetune.paths import argument
 from finetune.plan import GIB, Plan, Planner, plan_run, require_fit, spill_warning
 from finetune.probe import Shape, learn_by_heart, mean_row, pictures_of, probe, trial_config
 from finetune.quantize import open_base, quantize
@@ -121,10 +122,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Keys of the configuration:\n\n" + describe(),
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run")
+    parser.add_argument("config", metavar="CONFIG.yaml", type=argument, help="the run")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over the file; values are YAML")
     parser.add_argument(
-        "--resume", default="auto", help="auto (default: go on where the run stopped), none, or a checkpoint"
+        "--resume",
+        type=argument,
+        default="auto",
+        help="auto (default: go on where the run stopped), none, or a checkpoint",
     )
     parser.add_argument(
         "--accept-changes", action="store_true", help="go on with a run although the configuration leads elsewhere now"

@@ -106,7 +106,7 @@ def gate(case: Path, arguments: argparse.Namespace, *more: str) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     parser = side_by_side.parser(NAME, __doc__)
-    parser.add_argument("--new-tokens", type="positive", default=4)
+    parser.add_argument("--new-tokens", type="positive", default=4, help="tokens to generate (default: %(default)s)")
     if (arguments := side_by_side.parse(parser, argv, list(ARMS), run_arm)) is None:
         return
     more = ("--new-tokens", str(arguments.new_tokens))

@@ -20,6 +20,7 @@ import torch
 from benchmarks import side_by_side
 from benchmarks.random_checkpoint import write_checkpoint
 from finetune import cli
+from finetune.paths import path_argument
 from model import PaliGemma
 
 NAME = "benchmarks.load"
@@ -66,7 +67,7 @@ def compare(case: Path, arguments: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     parser = side_by_side.parser(NAME, __doc__)
-    parser.add_argument("--checkpoint-fp32", type=Path, help="the same in fp32; with --tiny one is made")
+    parser.add_argument("--checkpoint-fp32", type=path_argument, help="the same in fp32; with --tiny one is made")
     if (arguments := side_by_side.parse(parser, argv, list(ARMS), run_arm)) is None:
         return
     with side_by_side.workplace(arguments) as (place, checkpoint):

@@ -17,6 +17,7 @@ import torch
 
 from finetune import cli
 from finetune.device import DTYPES
+from finetune.paths import path_argument
 from finetune.scratch import from_random
 from model import PaliGemmaConfig
 
@@ -30,9 +31,11 @@ PUBLISHED_IDS = {
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.random_checkpoint", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=path_argument, required=True, help="directory to write to")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="bfloat16", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)
     write_checkpoint(arguments.output, PaliGemmaConfig(), DTYPES[arguments.dtype], arguments.seed)
 

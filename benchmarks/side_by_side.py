@@ -35,6 +35,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from finetune.adapter import save_adapter
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.lora import LoRAConfig, adapters, inject_lora
+from finetune.paths import path_argument
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from model.checkpoint import MappedFile, canonical_name, stored_tensors
 
@@ -63,7 +64,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     )
     made.register("type", "positive", positive)
     made.add_argument(
-        "--checkpoint", type=Path, help="made by benchmarks.random_checkpoint; default: made for this run"
+        "--checkpoint", type=path_argument, help="made by benchmarks.random_checkpoint; default: made for this run"
     )
     made.add_argument("--tiny", action="store_true", help="make one of tiny dimensions: tries the comparison itself")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -71,9 +72,13 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="what is timed; the gate is in fp32")
     made.add_argument("--rounds", type="positive", default=3, help="times that every arm has its turn")
     made.add_argument("--steps", type="positive", default=3, help="repetitions timed in one turn, after one unmeasured")
-    made.add_argument("--output", type=Path, help="append the tables, with date, command and machine, to this file")
+    made.add_argument(
+        "--output", type=path_argument, help="append the tables, with date, command and machine, to this file"
+    )
     made.add_argument("--arm", help="run this arm alone, on --case, and print its line")
-    made.add_argument("--case", type=Path, help="directory of checkpoint, adapter and batch.safetensors, for --arm")
+    made.add_argument(
+        "--case", type=path_argument, help="directory of checkpoint, adapter and batch.safetensors, for --arm"
+    )
     return made
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from benchmarks import side_by_side
 from benchmarks.arms import ARMS, DENSE, RANK, REFERENCES, make_batch, take_step
 from finetune import cli
+from finetune.paths import path_argument
 from model import PaliGemmaConfig
 
 NAME = "benchmarks.train_step"
@@ -130,7 +131,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--largest", action="store_true", help="on a GPU: find each arm's largest batch, from --batch on"
     )
-    parser.add_argument("--gradients", type=Path, help="for --arm: write the gradients of one pass there, and stop")
+    parser.add_argument(
+        "--gradients", type=path_argument, help="for --arm: write the gradients of one pass there, and stop"
+    )
     if (arguments := side_by_side.parse(parser, argv, list(ARMS), run_arm)) is None:
         return
     if arguments.largest and not arguments.device.startswith("cuda"):

@@ -1,8 +1,9 @@
 """One YAML file is one run: its schema, and the reading of it with errors that say where and what instead.
 
 Sections are frozen pydantic models that refuse unknown keys and convert nothing: true is no 1, "8" no 8; only a whole
-number stands for a float. How scalars are read (2e-5, 1e5, off) is in `strict_yaml`. Help and the JSON schema for
-editors come from the models: `python -m finetune.config [--schema]`. Not here: whether paths exist, whether a run fits.
+number stands for a float. `~` and environment variables in paths are expanded (finetune/paths.py); how scalars are
+read (2e-5, 1e5, off) is in `strict_yaml`. Help and the JSON schema for editors come from the models: `python -m
+finetune.config [--schema]`. Not here: whether paths exist, whether a run fits.
 """
 
 import argparse
@@ -15,13 +16,25 @@ from pathlib import Path
 from textwrap import fill, indent
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from finetune import strict_yaml
+from finetune import paths, strict_yaml
 from finetune.lora import LoRAConfig
 
 Text = Annotated[str, Field(min_length=1)]
+# Expanded when it is read, so that config.yaml and a run's continuation know one name for one place.
+PathText = Annotated[Text, AfterValidator(paths.expand), PlainSerializer(paths.written, when_used="json")]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -73,7 +86,7 @@ class ModelConfig(Section):
 
     CHANGES = {"result": "path revision weights dtype quantize", "numerics": "device"}
 
-    path: Text
+    path: PathText
     """Checkpoint: a directory or a Hub id, such as google/paligemma-3b-pt-224."""
     revision: Text | None = None
     """Branch, tag or commit of a Hub id."""
@@ -92,13 +105,13 @@ class Source(Section):
 
     CHANGES = {"result": "questions annotations images jsonl fraction count sample_by"}
 
-    questions: Text | None = None
+    questions: PathText | None = None
     """Official questions file (JSON)."""
-    annotations: Text | None = None
+    annotations: PathText | None = None
     """Official annotations file (JSON) with the answers of those questions."""
-    images: Text | None = None
+    images: PathText | None = None
     """Directory of the images."""
-    jsonl: Text | None = None
+    jsonl: PathText | None = None
     """File of lines {"image": ..., "prefix": ..., "suffix": ...}."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Take this share of the examples, drawn with train.seed."""
@@ -277,7 +290,7 @@ class RunConfig(Section):
     train: TrainConfig
     memory: MemoryConfig = MemoryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    output: Text
+    output: PathText
     """Directory of the run, such as runs/NAME."""
     tracking: TrackingConfig = TrackingConfig()
 

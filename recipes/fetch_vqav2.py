@@ -27,6 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from data.records import load_records
 from finetune import cli
 from finetune.console import PlainConsole
+from finetune.paths import path_argument
 from recipes.remote_zip import ATTEMPTS, Archive, Member
 
 SPLITS = {"train2014": "Train", "val2014": "Val"}  # as pictures are named and as the archives of questions are
@@ -105,7 +106,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.fetch_vqav2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("downloads/vqav2"), help="default: %(default)s")
+    parser.add_argument("--output", type=path_argument, default=Path("downloads/vqav2"), help="default: %(default)s")
     parser.add_argument("--fraction", type=float, default=0.1, help="data.train.fraction (default: %(default)s)")
     parser.add_argument("--validation", type=int, default=5000, help="data.validation.count (default: %(default)s)")
     parser.add_argument("--sample-by", choices=["image", "question"], default="image", help="as in the configuration")

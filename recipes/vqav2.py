@@ -29,6 +29,7 @@ from finetune.cli import show
 from finetune.config import RunConfig, Source, dump_config, load_config
 from finetune.console import PlainConsole
 from finetune.device import pick_device, pick_dtype
+from finetune.paths import expand
 from finetune.plan import GIB
 from model import fetch
 from recipes.fetch_vqav2 import ANNOTATIONS_URL, PICTURES_URL, SPLITS, fetch_vqav2
@@ -205,6 +206,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_intermixed_args(argv)
     if "=" in given.config:
         given.config, given.overrides = CONFIG, [given.config, *given.overrides]
+    given.config = expand(given.config)
     return given
 
 

@@ -23,6 +23,7 @@ from finetune.config import (
     parse_overrides,
 )
 from finetune.lora import LoRAConfig
+from finetune.paths import written
 
 MINIMAL = """\
 model: {path: google/paligemma-3b-pt-224}
@@ -343,6 +344,7 @@ def test_an_unknown_argument_is_an_error() -> None:
 
 
 TEXT = st.text(min_size=1)
+PATHS = TEXT.map(written).map(lambda text: f"./{text}" if text.startswith("~") else text)
 NAMES = st.text(alphabet=string.ascii_letters + "._*", min_size=1)
 
 
@@ -350,8 +352,8 @@ NAMES = st.text(alphabet=string.ascii_letters + "._*", min_size=1)
 @given(
     data=st.fixed_dictionaries(
         {
-            "model": st.fixed_dictionaries({"path": TEXT}, optional={"revision": st.none() | TEXT}),
-            "data": st.fixed_dictionaries({"train": st.fixed_dictionaries({"jsonl": TEXT})}),
+            "model": st.fixed_dictionaries({"path": PATHS}, optional={"revision": st.none() | TEXT}),
+            "data": st.fixed_dictionaries({"train": st.fixed_dictionaries({"jsonl": PATHS})}),
             "lora": st.none()
             | st.fixed_dictionaries(
                 {"rank": st.integers(1, 64), "alpha": st.floats(1e-300, 1e300)},
@@ -361,7 +363,7 @@ NAMES = st.text(alphabet=string.ascii_letters + "._*", min_size=1)
                 {"epochs": st.floats(0, 1e300, exclude_min=True)},
                 optional={"learning_rate": st.floats(0, 1, exclude_min=True), "warmup": st.floats(0, 0.999)},
             ),
-            "output": TEXT | st.sampled_from(["off", "1e5", "null", "~", "2020-01-01", "0x10"]),
+            "output": PATHS | st.sampled_from(["off", "1e5", "null", "~", "2020-01-01", "0x10"]),
             "tracking": st.fixed_dictionaries({"project": TEXT, "name": st.none() | TEXT}),
         }
     )
