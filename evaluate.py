@@ -1,18 +1,20 @@
 """VQA accuracy of a run, of a checkpoint, or of a results file.
 
-    python evaluate.py configs/vqav2_8gb.yaml                     base, adapter and merged, as far as they are there
+    python evaluate.py CONFIG.yaml [section.key=value ...]        base, adapter, and merged where it exists
     python evaluate.py --model PATH [--adapter DIR] --questions F --annotations F --images DIR
     python evaluate.py --results F --questions F --annotations F  score answers that exist
 
 The first form reads the configuration of a run, takes its data.validation, and writes OUTPUT/eval/ARM/results.json (the
-official format) and metrics.json for each ARM; with --limit it writes nothing. With `accelerate launch --multi_gpu
-evaluate.py ...` the cards share the pictures.
+official format) and metrics.json for each ARM; with --limit it writes nothing. In every form --output DIR says where to
+write. Figures of other questions are not overwritten. With `accelerate launch --multi_gpu evaluate.py ...` the cards
+share the images.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,83 +23,191 @@ import torch
 from rich.table import Table
 
 from data import Processor
+from data.faults import NAMED
 from data.records import decodable, load_records
 from finetune import cli, load_adapter, processes
 from finetune.cli import show
-from finetune.config import EvaluationConfig, load_config
+from finetune.config import EvaluationConfig, RunConfig, load_config
 from finetune.console import new_table
 from finetune.device import DTYPES, pick_device, pick_dtype
-from finetune.evaluate import Evaluation, evaluate
+from finetune.durable import describe
+from finetune.evaluate import METRICS_FILE, Evaluation, evaluate, write_metrics
+from finetune.locate import find_adapter, find_base
+from finetune.paths import argument, path_argument
 from finetune.quantize import open_base
 from finetune.vqa_accuracy import VQAScore, read_results, score
 from model import fetch
 
-TAKEN = ("config", "overrides", "limit")  # beside a configuration
+ARMS = ("base", "adapter", "model", "merged")
+MADE_OF = "made_of"  # the key in metrics.json that says which questions, or which answers, were scored
+DEFAULTS: dict[str, Any] = {
+    "prompt": "answer en {question}",
+    "batch_size": 16,
+    "max_new_tokens": 16,
+    "dtype": "bfloat16",
+    "quantize": "auto",
+    "device": "auto",
+}
+RUN, CHECKPOINT, ANSWERS = "CONFIG.yaml", "--model (or --adapter)", "--results"
+# What each form takes; the rest would mean nothing there.
+TAKEN = {
+    RUN: "config overrides arm limit output",
+    CHECKPOINT: "model revision adapter questions annotations images prompt limit output batch_size max_new_tokens "
+    "dtype quantize device",
+    ANSWERS: "results questions annotations limit output",
+}
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments = parse(argv)
-    if arguments.config:
-        scores = evaluate_run(arguments)
-    elif arguments.results:
-        scores = {arguments.results: score(read_results(arguments.results), open_records(arguments))}
-    else:
-        scores = {arguments.adapter or arguments.model: evaluate_checkpoint(arguments)}
+    given = parse(argv)
+    scores = {RUN: evaluate_run, CHECKPOINT: evaluate_checkpoint, ANSWERS: score_answers}[form_of(given)](given)
     show(table_of(scores))
 
 
-def evaluate_run(arguments: argparse.Namespace) -> dict[str, VQAScore]:
-    """Every arm of a run: base, adapter and merged checkpoint."""
-    config = load_config(arguments.config, arguments.overrides)
+def evaluate_run(given: argparse.Namespace) -> dict[str, VQAScore]:
+    """The arms of a run: base, adapter and merged checkpoint.
+
+    Raises:
+        ValueError: there is nothing to evaluate on, or no adapter; or results of other questions are in the way.
+    """
+    config = load_config(given.config, given.overrides)
     if config.data.validation is None:
-        raise ValueError(f"{arguments.config} has no data.validation: nothing to evaluate on")
-    device, output = pick_device(config.model.device), Path(config.output)
+        raise ValueError(f"{given.config} has no data.validation: nothing to evaluate on")
+    device = pick_device(config.model.device)
     processes.join(device)
-    left_out = cli.leave_out(config, "validation")
-    if left_out.file:
-        processes.once(partial(left_out.file.unlink, missing_ok=True))  # of another time
-    records = decodable(first(cli.open_records(config, "validation", left_out), arguments.limit), left_out)
-    if left_out.reasons:
-        show(f"{len(left_out.reasons):,} questions cannot be asked and are left out: see {left_out.file}")
+    arms = arms_of(given, config)
+    # A glance is not put in the place of a result.
+    directory = given.output or (None if given.limit else Path(config.output, "eval"))
+    made_of = questions_of(config, given.limit)
+    if directory:
+        for arm in arms:
+            processes.once(partial(require_same_questions, directory / arm, made_of))
+    records = records_of_run(config, given)
     dtype, settings = pick_dtype(config.model.dtype, device), config.evaluation
-    trained = output / ("adapter" if config.lora else "model")
-    arms: dict[str, tuple[str | Path, Path | None]] = {"base": (config.model.path, None)}
-    if trained.exists():
-        arms[trained.name] = (config.model.path, trained) if config.lora else (trained, None)
-    else:
-        show(f"{trained} is not there: nothing trained is evaluated")
-    if (output / "merged").exists():
-        arms["merged"] = (output / "merged", None)
-    if config.model.weights == "random":
-        del arms["base"]
     scores = {}
     for arm, (path, adapter) in arms.items():
-        directory = fetch(path, config.model.revision if path == config.model.path else None)
-        processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
+        checkpoint = fetch(path, config.model.revision if path == config.model.path else None)
+        processor = Processor.from_pretrained(checkpoint, config.data.max_text_tokens)
         kept = None if arm == "merged" else config.model.quantize
-        result = answer(directory, adapter, processor, records, dtype, device, settings, kept)
-        facts = {"model": str(path), "adapter": str(adapter) if adapter else None}
-        if arguments.limit is None:  # a glance is not put in the place of a result
-            processes.once(partial(result.save, output / "eval" / arm, **facts))
+        result = answer(checkpoint, adapter, processor, records, dtype, device, settings, kept)
+        if directory:
+            facts = {"model": str(path), "adapter": str(adapter) if adapter else None, MADE_OF: made_of}
+            processes.once(partial(result.save, directory / arm, **facts))
         scores[arm] = result.score
     return scores
 
 
-def evaluate_checkpoint(arguments: argparse.Namespace) -> VQAScore:
+def arms_of(given: argparse.Namespace, config: RunConfig) -> dict[str, tuple[str | Path, Path | None]]:
+    """What there is to evaluate, or what was asked for of it: checkpoint and adapter, by arm."""
+    output = Path(config.output)
+    trained = output / ("adapter" if config.lora else "model")
+    arms: dict[str, tuple[str | Path, Path | None]] = {}
+    if config.model.weights == "pretrained":
+        arms["base"] = (config.model.path, None)
+    if trained.exists():
+        arms[trained.name] = (config.model.path, trained) if config.lora else (trained, None)
+    if (output / "merged").exists():
+        arms["merged"] = (output / "merged", None)
+    if given.arm:
+        if missing := [arm for arm in given.arm if arm not in arms]:
+            raise ValueError(f"--arm {' '.join(missing)}: {output} has {', '.join(arms) or 'none yet'}; train it first")
+        return {arm: arms[arm] for arm in given.arm}
+    if not trained.exists():
+        command = cli.command("train.py", given.config, *given.overrides)
+        raise ValueError(
+            f"{trained} does not exist: nothing was trained yet. Train it ({command}), or evaluate something else with "
+            "--arm base"
+        )
+    return arms
+
+
+def records_of_run(config: RunConfig, given: argparse.Namespace) -> Any:
+    """The validation records whose images can be decoded; those that are skipped are listed, or shown."""
+    skipped = cli.leave_out(config, "validation", listed=given.limit is None and given.output is None)
+    if skipped.file:
+        processes.once(partial(skipped.file.unlink, missing_ok=True))  # of another time
+    records = decodable(first(cli.open_records(config, "validation", skipped), given.limit), skipped)
+    if skipped.reasons:
+        show(f"{len(skipped.reasons):,} questions cannot be asked and are skipped")
+        some = [f"  {name}: {reason}" for name, reason in list(skipped.reasons.items())[:NAMED]]
+        show(*([f"  see {skipped.file}"] if skipped.file else some))
+    return records
+
+
+def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
     """One checkpoint, with or without an adapter, on files named on the command line."""
-    records = open_records(arguments)
-    device = pick_device(arguments.device)
+    require(given, "questions", "annotations", "images")
+    adapter = find_adapter(given.adapter) if given.adapter else None
+    model, revision = given.model, given.revision
+    if model is None:
+        assert adapter is not None, "the form has a model or an adapter"
+        model, revision = find_base(adapter)
+    named = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": given.prompt}
+    made_of = named | contents(questions=given.questions, annotations=given.annotations) | {"limit": given.limit}
+    device = pick_device(given.device)
     processes.join(device)
-    dtype = pick_dtype(arguments.dtype, device)
-    directory = fetch(arguments.model, arguments.revision)
-    settings = EvaluationConfig(batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)
-    kept = cli.quantization(arguments.quantize, arguments.adapter)
+    if given.output:
+        processes.once(partial(require_same_questions, given.output, made_of))
+    files = {name: getattr(given, name) for name in ("questions", "annotations", "images")}
+    records = decodable(first(load_records(**files, prompt=given.prompt), given.limit))
+    dtype = pick_dtype(given.dtype, device)
+    directory = fetch(model, revision)
+    settings = EvaluationConfig(batch_size=given.batch_size, max_new_tokens=given.max_new_tokens)
+    kept = cli.quantization(given.quantize, adapter)
     processor = Processor.from_pretrained(directory)
-    result = answer(directory, arguments.adapter, processor, records, dtype, device, settings, kept)
-    if arguments.output:
-        facts = {"model": arguments.model, "adapter": arguments.adapter, "prompt": arguments.prompt}
-        processes.once(partial(result.save, arguments.output, **facts))
-    return result.score
+    result = answer(directory, adapter, processor, records, dtype, device, settings, kept)
+    if given.output:
+        processes.once(partial(result.save, given.output, **named, **{MADE_OF: made_of}))
+    return {str(adapter or model): result.score}
+
+
+def score_answers(given: argparse.Namespace) -> dict[str, VQAScore]:
+    """Answers that exist, those to the first questions alone where there is a limit."""
+    require(given, "questions", "annotations")
+    made_of = (
+        contents(results=given.results)
+        | contents(questions=given.questions, annotations=given.annotations)
+        | {"limit": given.limit}
+    )
+    if given.output:
+        require_same_questions(given.output, made_of)
+    records = load_records(questions=given.questions, annotations=given.annotations)
+    answers = read_results(given.results)
+    if given.limit is not None:
+        beyond = set(records["id"][given.limit :])
+        answers = {name: text for name, text in answers.items() if name not in beyond}
+    scored = score(answers, first(records, given.limit))
+    if given.output:
+        write_metrics(given.output, scored, results=given.results, **{MADE_OF: made_of})
+    return {given.results: scored}
+
+
+def questions_of(config: RunConfig, limit: int | None) -> dict[str, Any]:
+    """What decides which questions a run is evaluated on, and how they are put."""
+    source = config.data.validation
+    assert source is not None, "the configuration has data.validation"
+    made_of = contents(questions=source.questions, annotations=source.annotations, jsonl=source.jsonl)
+    if source.fraction is not None or source.count is not None:
+        made_of |= source.model_dump(include={"fraction", "count", "sample_by"}) | {"seed": config.train.seed}
+    return made_of | {"prompt": config.data.prompt if source.questions else None, "limit": limit}
+
+
+def contents(**files: str | None) -> dict[str, Any]:
+    """Size and sha256 of the files that exist; whoever reads them says which do not."""
+    return {name: describe(Path(file)) for name, file in files.items() if file and Path(file).is_file()}
+
+
+def require_same_questions(directory: Path, made_of: Mapping[str, Any]) -> None:
+    """ValueError where a directory holds the figures of something else than what is to be evaluated now."""
+    try:
+        before = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))[MADE_OF]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or of before this was recorded
+        return
+    if changed := [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]:
+        raise ValueError(
+            f"{directory} holds figures of something else ({', '.join(changed)} differ): write to another directory "
+            "with --output, or delete it"
+        )
 
 
 def answer(
@@ -117,17 +227,6 @@ def answer(
     return evaluate(model, processor, records, **settings.model_dump(exclude={"count"}), progress=cli.progress)
 
 
-def open_records(arguments: argparse.Namespace) -> Any:
-    if not (arguments.questions and arguments.annotations and (arguments.images or arguments.results)):
-        raise ValueError(
-            "expected a CONFIG.yaml; or --model, --questions, --annotations and --images; or --results, "
-            "--questions and --annotations"
-        )
-    files = {name: getattr(arguments, name) for name in ("questions", "annotations", "images")}
-    records = first(load_records(**files, prompt=arguments.prompt), arguments.limit)
-    return decodable(records) if arguments.images else records
-
-
 def first(records: Any, limit: int | None) -> Any:
     return records if limit is None else records.select(range(min(limit, len(records))))
 
@@ -142,37 +241,79 @@ def table_of(scores: dict[str, VQAScore]) -> Table:
     return table
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def form_of(given: argparse.Namespace) -> str:
+    """Which of the three forms the arguments are; see the top."""
+    if given.config:
+        return RUN
+    if given.results:
+        return ANSWERS
+    if given.model or given.adapter:
+        return CHECKPOINT
+    raise ValueError(
+        "expected a CONFIG.yaml; or --model (or --adapter), --questions, --annotations and --images; or --results, "
+        "--questions and --annotations"
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="a run, with section.key=value overrides")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*")
-    parser.add_argument("--model", help="checkpoint: a directory or a Hub id")
-    parser.add_argument("--revision", help="of a Hub id")
-    parser.add_argument("--adapter", help="directory of an adapter on that checkpoint")
-    parser.add_argument("--results", help="an official results file to score")
-    parser.add_argument("--questions", help="official questions file")
-    parser.add_argument("--annotations", help="official annotations file")
-    parser.add_argument("--images", help="directory of the pictures")
-    parser.add_argument("--prompt", default="answer en {question}")
-    parser.add_argument("--limit", type=int, help="take the first N questions only")
-    parser.add_argument("--output", type=Path, help="directory for results.json and metrics.json")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=16)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--quantize", choices=["auto", "nf4", "none"], default="auto", help=cli.QUANTIZE_HELP)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    given = parser.parse_intermixed_args(argv)
-    ignored = [name for name in vars(given) if name not in TAKEN and getattr(given, name) != parser.get_default(name)]
-    if given.config and ignored:
-        options = ", ".join("--" + name.replace("_", "-") for name in ignored)
-        raise ValueError(
-            f"{given.config} is evaluated as it says, without {options}: override its keys instead, such as "
-            "evaluation.batch_size=4 or model.device=cpu, or leave it out and give --model, --questions, --annotations "
-            "and --images"
+
+
+def require(given: argparse.Namespace, *names: str) -> None:
+    if missing := [f"--{name}" for name in names if getattr(given, name) is None]:
+        raise ValueError(f"{form_of(given)} needs {' and '.join(missing)}")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, None where one was neither given nor has a default.
+
+    Raises:
+        ValueError: an option was given that means nothing in this form; names it.
+    """
+    parser = build_parser()
+    every = {action.dest for action in parser._actions} - {"help"}
+    words = vars(parser.parse_intermixed_args(argv))
+    given = argparse.Namespace(**(dict.fromkeys(every) | {"overrides": []} | DEFAULTS | words))
+    form = form_of(given)
+    if ignored := [name for name in words if name not in TAKEN[form].split()]:
+        named = (
+            "overrides" if ignored == ["overrides"] else ", ".join("--" + name.replace("_", "-") for name in ignored)
         )
+        instead = ""
+        if form == RUN:
+            instead = "; override its keys instead, such as evaluation.batch_size=4 or model.device=cpu"
+        raise ValueError(f"the form with {form} takes no {named}{instead}")
     return given
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Without defaults, so that what was given is known."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+
+    def option(name: str, help: str, **settings: Any) -> None:
+        default = DEFAULTS.get(name.strip("-").replace("-", "_"))
+        parser.add_argument(name, help=help + (f" (default: {default})" if default else ""), **settings)
+
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", type=argument, help="the configuration of a run")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over it; values are YAML")
+    option("--arm", "evaluate this one of a run alone; may be given again for others", choices=ARMS, action="append")
+    option("--model", "checkpoint: a directory or a Hub id; by default the base that the adapter names", type=argument)
+    option("--revision", "branch, tag or commit of a Hub id")
+    option("--adapter", "directory of an adapter on that checkpoint, or of a run", type=path_argument)
+    option("--results", "an official results file to score", type=argument)
+    option("--questions", "official questions file", type=argument)
+    option("--annotations", "official annotations file", type=argument)
+    option("--images", "directory of the images", type=argument)
+    option("--prompt", "what is asked; {question} is where the question goes")
+    option("--limit", "take the first N questions only", type=cli.positive, metavar="N")
+    option("--output", "directory for metrics.json and, where there are new answers, results.json", type=path_argument)
+    option("--batch-size", "questions at once on the device", type=cli.positive)
+    option("--max-new-tokens", "longest answer, in tokens", type=cli.positive)
+    option("--dtype", "of base weights and arithmetic", choices=list(DTYPES))
+    option("--quantize", cli.QUANTIZE_HELP, choices=["auto", "nf4", "none"])
+    option("--device", "auto, cpu, cuda, cuda:N or mps")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Picture + prompt -> answer. Every prompt is asked of every picture.
+"""Image + prompt -> answer. Every prompt is asked of every image.
 
-    python predict.py --model assets/tiny-base --adapter runs/quickstart/adapter \\
-        --image scene.jpg --prompt "answer en how many circles are there?"
+    python predict.py --adapter runs/quickstart --image scene.jpg --prompt "answer en how many circles are there?"
+    python predict.py --model assets/tiny-base --image *.jpg --prompt "caption en" --format jsonl
 
-The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. A picture that
+The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. An image that
 cannot be used is named, the others are answered, and the exit code is 2.
 """
 
@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from data import Processor
 from data.images import open_image
 from finetune import cli, load_adapter
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.evaluate import generate_answers
+from finetune.locate import find_adapter, find_base
+from finetune.paths import argument, path_argument
 from finetune.quantize import open_base
 from finetune.terminal import json_line, one_line, visible
 from model import fetch
@@ -25,18 +28,23 @@ from model import fetch
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
-    broken = broken_pictures(arguments.image)
+    broken = broken_images(arguments.image)
     for reason in broken.values():
         print(visible(f"error: {reason}"), file=sys.stderr)
     if len(broken) == len(set(arguments.image)):
-        raise ValueError("no picture is left to ask about")
+        raise ValueError("no image is left to ask about")
+    adapter = find_adapter(arguments.adapter) if arguments.adapter else None
+    base, revision = arguments.model, arguments.revision
+    if base is None:
+        assert adapter is not None, "there is a model or an adapter"
+        base, revision = find_base(adapter)
     device = pick_device(arguments.device)
-    directory = fetch(arguments.model, arguments.revision)
-    kept = cli.quantization(arguments.quantize, arguments.adapter)
+    directory = fetch(base, revision)
+    kept = cli.quantization(arguments.quantize, adapter)
     model = open_base(directory, pick_dtype(arguments.dtype, device), device, kept)
     processor = Processor.from_pretrained(directory)
-    if arguments.adapter:
-        load_adapter(model, arguments.adapter)
+    if adapter:
+        load_adapter(model, adapter)
     records = [
         {"id": f"{image}\n{prompt}", "image": image, "image_id": image, "prefix": prompt}
         for image in dict.fromkeys(arguments.image)
@@ -56,11 +64,11 @@ def main(argv: Sequence[str]) -> None:
     for line in lines(records, answers, arguments.format):
         print(line)
     if broken:
-        raise ValueError(f"{len(broken)} of {len(set(arguments.image))} pictures could not be used, see above")
+        raise ValueError(f"{len(broken)} of {len(set(arguments.image))} images could not be used, see above")
 
 
-def broken_pictures(paths: Sequence[str]) -> dict[str, str]:
-    """The pictures that cannot be used, and why, before minutes are spent on opening a network."""
+def broken_images(paths: Sequence[str]) -> dict[str, str]:
+    """The images that cannot be used, and why, before minutes are spent on opening a network."""
     broken = {}
     for path in dict.fromkeys(paths):
         try:
@@ -83,24 +91,38 @@ def lines(records: Sequence[dict[str, str]], answers: dict[str, str], form: str)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
+    arguments = build_parser().parse_args(argv)
+    if arguments.model is None and arguments.adapter is None:
+        raise ValueError("expected --model, a checkpoint; or --adapter, which names its base; or both")
+    if arguments.model is None and arguments.revision is not None:
+        raise ValueError("--revision is of the Hub id that --model gives: give that too")
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="checkpoint: a directory or a Hub id")
-    parser.add_argument("--revision", help="of a Hub id")
-    parser.add_argument("--adapter", help="directory of an adapter on that checkpoint")
-    parser.add_argument("--image", nargs="+", required=True, help="picture files")
-    parser.add_argument("--prompt", nargs="+", required=True, help="prompts, each asked of every picture")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely tokens of this mass")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--format", choices=["text", "jsonl"], default="text")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--quantize", choices=["auto", "nf4", "none"], default="auto", help=cli.QUANTIZE_HELP)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    return parser.parse_args(argv)
+
+    def option(name: str, help: str, **settings: Any) -> None:
+        shown = " (default: %(default)s)" if "default" in settings else ""
+        parser.add_argument(name, help=help + shown, **settings)
+
+    option("--model", "checkpoint: a directory or a Hub id; without it, the base that the adapter names", type=argument)
+    option("--revision", "branch, tag or commit of that Hub id")
+    option("--adapter", "directory of an adapter on that checkpoint, or of a run", type=path_argument)
+    option("--image", "image files", nargs="+", required=True, type=argument)
+    option("--prompt", "prompts, each asked of every image", nargs="+", required=True)
+    option("--max-new-tokens", "longest answer, in tokens", type=cli.positive, default=32)
+    option("--temperature", "0 takes the most likely token, higher values sample", type=float, default=0.0)
+    option("--top-p", "sample from the most likely tokens of this probability", type=float, default=1.0)
+    option("--seed", "of the sampling", type=int, default=0)
+    option("--batch-size", "prompts at once on the device", type=cli.positive, default=8)
+    option("--format", "text: tab-separated lines; jsonl: objects", choices=["text", "jsonl"], default="text")
+    option("--dtype", "of base weights and arithmetic", choices=list(DTYPES), default="bfloat16")
+    option("--quantize", cli.QUANTIZE_HELP, choices=["auto", "nf4", "none"], default="auto")
+    option("--device", "auto, cpu, cuda, cuda:N or mps", default="auto")
+    return parser
 
 
 if __name__ == "__main__":

@@ -170,24 +170,30 @@ def random_model(directory: Path, config: RunConfig, device: torch.device) -> Pa
 
 
 def check(config: RunConfig) -> None:
-    """Every record of training and validation looked at, every picture decoded; nothing is written.
+    """Every record of training and validation looked at, every image decoded; nothing is written.
 
     Raises:
-        ValueError: some cannot be used; all of them are listed.
+        ValueError: more cannot be used than the configuration lets be skipped; all of them are listed in any case.
     """
-    count = 0
+    refused = []
     for part in ("train", "validation") if config.data.validation else ("train",):
-        left_out = LeftOut(share=math.inf)
-        records = decodable(cli.open_records(config, part, left_out), left_out)
-        show(f"data.{part}: {len(records):,} records can be used, {len(left_out.reasons):,} cannot")
-        for name, reason in left_out.reasons.items():
-            show(f"  {name}: {reason}")
-        count += len(left_out.reasons)
-    if count:
-        raise ValueError(
-            f"{count:,} records cannot be used: mend them, or leave them out with data.on_error=skip, of all records "
-            "at most the share data.skip_at_most"
-        )
+        left_out, total, usable = LeftOut(share=math.inf), 0, 0
+        try:
+            records = cli.open_records(config, part, left_out)
+            total, usable = len(records), len(decodable(records, left_out))
+        except ValueError:
+            if not left_out.reasons:  # the file itself cannot be read
+                raise
+        count = len(left_out.reasons)
+        show(f"data.{part}: {usable:,} records can be used, {count:,} cannot")
+        show(*(f"  {name}: {reason}" for name, reason in left_out.reasons.items()))
+        allowed = cli.leave_out(config, part, listed=False)
+        if count > allowed.share * total:
+            refused.append(f"{count:,} records of data.{part} cannot be used; {allowed.advice(count, usable + count)}")
+        elif count:
+            show(f"  that is within data.skip_at_most ({config.data.skip_at_most:.1%}): a run skips them")
+    if refused:
+        raise ValueError("\n".join(refused))
 
 
 def inspect(model: PaliGemma, dataset: PaliGemmaDataset, processor: Processor) -> None:

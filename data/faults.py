@@ -27,13 +27,16 @@ class LeftOut:
     Args:
         file: the list, made when it is needed; None: in this process's memory alone.
         share: of all records that may be left out, at most; 0: none.
+        skippable: the share that data.on_error=skip would allow; None where there is no such key to set.
 
     Attributes:
         reasons: why each was left out, by its id.
     """
 
-    def __init__(self, file: str | PathLike[str] | None = None, share: float = 0.0) -> None:
-        self.file, self.share = None if file is None else Path(file), share
+    def __init__(
+        self, file: str | PathLike[str] | None = None, share: float = 0.0, skippable: float | None = None
+    ) -> None:
+        self.file, self.share, self.skippable = None if file is None else Path(file), share, skippable
         self.reasons: dict[str, str] = {}
         self._read = 0  # bytes of the file that are known
 
@@ -49,18 +52,28 @@ class LeftOut:
             return
         count = len(self.reasons) + len(new)
         if count > self.share * total:
-            mend = "mend them, or leave them out with data.on_error=skip"
-            if self.share:
-                mend = f"more than the {self.share:.1%} that may be left out (data.skip_at_most)"
             named = [f"{id}: {reason}" for id, reason in list(new.items())[:NAMED]]
             named += [f"and {len(new) - NAMED:,} more"] if len(new) > NAMED else []
-            raise ValueError("\n  ".join([f"{count:,} of {total:,} records cannot be used; {mend}:", *named]))
+            said = f"{count:,} of {total:,} records cannot be used; {self.advice(count, total)}:"
+            raise ValueError("\n  ".join([said, *named]))
         self.reasons |= new
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps({"id": id, "reason": reason}) + "\n" for id, reason in new.items())
             with self.file.open("ab") as file:  # written at once: lines of two processes do not mix
                 file.write(lines.encode())
+
+    def advice(self, count: int, total: int) -> str:
+        """What there is to do about so many records that cannot be used, of all."""
+        if self.skippable is None:
+            limit = f"more than the {self.share:.1%} that may be skipped: " if self.share else ""
+            return f"{limit}fix them, or take them out of the file"
+        if count == total:
+            return "none is left, fix them"
+        if count > self.skippable * total:
+            limit = f"more than the {self.skippable:.1%} that data.skip_at_most lets be skipped"
+            return f"{limit}: fix them, or raise it, with data.on_error=skip"
+        return "fix them, or skip them with data.on_error=skip"
 
     def _catch_up(self) -> None:
         if self.file is None or not self.file.exists():

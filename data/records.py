@@ -74,6 +74,9 @@ def load_records(
             cannot be used, more than may be left out.
     """
     folder = None if images is None else Path(images).absolute()
+    if folder is not None and not folder.is_dir():
+        said = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{images} {said}; expected the folder of the images")
     if jsonl is not None:
         files = [Path(jsonl)]
         folder = folder or files[0].parent.absolute()
@@ -166,8 +169,7 @@ def memory_mapped(
     """What `rows()` yields, written to `folder` once, then memory-mapped until `files` or `options` change."""
     key: list[Any] = [FORMAT, *map(str, options)]
     for file in files:
-        if not file.is_file() or not (status := file.stat()).st_size:
-            raise ValueError(f"{file} does not exist or is empty; mend its path")
+        status = require_file(file)
         key.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
     kept = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
     if not kept.exists():
@@ -187,6 +189,18 @@ def memory_mapped(
             os.replace(written, kept)
     faults = [Fault(*fault) for fault in json.loads(kept.with_suffix(".json").read_bytes())]
     return datasets.Dataset.from_file(str(kept)), faults
+
+
+def require_file(path: Path) -> os.stat_result:
+    """What the system knows of a file. ValueError where there is none, or nothing in it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a file")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; correct its path")
+    status = path.stat()
+    if not status.st_size:
+        raise ValueError(f"{path} is empty; expected examples in it")
+    return status
 
 
 def encodable(row: dict[str, Any] | Fault) -> dict[str, Any] | Fault:

@@ -69,10 +69,20 @@ def read_vqav2(
 
 
 def _one_split(said: Mapping[str, str | None]) -> str:
-    """The one by which pictures are named, if all agree; questions of test-dev2015 are about those of test2015."""
-    splits = {split.replace("-dev", "") for split in said.values() if split}
-    if len(splits) != 1:
-        raise ValueError(f"expected data_subtype or file names of one split, found {dict(said)}; rename the files")
+    """The one by which images are named, if all agree; questions of test-dev2015 are about those of test2015."""
+    named = {what: split.replace("-dev", "") for what, split in said.items() if split}
+    splits = set(named.values())
+    if not splits:
+        raise ValueError(
+            f"expected a split such as train2014, by which images are named, in the {' or in the '.join(said)}; name "
+            "the files as the official ones are named, or add data_subtype to them"
+        )
+    if len(splits) > 1:
+        found = ", ".join(f"{split} (by the {what})" for what, split in named.items())
+        raise ValueError(
+            f"expected files of one split, found {found}; give files that belong together, or correct the name or "
+            "data_subtype that is wrong"
+        )
     return splits.pop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shlex
 import sys
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.config import RunConfig
 
 MISTAKE, NOT_FINITE, STOPPED, INTERRUPTED = 2, 4, 75, 130
-QUANTIZE_HELP = "keep the base in four bits; auto (default): as it was while the adapter was trained"
+QUANTIZE_HELP = "keep the base in four bits; auto: as it was while the adapter was trained"
 
 
 class StoppedError(Exception):
@@ -72,13 +73,21 @@ def open_records(config: RunConfig, part: str, left_out: LeftOut | None = None) 
     return load_records(**source, prompt=prompt, seed=seed, left_out=left_out or leave_out(config, part))
 
 
-def leave_out(config: RunConfig, part: str) -> LeftOut:
-    """How many records of a part may be left out, and where they are listed: none, unless the configuration says so."""
+def leave_out(config: RunConfig, part: str, listed: bool = True) -> LeftOut:
+    """How many records of a part may be skipped by the configuration, and, if they are `listed`, in which file."""
     from data.faults import LeftOut
 
+    allowed = config.data.skip_at_most
     if config.data.on_error == "fail":
-        return LeftOut()
-    return LeftOut(Path(config.output, f"left_out_{part}.jsonl"), config.data.skip_at_most)
+        return LeftOut(skippable=allowed)
+    return LeftOut(Path(config.output, f"left_out_{part}.jsonl") if listed else None, allowed, allowed)
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1, for `argparse`."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number from 1")
+    return int(text)
 
 
 def command(script: str, *words: str) -> str:

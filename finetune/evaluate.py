@@ -20,6 +20,7 @@ from finetune import processes
 from finetune.vqa_accuracy import VQAScore, score, write_results
 from model import IGNORE_INDEX, PaliGemma
 
+METRICS_FILE = "metrics.json"
 Record = Mapping[str, Any]
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (batches, how many) -> the same, shown
 
@@ -35,8 +36,14 @@ class Evaluation:
         """Write `results.json` in the official format and `metrics.json` with the score and `facts` about the run."""
         directory.mkdir(parents=True, exist_ok=True)
         write_results(directory / "results.json", self.answers)
-        metrics = json.dumps({**self.score.to_dict(), **facts}, indent=2, ensure_ascii=False) + "\n"
-        (directory / "metrics.json").write_text(metrics, encoding="utf-8")
+        write_metrics(directory, self.score, **facts)
+
+
+def write_metrics(directory: Path, score: VQAScore, **facts: Any) -> None:
+    """Write `metrics.json` with a score, and `facts` about what was scored."""
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics = json.dumps({**score.to_dict(), **facts}, indent=2, ensure_ascii=False) + "\n"
+    (directory / METRICS_FILE).write_text(metrics, encoding="utf-8")
 
 
 def silent(batches: Iterable[Any], total: int) -> Iterable[Any]:

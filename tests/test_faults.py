@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ def listed(file: Path) -> list[str]:
 
 def test_by_default_none_may_be_left_out_and_the_first_ones_are_named() -> None:
     LeftOut().add([], 100)
-    with pytest.raises(ValueError, match=r"^1 of 100 records .*; mend them, or .*on_error=skip:\n  q0: reason 0$"):
+    with pytest.raises(
+        ValueError, match=r"^1 of 100 records .*; fix them, or take them out of the file:\n  q0: reason 0$"
+    ):
         LeftOut().add(FAULTS[:1], 100)
     with pytest.raises(ValueError, match=r"(?s)5 of 100 .*q0: reason 0\n  q1: .*\n  q2: reason 2\n  and 2 more$"):
         LeftOut().add(FAULTS, 100)
@@ -29,7 +32,7 @@ def test_up_to_a_share_they_are_left_out_and_listed_once(tmp_path: Path) -> None
     left_out.add(FAULTS[:2], 100)
     left_out.add([FAULTS[1], FAULTS[2], FAULTS[2]], 100)
     assert listed(tmp_path / "run" / "left_out.jsonl") == ["q0", "q1", "q2"]
-    with pytest.raises(ValueError, match=r"4 of 100 .* more than the 3\.0% that may be left out"):
+    with pytest.raises(ValueError, match=r"4 of 100 .* more than the 3\.0% that may be skipped"):
         left_out.add(FAULTS[2:4], 100)
     assert listed(tmp_path / "run" / "left_out.jsonl") == list(left_out.reasons) == ["q0", "q1", "q2"]
     assert left_out.reasons["q2"] == "reason 2"
@@ -56,3 +59,27 @@ def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: P
         more.write(b'son": "before"}\n')
     left_out.add([], 100)
     assert left_out.reasons == {"q0": "before"}
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "advice"),
+    [
+        (0.0, 1, "fix them, or skip them with data.on_error=skip"),
+        (
+            0.0,
+            4,
+            "more than the 3.0% that data.skip_at_most lets be skipped: fix them, or raise it, with data.on_error=skip",
+        ),
+        (
+            0.03,
+            4,
+            "more than the 3.0% that data.skip_at_most lets be skipped: fix them, or raise it, with data.on_error=skip",
+        ),
+        (0.0, 100, "none is left, fix them"),
+    ],
+)
+def test_the_advice_can_be_followed(share: float, count: int, advice: str) -> None:
+    """data.on_error=skip is no help beyond its share, nor where nothing would be left."""
+    faults = [Fault(f"q{k}", "broken") for k in range(count)]
+    with pytest.raises(ValueError, match=re.escape(f"{count} of 100 records cannot be used; {advice}:")):
+        LeftOut(share=share, skippable=0.03).add(faults, 100)

@@ -106,9 +106,10 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
         (line(image=""), "only the prefix may be empty"),
         (line(id=1.5), "a text or a whole number as id"),
         (line(id="1"), "id '1' is that of line 1 too"),
-        (line(image="../a.jpg"), r"'\.\./a\.jpg' leads out of"),
-        (line(image="sub/../a.jpg"), "leads out of"),
-        (line(image="/etc/passwd"), "leads out of"),
+        (line(image="../a.jpg"), r"'\.\./a\.jpg' is no plain path; give one within .*, without '\.\.'"),
+        (line(image="sub/../a.jpg"), "is no plain path"),
+        (line(image="a\0.jpg"), "is no plain path"),
+        (line(image="/etc/passwd"), "'/etc/passwd' is an absolute path; give one relative to"),
     ],
     ids=repr,
 )
@@ -130,7 +131,7 @@ def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Pat
     with pytest.raises(ValueError, match=r"1: picture .*link/a\.jpg leads out of its folder by a link"):
         load_records(jsonl=file, cache_dir=tmp_path)
     absolute = write(inside, line(image=str(inside / "a.jpg")))
-    with pytest.raises(ValueError, match=r"line 1: image .* leads out of .*; give a path within it"):
+    with pytest.raises(ValueError, match=r"line 1: image .* is an absolute path; give one relative to"):
         load_records(jsonl=absolute, cache_dir=tmp_path)
     (tmp_path / "alias").symlink_to(inside)  # the folder itself may be reached by a link
     write(inside, line())
@@ -138,8 +139,17 @@ def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Pat
 
 
 def test_missing_files_and_empty_ones_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"gone\.jsonl does not exist; correct its path"):
         load_records(jsonl=tmp_path / "gone.jsonl", cache_dir=tmp_path)
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(ValueError, match=r"none\.jsonl is empty"):
+        load_records(jsonl=tmp_path / "none.jsonl", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r" is a folder; expected a file"):
+        load_records(jsonl=tmp_path, cache_dir=tmp_path)
+    file = write(tmp_path, line())
+    for images, said in ((tmp_path / "gone", "does not exist"), (file, "is a file")):
+        with pytest.raises(ValueError, match=f"{images} {said}; expected the folder of the images"):
+            load_records(jsonl=file, images=images, cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"train\.jsonl holds no examples"):
         load_records(jsonl=write(tmp_path, "", " ", ""), cache_dir=tmp_path)
 
@@ -163,3 +173,21 @@ def test_a_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.M
     first = load_records(jsonl=file, cache_dir=tmp_path / "cache")
     monkeypatch.setattr("data.jsonl._lines", lambda *_: pytest.fail("read again"))
     assert load_records(jsonl=file, cache_dir=tmp_path / "cache").to_list() == first.to_list()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PAR1\x15\x04\x84", "a Parquet file"),
+        (b"PK\x03\x04\x00", "a zip archive"),
+        (b"\x1f\x8b\x08\x00", "compressed by gzip"),
+        ("{}".encode("utf-16"), "a text in UTF-16"),
+        (b'[\n {"image": "a.jpg"}]', "one JSON list"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", "a binary file"),
+    ],
+    ids=lambda value: str(value)[:14],
+)
+def test_a_file_of_another_kind_is_told_what_it_is(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"train\.jsonl is {kind}.*; expected JSON lines"):
+        load_records(jsonl=tmp_path / "train.jsonl", cache_dir=tmp_path)
