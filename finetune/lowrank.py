@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from finetune.quantize import dense
-from model.lean import add_product, product
+from model.products import add_product, grad_of_input, grad_of_weight, product
 
 
 class LowRank(Function):
@@ -37,22 +36,22 @@ class LowRank(Function):
         through = x.flatten(0, -2)
         if not ctx.needs_input_grad[0]:
             ctx.mark_non_differentiable(through)
-        low = F.linear(dropped(x, rows, p).flatten(0, -2), a.to(x.dtype)) * scale
-        return through, F.linear(low, b.to(x.dtype), bias)
+        low = product(dropped(x, rows, p).flatten(0, -2), a.to(x.dtype)) * scale
+        return through, product(low, b.to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, rows = ctx.saved_tensors
         left = dropped(x, rows, ctx.p).flatten(0, -2)
-        low = F.linear(left, a.to(x.dtype)) * ctx.scale  # [n, r]
-        grad_low = grad @ b.to(x.dtype) * ctx.scale  # [n, r]
-        grad_a, grad_b = (grad_low.t() @ left).to(a.dtype), (grad.t() @ low).to(b.dtype)
+        low = product(left, a.to(x.dtype)) * ctx.scale  # [n, r]
+        grad_low = grad_of_input(grad, b.to(x.dtype)) * ctx.scale  # [n, r]
+        grad_a, grad_b = grad_of_weight(grad_low, left).to(a.dtype), grad_of_weight(grad, low).to(b.dtype)
         total = None
         if ctx.needs_input_grad[0] and rows is None:
-            total = grad_x.addmm(grad_low, a.to(x.dtype)).view_as(x)
+            total = grad_of_input(grad_low, a.to(x.dtype), onto=grad_x).view_as(x)
         elif ctx.needs_input_grad[0]:
-            total = grad_x.view_as(x) + dropped((grad_low @ a.to(x.dtype)).view_as(x), rows, ctx.p)
+            total = grad_x.view_as(x) + dropped(grad_of_input(grad_low, a.to(x.dtype)).view_as(x), rows, ctx.p)
         return total, grad_a, grad_b, None, None, None, None
 
 
@@ -68,7 +67,7 @@ class FrozenProduct(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, product(grad, dense(ctx.linear)) if ctx.needs_input_grad[1] else None, None
+        return grad, grad_of_input(grad, dense(ctx.linear)) if ctx.needs_input_grad[1] else None, None
 
 
 def dropped(x: Tensor, rows: Tensor | None, p: float) -> Tensor:

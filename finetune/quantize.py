@@ -12,11 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.durable import require_whole
-from model import PaliGemma
+from model import PaliGemma, products
 
 SAMPLE = 64  # values by which a weight is known again
 BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a quantised weight, scales included
@@ -42,7 +41,7 @@ class NF4Linear(nn.Linear):
         return matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense(), self.bias)
+        return products.linear(x, self.dense(), self.bias)
 
 
 def dense(linear: nn.Linear) -> Tensor:

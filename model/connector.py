@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from model.config import PaliGemmaConfig
-from model.lean import Linear
+from model.products import Linear
 
 
 class LinearConnector(nn.Module):

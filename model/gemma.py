@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import TextConfig
-from model.lean import Linear, gated, remade, rms_norm
+from model.lean import gated, remade, rms_norm
+from model.products import Linear, attention, linear
 
 ALIGNED = 8  # elements
 
@@ -151,7 +151,7 @@ class GemmaAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         q = q.unflatten(1, (self.key_heads, -1)).transpose(2, 3)  # (B, g, U, h/g, d)
-        attended = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=seeing.bias)
+        attended = attention(q.flatten(2, 3), k, v, seeing.bias)
         attended = attended.unflatten(2, q.shape[2:4]).transpose(1, 2)  # (B, U, g, h/g, d)
         output: Tensor = self.o_proj(attended.flatten(2))  # (B, U, D)
         return output
@@ -276,4 +276,4 @@ class GemmaForCausalLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V], in the weights' dtype."""
-        return F.linear(hidden, self.model.embed_tokens.weight)
+        return linear(hidden, self.model.embed_tokens.weight)

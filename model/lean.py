@@ -1,4 +1,4 @@
-"""Operations that keep for the backward pass only what it cannot cheaply compute again, and do not dawdle.
+"""Operations that keep for the backward pass only what it cannot cheaply compute again.
 
 Each replaces plain autograd where that keeps more: an RMSNorm its input and one number a row instead of fp32 copies of
 both factors, a gated activation its two inputs instead of those and what lies between. Values and gradients are the
@@ -14,16 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
-
-# Not in every torch: then bf16 is taken to be good.
-CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-EMULATES_BF16 = CPU.get("architecture") == "x86_64" and not (CPU.get("avx512_bf16") or CPU.get("amx_bf16"))
-PART = 2**22  # elements of a weight cast at a time
-ENOUGH = 16  # rows of x from which on that is faster (benchmarks/LOG.md)
 
 
 def choose_kernels() -> None:
@@ -74,65 +68,6 @@ class _Gated(Function):
         gate, up = ctx.saved_tensors
         grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
         return grad_gate, gelu(gate, approximate="tanh").mul_(grad)
-
-
-class _Product(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        flat = x.flatten(0, -2)
-        start = torch.zeros(len(flat), len(weight), dtype=x.dtype) if bias is None else bias.repeat(len(flat), 1)
-        return add_product(start, flat, weight).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return product(grad.flatten(0, -2), ctx.weight).view(*grad.shape[:-1], -1), None, None
-
-
-class Linear(nn.Linear):
-    """A linear layer that takes a bf16 product in fp32 where the CPU is slow in bf16 and the weight is not learning."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled() and self.weight.requires_grad
-        if learns or not is_slow(x, self.weight):
-            return super().forward(x)
-        output: Tensor = _Product.apply(x, self.weight, self.bias)
-        return output
-
-
-def is_slow(x: Tensor, weight: Tensor) -> bool:
-    """Whether x [..., in] times a weight is faster in fp32 than in bf16: on an x86 CPU without bf16 instructions, where
-    the rows are enough to make up for the cast.
-    """
-    enough = x.device.type == "cpu" and x.numel() >= ENOUGH * x.shape[-1]
-    return EMULATES_BF16 and enough and x.dtype == weight.dtype == torch.bfloat16
-
-
-def add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """out [n, out] += x [n, in] W^T, in place; summed in fp32 and rounded once where that is faster."""
-    if not is_slow(x, weight):
-        return out.addmm_(x, weight.t())
-    x, size = x.float(), rows_of_a_part(weight)
-    cast, summed = torch.empty(size, weight.shape[1]), torch.empty(len(x), size)
-    for columns, part in zip(out.split(size, dim=1), weight.split(size), strict=True):
-        columns += torch.mm(x, cast[: len(part)].copy_(part).t(), out=summed[:, : len(part)])
-    return out
-
-
-def rows_of_a_part(weight: Tensor) -> int:
-    return min(len(weight), max(1, PART // weight.shape[1]))
-
-
-def product(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad [n, out] times W [out, in]: the gradient of x W^T for x, [n, in]."""
-    if not is_slow(grad, weight):
-        return grad @ weight
-    total, size = torch.zeros(len(grad), weight.shape[1]), rows_of_a_part(weight)
-    cast = torch.empty(size, weight.shape[1])
-    for columns, part in zip(grad.split(size, dim=1), weight.split(size), strict=True):
-        total.addmm_(columns.float(), cast[: len(part)].copy_(part))
-    return total.to(grad.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

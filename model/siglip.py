@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VisionConfig
-from model.lean import Linear
+from model.products import Conv2d, Linear, attention
 
 
 class SiglipEmbeddings(nn.Module):
@@ -21,7 +21,7 @@ class SiglipEmbeddings(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.image_size = config.image_size
-        self.patch_embedding = nn.Conv2d(
+        self.patch_embedding = Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
@@ -50,7 +50,7 @@ class SiglipAttention(nn.Module):
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attention(q, k, v)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, N, D)
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import LoRAConfig, LoRALinear, eject_lora, inject_lora
 from finetune.lora import put_adapter, set_dropout_rows
-from model import PaliGemma, TextConfig, lean
+from model import PaliGemma, TextConfig
 from model.gemma import GemmaLayer, GemmaMLP, Sight
 from model.lean import gated, remade, rms_norm
 from tests import tiny
@@ -331,31 +331,6 @@ def test_the_last_layer_works_for_used_positions_alone(adapted: PaliGemma) -> No
     width, attention = text.hidden_size, text.num_attention_heads * text.head_dim
     one_row = 2 * (2 * width * attention + 3 * width * text.intermediate_size + width * text.vocab_size)
     assert every - labelled >= 2 * (16 - 3) * one_row
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_frozen_product_in_fp32_is_the_one_in_bf16_but_nearer(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    linear = lean.Linear(300, 2500, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
-    x = torch.randn(2, 20, 300, dtype=torch.bfloat16).requires_grad_()
-    grad = torch.randn(2, 20, 2500, dtype=torch.bfloat16)
-    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
-    exact_grad = grad.double() @ linear.weight.double()
-    distances = []
-    for emulates in (False, True):
-        monkeypatch.setattr(lean, "EMULATES_BF16", emulates)
-        y = linear(x)
-        (found,) = torch.autograd.grad(y, x, grad)
-        distances.append([float((y - exact).abs().mean()), float((found - exact_grad).abs().mean())])
-        assert y.dtype == found.dtype == torch.bfloat16
-        few = linear(x[0, :3])
-        assert torch.equal(few, F.linear(x[0, :3], linear.weight, linear.bias))  # too few to cast for
-    assert all(fp32 <= 1.01 * bf16 for bf16, fp32 in zip(*distances, strict=True))
-    assert all(distance < 0.01 for distance in distances[1])
-    assert kept_bytes(lambda: linear(x), linear) == 0
-    with torch.no_grad():
-        assert torch.equal(linear.requires_grad_(True)(x), y)  # a weight that could learn, but does not now
-    linear(x).sum().backward()
-    assert linear.weight.grad is not None
 
 
 def test_what_mkl_chooses_in_a_first_call_is_first_called_with_one_number() -> None:
