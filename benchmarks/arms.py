@@ -25,6 +25,7 @@ from model.checkpoint import canonical_name
 PREFIX_TOKENS, SUFFIX_TOKENS, RANK = 13, 3, 16
 Loss = Callable[[dict[str, Tensor]], Tensor]
 Arm = tuple[dict[str, nn.Parameter], Loss]  # what is trained, under our names, and the loss of a batch
+Opened = Callable[[Path, torch.dtype, torch.device], Arm]  # an arm from its case
 
 
 def ours(case: Path, dtype: torch.dtype, device: torch.device, recompute: str, quantization: str | None = None) -> Arm:
@@ -112,7 +113,12 @@ def tuned_on(base: Any, adapter: Path, checkpointing: bool) -> Arm:
     return trained, loss
 
 
-ARMS: dict[str, Callable[[Path, torch.dtype, torch.device], Arm]] = {
+def in_fp32(arm: Opened) -> Opened:
+    """The same arm in fp32, whatever the others are in."""
+    return lambda case, _, device: arm(case, torch.float32, device)
+
+
+ARMS: dict[str, Opened] = {
     "ours": functools.partial(ours, recompute="nothing"),
     "ours-gate-up": functools.partial(ours, recompute="gate-up"),
     "ours-recompute": functools.partial(ours, recompute="layers"),
@@ -120,11 +126,14 @@ ARMS: dict[str, Callable[[Path, torch.dtype, torch.device], Arm]] = {
     "documented-keeping": functools.partial(documented, checkpointing=False),
     "tuned": functools.partial(tuned, checkpointing=False),
     "tuned-checkpointing": functools.partial(tuned, checkpointing=True),
+    "ours-fp32": in_fp32(functools.partial(ours, recompute="nothing")),
+    "tuned-fp32": in_fp32(functools.partial(tuned, checkpointing=False)),
     "ours-nf4": functools.partial(ours, recompute="nothing", quantization="nf4"),
     "ours-nf4-recompute": functools.partial(ours, recompute="layers", quantization="nf4"),
     "documented-nf4": functools.partial(documented, nf4=True),
 }
 DENSE = [arm for arm in ARMS if "nf4" not in arm]
+USUAL = [arm for arm in DENSE if "fp32" not in arm]
 REFERENCES = ("documented", "documented-nf4")  # for a dense base and for one in NF4
 
 

@@ -12,6 +12,8 @@ dropped. Rows of one image, 13 prefix and 3 supervised tokens. What is compared:
     tuned                 logits of supervised rows only, adapters in the base's dtype (the optimizer keeps fp32
                           copies), vision without a graph, no autocast
     tuned-checkpointing   the same with checkpointing
+    ours-fp32, tuned-fp32   ours and tuned with the base in fp32, whatever --dtype says: what a CPU without bf16
+                          instructions is best at, in twice the memory
     ours-nf4, ours-nf4-recompute, documented-nf4   the decoder's linears in NF4 (needs bitsandbytes); the library's is
                           the documented recipe on a base quantised as it documents, the vision tower left as it is
 
@@ -32,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import side_by_side
-from benchmarks.arms import ARMS, DENSE, RANK, REFERENCES, make_batch, take_step
+from benchmarks.arms import ARMS, DENSE, RANK, REFERENCES, USUAL, make_batch, take_step
 from finetune import cli
 from finetune.paths import path_argument
 from model import PaliGemmaConfig
@@ -126,7 +128,12 @@ def main(argv: Sequence[str]) -> None:
     parser = side_by_side.parser(NAME, __doc__)
     parser.add_argument("--batch", type="positive", default=1, help="rows of a step")
     parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=DENSE, metavar="ARM", help="default: all but those in NF4"
+        "--arms",
+        nargs="+",
+        choices=list(ARMS),
+        default=USUAL,
+        metavar="ARM",
+        help="default: all but those in fp32 and NF4",
     )
     parser.add_argument(
         "--largest", action="store_true", help="on a GPU: find each arm's largest batch, from --batch on"

@@ -64,10 +64,24 @@ def test_a_training_step_beside_the_library(in_this_process: object, tmp_path: P
             assert max(numbers) - min(numbers) <= 2e-4 * max(numbers)
             means.append(statistics.mean(numbers))
     assert means[:2] != pytest.approx(means[2:], rel=2e-4)  # a base in NF4 is another one
-    assert len([row for row in body if " / " in row[0]]) == 5 * 5
+    assert len([row for row in body if " / " in row[0]]) == 6 * 6
     assert "--batch 3" in text
     assert "Gate passed" in text
     assert "avx512_bf16" in text
+
+
+@pytest.mark.parametrize("arm", ["ours", "tuned"])
+def test_an_arm_in_fp32_is_in_fp32_beside_others_in_bf16(tmp_path: Path, arm: str) -> None:
+    arguments, cpu = side_by_side.parser("test", None).parse_args(QUICK), torch.device("cpu")
+    with side_by_side.workplace(arguments) as (_, checkpoint):
+        batch = arms.make_batch(side_by_side.TINY, 2)
+        case = side_by_side.write_case(tmp_path / "case", checkpoint, batch, rank=4)
+        wanted, found, other = (
+            arms.ARMS[name](case, dtype, cpu)[1](batch).detach()
+            for name, dtype in ((arm, torch.float32), (f"{arm}-fp32", torch.bfloat16), (arm, torch.bfloat16))
+        )
+    assert torch.equal(found, wanted)
+    assert not torch.equal(other, wanted)
 
 
 def test_a_reference_alone_has_passed_no_gate(in_this_process: object, capsys: pytest.CaptureFixture[str]) -> None:
