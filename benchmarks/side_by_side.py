@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks.random_checkpoint import write_checkpoint
 from finetune.adapter import save_adapter
-from finetune.device import DTYPES, pick_device, pick_dtype
+from finetune.device import DTYPES, is_out_of_memory, pick_device, pick_dtype
 from finetune.lora import LoRAConfig, adapters, inject_lora
 from finetune.paths import path_argument
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
@@ -116,7 +116,9 @@ def parse(
         )
     try:
         measured = run_arm(arguments)
-    except torch.OutOfMemoryError:  # on a GPU a result like any other
+    except Exception as error:
+        if not is_out_of_memory(error):  # that is a result like any other
+            raise
         measured = {"out of memory": True}
     print(json.dumps(measured))
     return None

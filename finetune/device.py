@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import re
+
 import torch
 
+OUT_OF_MEMORY = re.compile(
+    "|".join(
+        (
+            r"(CUDA|HIP|XPU|MPS backend) out of memory",
+            r"(CUDA|HIP) error: out of memory",  # from a call that is not the allocator's
+            r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS)_STATUS_\w*ALLOC(ATION)?_FAILED",  # a handle, a workspace
+            r"DefaultCPUAllocator: (can't allocate|not enough) memory",
+        )
+    )
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -43,3 +56,28 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             "works on it: float32 (twice the memory: 11.7 GB of weights for the 3B), or the CPU with bfloat16"
         )
     return DTYPES[name]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in whichever of their ways torch, a library or Python say it.
+
+    Beside torch.OutOfMemoryError and MemoryError these are RuntimeErrors (torch.AcceleratorError is one) that only
+    their words tell from others.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that torch adds; its type, where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a failed attempt has left behind; outside of the except block, for the error holds on to it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

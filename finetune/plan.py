@@ -43,12 +43,12 @@ class Mode:
     micro_batch: int
     recompute_layers: int = 0
     recompute_gate_up: bool = False
-    vision_leaves: bool = False
+    offload_vision: bool = False
 
     def __str__(self) -> str:
         again = f"the first {self.recompute_layers} layers" if self.recompute_layers else "nothing"
         again = "gate and up" if self.recompute_gate_up else again
-        away = "; the vision tower leaves the device while the decoder works" if self.vision_leaves else ""
+        away = "; the vision tower leaves the device while the decoder works" if self.offload_vision else ""
         return f"micro-batches of {self.micro_batch}, computing {again} again{away}"
 
 
@@ -172,11 +172,11 @@ class Planner:
         }
         tower_at_work = rows * vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * e
         # Pictures are encoded first; then the decoder works, with or without the tower beside it.
-        before = self.tower + tower_at_work if mode.vision_leaves else tower_at_work
+        before = self.tower + tower_at_work if mode.offload_vision else tower_at_work
         decoder["vision phase beyond that"] = max(0, before - sum(decoder.values()))
         image_tokens = 0 if self.vision_trains else self.batch_size * vision.num_patches * text.hidden_size * e
         components = {
-            "base weights": self.frozen - self.tower * mode.vision_leaves,
+            "base weights": self.frozen - self.tower * mode.offload_vision,
             "trained weights": self.trained,
             "gradients": self.trained,
             "optimizer": 2 * self.trained,
@@ -224,7 +224,7 @@ class Planner:
         moves of the tower, each about as long as the decoder's work on one example.
         """
         launches = 1 + LAUNCH_TOKENS / (mode.micro_batch * self.tokens)
-        moves = self.counted.row / TERA / self.batch_size if mode.vision_leaves else 0
+        moves = self.counted.row / TERA / self.batch_size if mode.offload_vision else 0
         return (self.work(mode) + moves) * launches
 
 

@@ -22,9 +22,10 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.config import RunConfig
+from finetune.device import is_out_of_memory
 from finetune.plan import TERA, Mode, counting
 from finetune.steps import Steps
-from finetune.trainer import Collate, Example, LoRATrainer
+from finetune.trainer import Collate, Example, ImageFeatures, LoRATrainer
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 
 Answers = list[tuple[str, str, str]]  # question, wanted, answered
@@ -137,7 +138,9 @@ def probe(run: RunConfig, model: PaliGemma, mode: Mode, shape: Shape, collate: C
         trainer = LoRATrainer(run, model, rows, steps, mode, collate, save_result=lambda: None)
         try:
             return time_parts(trainer, [rows[index] for index in range(len(rows))])
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"the device ran out of memory with {mode}, which should fit by the plan: close what else uses it, or "
                 "lower memory.budget_gib"
@@ -150,24 +153,25 @@ def time_parts(trainer: LoRATrainer, rows: list[Example]) -> Pace:
         torch.cuda.reset_peak_memory_stats(device)
     trainer.network.train()
     optimizer = trainer.create_optimizer()
-    features: dict[str, Tensor] = {}
+    images: ImageFeatures | None = None
 
     def move() -> None:
-        with trainer.tower_on_device():
+        with trainer.vision_on_device():
             pass
 
     def encode() -> None:
-        features.update(trainer.frozen_image_features(rows))
+        nonlocal images
+        images = trainer.frozen_image_features(rows)
 
     def decode() -> None:
-        trainer.micro_step(trainer.network, rows, features, tokens)
+        trainer.micro_step(trainer.network, rows, images, tokens)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(trainer.trained.values(), trainer.run.train.max_grad_norm)
         optimizer.step()
 
     moved, _ = timed(move, device)
-    with trainer.tower_on_device():
+    with trainer.vision_on_device():
         encoded, encoded_work = timed(encode, device)
     decoded, decoded_work = timed(decode, device)
     updated, _ = timed(update, device)
@@ -261,7 +265,7 @@ def learn_by_heart(
             callbacks=[watch],
             checkpointed=False,
         )
-        watch.ready = trainer.tower_on_device
+        watch.ready = trainer.vision_on_device
         try:
             trainer.train()
         except FloatingPointError as error:

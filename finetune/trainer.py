@@ -27,15 +27,19 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from finetune import checkpoints, processes
 from finetune.config import RunConfig
+from finetune.device import first_line, free_memory, is_out_of_memory
 from finetune.interrupt import ignore_interrupts
 from finetune.lora import LoRALinear, set_dropout_rows
+from finetune.offload import Offload
 from finetune.plan import Mode
 from finetune.steps import Part, Steps
-from model import IGNORE_INDEX, PaliGemma, PaliGemmaOutput
+from finetune.transfer import to_device
+from model import IGNORE_INDEX, PaliGemma, PaliGemmaOutput, TokenBatch
 
 Example = dict[str, Any]
 Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
 Evaluate = Callable[[], dict[str, float]]
+TEXTS = ("input_ids", "token_type_ids", "labels")  # of an example, what a micro-batch collates
 
 
 class LoRATrainer(Trainer):
@@ -83,10 +87,7 @@ class LoRATrainer(Trainer):
                 "lora=null trains the base weights themselves, and bfloat16 rounds small updates away: set "
                 "model.dtype=float32"
             )
-        if mode.vision_leaves:
-            for parameter in model.vision_tower.parameters():
-                home = parameter.data.to("cpu")
-                parameter.data = home.pin_memory() if torch.cuda.is_available() else home
+        self.offload = Offload(model.vision_tower, model.device) if mode.offload_vision else None
         model.language_model.model.set_recompute(mode.recompute_layers, mode.recompute_gate_up)
         super().__init__(
             model=WithoutConfig(model),
@@ -132,10 +133,12 @@ class LoRATrainer(Trainer):
             try:
                 total = self.cut_step(model, inputs, tokens)
                 break
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                reason = str(error).split("\n")[0]
-            # Outside of the except block: the error holds on to what the failed attempt had allocated.
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
             self.network.zero_grad()
+            free_memory(self.args.device)
             self.mode = self.smaller(reason)
         processes.add_up([total, *self.gradients()])
         self.check_finite(model, inputs, tokens, total)
@@ -145,10 +148,10 @@ class LoRATrainer(Trainer):
 
     def cut_step(self, model: nn.Module, examples: list[Example], tokens: int) -> Tensor:
         """Gradients of these examples, of a step of so many supervised `tokens`; returns their part of its loss."""
-        features = self.frozen_image_features(examples)
+        images = self.frozen_image_features(examples)
         total = torch.zeros((), device=self.args.device)
         for part in micro_batches(examples, self.mode.micro_batch):
-            total += self.micro_step(model, part, features, tokens)
+            total += self.micro_step(model, part, images, tokens)
         return total
 
     def gradients(self) -> list[Tensor]:
@@ -163,8 +166,6 @@ class LoRATrainer(Trainer):
                 f"out of memory in step {self.state.global_step + 1} with micro-batches of {rows} ({reason}): set "
                 "train.micro_batch=auto or less, train.recompute=auto or more, or close what else uses the device"
             )
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
         warnings.warn(
             f"out of memory in step {self.state.global_step + 1} ({reason}): repeated, and from here on cut into "
             f"micro-batches of {rows // 2} instead of {rows}",
@@ -175,7 +176,7 @@ class LoRATrainer(Trainer):
     def check_finite(self, model: nn.Module, examples: list[Example], tokens: int, total: Tensor) -> None:
         """Stop before the optimizer where loss or gradients are not finite: keep the state before, say where it is."""
         norm = get_total_norm(self.gradients())
-        if total.isfinite() and norm.isfinite():
+        if torch.stack((total, norm.to(total))).isfinite().all():
             return
         self.network.zero_grad()
         found = processes.gather(self.first_not_finite(model, examples, tokens))
@@ -199,9 +200,9 @@ class LoRATrainer(Trainer):
                 found.append(name)
 
         hooks = [m.register_forward_hook(partial(look, name)) for name, m in self.network.named_modules() if name]
-        features = self.frozen_image_features(examples)
+        images = self.frozen_image_features(examples)
         for part in micro_batches(examples, self.mode.micro_batch):
-            self.micro_step(model, part, features, tokens)
+            self.micro_step(model, part, images, tokens)
             broken = [n for n, p in self.trained.items() if p.grad is not None and not p.grad.isfinite().all()]
             # The backward pass comes from the end: the last parameter's gradient is the first one.
             found += [f"the gradient of {name}" for name in reversed(broken)]
@@ -213,72 +214,70 @@ class LoRATrainer(Trainer):
         self.network.zero_grad()
         return next(iter(found), None), [example["id"] for example in examples]
 
-    def micro_step(self, model: nn.Module, part: Sequence[Example], features: dict[str, Tensor], tokens: int) -> Tensor:
-        """Forward and backward pass of a micro-batch; returns its part of the mean loss over a step's `tokens`."""
-        batch = self.collate(part)
-        batch = {name: tensor.to(self.args.device) for name, tensor in batch.items() if name != "pixel_values"}
-        batch["image_features"] = self.image_features(part, features)
-        set_dropout_rows(self.network.language_model, self.dropout_keys([example["id"] for example in part]))
-        loss = self.compute_loss(model, batch, num_items_in_batch=tokens)
+    def micro_step(
+        self, model: nn.Module, part: Sequence[Example], images: ImageFeatures | None, tokens: int
+    ) -> Tensor:
+        """Forward and backward pass of a micro-batch; returns its part of the mean loss over a step's `tokens`.
+
+        All that it needs is worked out on the host and moved in one copy: nothing in it waits for the device.
+        """
+        texts = self.collate([{name: example[name] for name in TEXTS} for example in part])
+        batch = TokenBatch.of(self.network.config.image_token_id, **texts)
+        inputs = {**batch.tensors(), "dropout": self.dropout_keys([example["id"] for example in part])}
+        if images is None:
+            pixels = unique_images(part)
+            rows = {name: row for row, name in enumerate(pixels)}
+            inputs |= {"pixels": torch.stack(list(pixels.values())), "image_dropout": self.dropout_keys(list(pixels))}
+        else:
+            rows = images.rows
+        inputs["image_rows"] = torch.tensor([rows[example["image_id"]] for example in part])
+        moved = to_device(inputs, self.args.device)
+        set_dropout_rows(self.network.language_model, moved["dropout"])
+        if images is None:
+            set_dropout_rows(self.network.vision_tower, moved["image_dropout"])
+            set_dropout_rows(self.network.multi_modal_projector, moved["image_dropout"])
+        encoded = self.network.encode_images(moved["pixels"]) if images is None else images.tokens
+        batch = dataclasses.replace(batch, **{name: moved[name] for name in batch.tensors()})
+        passed = {"batch": batch, "image_features": encoded[moved["image_rows"]]}
+        loss = self.compute_loss(model, passed, num_items_in_batch=tokens)
         self.accelerator.backward(loss)
         return loss.detach()
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         output = model(**inputs, num_items_in_batch=num_items_in_batch)
         return (output.loss, output) if return_outputs else output.loss
 
-    def frozen_image_features(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Image tokens [N, D] of each picture of a step, once each and without a graph; none where vision is
-        trained.
-        """
+    def frozen_image_features(self, examples: Sequence[Example]) -> ImageFeatures | None:
+        """Image tokens of each image of a step, once each and without a graph; None where vision is trained."""
         towers = (self.network.vision_tower, self.network.multi_modal_projector)
         if any(parameter.requires_grad for tower in towers for parameter in tower.parameters()):
-            return {}
-        pixels = unique_images(examples)
-        features: dict[str, Tensor] = {}
-        with torch.no_grad(), self.tower_on_device():
-            for names in cut(list(pixels), self.mode.micro_batch):
-                encoded = self.network.encode_images(torch.stack([pixels[name] for name in names]).to(self.args.device))
-                features |= zip(names, encoded, strict=True)
-        return features
+            return None
+        pixels, config, device = unique_images(examples), self.network.config, self.args.device
+        shape = (len(pixels), config.vision.num_patches, config.text.hidden_size)
+        tokens = torch.empty(shape, dtype=self.network.dtype, device=device)
+        with torch.no_grad(), self.vision_on_device():
+            parts = zip(
+                cut(list(pixels.values()), self.mode.micro_batch), tokens.split(self.mode.micro_batch), strict=True
+            )
+            for part, room in parts:
+                moved = to_device({"pixels": torch.stack(part)}, device)
+                room.copy_(self.network.encode_images(moved["pixels"]))
+        return ImageFeatures({name: row for row, name in enumerate(pixels)}, tokens)
 
-    @contextlib.contextmanager
-    def tower_on_device(self) -> Iterator[None]:
-        """Where the plan says that the frozen vision tower lives on the host, it is on the device for this long."""
-        if not self.mode.vision_leaves:
-            yield
-            return
-        tower = list(self.network.vision_tower.parameters())
-        home = [parameter.data for parameter in tower]
-        for parameter in tower:
-            parameter.data = parameter.data.to(self.args.device, non_blocking=True)
-        try:
-            yield
-        finally:
-            for parameter, data in zip(tower, home, strict=True):
-                parameter.data = data
-
-    def image_features(self, examples: Sequence[Example], known: dict[str, Tensor]) -> Tensor:
-        """Image tokens [B, N, D] of the rows: looked up, or computed with a graph where vision is trained."""
-        if known:
-            return torch.stack([known[example["image_id"]] for example in examples])
-        pixels = unique_images(examples)
-        set_dropout_rows(self.network.vision_tower, self.dropout_keys(list(pixels)))
-        set_dropout_rows(self.network.multi_modal_projector, self.dropout_keys(list(pixels)))
-        encoded = self.network.encode_images(torch.stack(list(pixels.values())).to(self.args.device))
-        places = {name: place for place, name in enumerate(pixels)}
-        return encoded[[places[example["image_id"]] for example in examples]]
+    def vision_on_device(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the vision encoder is on the device, also where the plan keeps it in host memory."""
+        return self.offload.on_device() if self.offload else contextlib.nullcontext()
 
     def dropout_keys(self, names: Sequence[str]) -> Tensor:
         """i64 [B]: what the dropout of each row is drawn from: seed, step and record or picture, nothing else."""
         prefix = f"{self.run.train.seed} {self.state.global_step} "
-        return torch.tensor([zlib.crc32((prefix + name).encode()) for name in names], device=self.args.device)
+        return torch.tensor([zlib.crc32((prefix + name).encode()) for name in names])
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """The network as it is: `training_step` sums the gradients of several processes itself."""
@@ -297,7 +296,7 @@ class LoRATrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Metrics under `eval_` names, logged; saves the model where its accuracy is the best so far."""
         assert self.evaluate_now is not None, "the arguments ask for evaluation only where there is one"
-        with self.tower_on_device():
+        with self.vision_on_device():
             metrics = {f"eval_{name}": value for name, value in self.evaluate_now().items()}
         if self.state.best_metric is None or metrics["eval_accuracy"] > self.state.best_metric:
             processes.once(self.keep_result)
@@ -374,6 +373,14 @@ class LoRATrainer(Trainer):
         return self.lr_scheduler
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+    """Image tokens [I, N, D] of a step's images, all in one buffer, and in which row those of an image id are."""
+
+    rows: dict[str, int]
+    tokens: Tensor
+
+
 class WithErrors(Dataset[Any]):
     """Examples, or instead of one the error that it cannot be made: raised in a worker it would become a traceback."""
 
@@ -399,13 +406,23 @@ class WithoutConfig(nn.Module):
         return output
 
 
+class Arguments(TrainingArguments):
+    """The Trainer's arguments, but that the Trainer leaves the model where it is: by itself it would bring an offloaded
+    vision encoder back to the device.
+    """
+
+    @property
+    def place_model_on_device(self) -> bool:
+        return False
+
+
 def training_arguments(
     config: RunConfig, total: int, device: torch.device, evaluates: bool, checkpointed: bool
 ) -> TrainingArguments:
     """The Trainer's arguments: what it does itself is the schedule, clipping, and when to log, evaluate and save."""
     train = config.train
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-    return TrainingArguments(
+    return Arguments(
         output_dir=config.output,
         max_steps=total,
         per_device_train_batch_size=train.batch_size,
@@ -459,10 +476,11 @@ def check_gradients(model: nn.Module) -> None:
     A's is zero in a fresh adapter's first step, as B is; a B without one is an adapter that the loss does not see.
     """
     silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    for path, module in model.named_modules():
-        gradient = module.lora_B.grad if isinstance(module, LoRALinear) else None
-        if gradient is not None and not bool(gradient.any()):
-            silent.append(f"{path}.lora_B")
+    adapters = {f"{path}.lora_B": m.lora_B.grad for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+    learning = {name: gradient.any() for name, gradient in adapters.items() if gradient is not None}
+    if learning:
+        seen = torch.stack(list(learning.values())).tolist()  # the device is asked once
+        silent += [name for name, is_seen in zip(learning, seen, strict=True) if not is_seen]
     if silent:
         raise RuntimeError(
             f"{len(silent)} trained parameters got no gradient in the first step, so they would never learn: "

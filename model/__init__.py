@@ -1,10 +1,11 @@
 """The network: a PaliGemma written from scratch. Needs torch and safetensors only."""
 
+from model.batch import IGNORE_INDEX, TokenBatch
 from model.checkpoint import fetch
 from model.config import PaliGemmaConfig, TextConfig, VisionConfig
 from model.gemma import prefix_lm_mask
 from model.lean import choose_kernels
-from model.paligemma import IGNORE_INDEX, PaliGemma, PaliGemmaOutput
+from model.paligemma import PaliGemma, PaliGemmaOutput
 
 __all__ = [
     "IGNORE_INDEX",
@@ -12,6 +13,7 @@ __all__ = [
     "PaliGemmaConfig",
     "PaliGemmaOutput",
     "TextConfig",
+    "TokenBatch",
     "VisionConfig",
     "fetch",
     "prefix_lm_mask",

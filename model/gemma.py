@@ -237,8 +237,9 @@ class GemmaModel(nn.Module):
         """Token ids [B, S] -> embeddings [B, S, D], scaled by sqrt(D) rounded to the weights' dtype as in the
         reference.
         """
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype)
-        embedded: Tensor = self.embed_tokens(input_ids) * scale.to(input_ids.device)
+        # Rounded on the CPU, for a number costs no copy to the device.
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype, device="cpu").item()
+        embedded: Tensor = self.embed_tokens(input_ids) * scale
         return embedded
 
     def forward(

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import checkpoint, gemma, siglip
+from model.batch import TokenBatch, image_positions
 from model.config import PaliGemmaConfig
 from model.connector import LinearConnector
 from model.gemma import prefix_lm_mask
 from model.generate import generate
-
-IGNORE_INDEX = -100  # label of a position that is not supervised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +96,26 @@ class PaliGemma(nn.Module):
         features: Tensor = self.multi_modal_projector(self.vision_tower(pixel_values))
         return features
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
-        """Token ids i64[B, S] and image tokens [B, N, D] -> input embeddings [B, S, D]."""
-        is_image = input_ids == self.config.image_token_id
-        expected = 0 if image_features is None else image_features.shape[1]
-        counts = is_image.sum(dim=1)
-        if not bool((counts == expected).all()) or (
-            image_features is not None and len(image_features) != len(input_ids)
-        ):
-            images = "no image" if image_features is None else f"{len(image_features)} images of {expected} tokens"
+    def embed(self, input_ids: Tensor, image_features: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """Token ids i64 [B, S] and image tokens [B, N, D] -> input embeddings [B, S, D].
+
+        positions: i64 [B, N], where the image tokens stand; without them they are looked for.
+        """
+        if positions is None:
+            positions = image_positions(input_ids.cpu(), self.config.image_token_id).to(input_ids.device)
+        rows, expected = positions.shape
+        given = (0, 0) if image_features is None else image_features.shape[:2]
+        if given != ((rows, expected) if expected else (0, 0)):
+            images = "no image" if image_features is None else f"{given[0]} images of {given[1]} tokens"
             raise ValueError(
-                f"the {len(input_ids)} rows hold {counts.tolist()} image tokens, given: {images}; expected one image "
-                f"a row, each {self.config.vision.num_patches} <image> tokens for this checkpoint"
+                f"the {rows} rows hold {[expected] * rows} image tokens, given: {images}; expected one image a row, "
+                f"each {self.config.vision.num_patches} <image> tokens for this checkpoint"
             )
         embedded = self.language_model.model.embed(input_ids)
         if image_features is None:
             return embedded
-        return embedded.masked_scatter(is_image[..., None], image_features.to(embedded.dtype))
+        index = positions[..., None].expand_as(image_features)
+        return embedded.scatter(1, index, image_features.to(embedded.dtype))
 
     def hidden_states(
         self,
@@ -121,36 +123,32 @@ class PaliGemma(nn.Module):
         image_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        used: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states [B, S, D], before the output head; arguments as in `forward`.
+        """Final hidden states [B, S, D], before the output head; arguments as in `forward`."""
+        batch = TokenBatch.of(self.config.image_token_id, input_ids, attention_mask, token_type_ids)
+        return self.decode(batch.to(input_ids.device), image_features)
 
-        used: i64 [B, U], the positions that are wanted, where not all are: the last layer works for those alone, and
-        the result is [B, U, D].
+    def decode(self, batch: TokenBatch, image_features: Tensor | None) -> Tensor:
+        """Final hidden states of a checked batch: [B, S, D], or where it has labels of the used positions, [B, U, D]:
+        the last layer then works for those alone.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        if not bool(attention_mask[:, 0].all()):
-            raise ValueError("attention_mask starts with padding: rows must be padded on the right")
-        x = self.embed(input_ids, image_features)  # (B, S, D)
-        positions = torch.arange(1, x.shape[1] + 1, device=x.device).expand(
-            x.shape[:2]
-        )  # published models count from 1
-        mask = prefix_lm_mask(attention_mask, token_type_ids)
-        hidden: Tensor = self.language_model.model(x, mask, positions, used=used)
+        x = self.embed(batch.input_ids, image_features, batch.image_positions)  # (B, S, D)
+        # Published models count from 1.
+        positions = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[:2])
+        mask = prefix_lm_mask(batch.attention_mask, batch.token_type_ids)
+        hidden: Tensor = self.language_model.model(x, mask, positions, used=batch.used)
         return hidden
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         image_features: Tensor | None = None,
         num_items_in_batch: int | None = None,
+        batch: TokenBatch | None = None,
     ) -> PaliGemmaOutput:
         """Logits, and with labels the cross-entropy of the supervised tokens.
 
@@ -163,31 +161,27 @@ class PaliGemma(nn.Module):
             labels: i64 [B, S], the token itself at supervised positions, -100 elsewhere.
             num_items_in_batch: divide the summed loss by this number instead of by the supervised tokens of this call:
                 the supervised tokens of a whole optimizer step, when this call is one micro-batch of it.
+            batch: in the place of ids, mask, types and labels: what `TokenBatch.of` made of them, on this device.
+                Nothing in the pass then depends on values that only the device knows, so that the host need not wait.
 
         Raises:
             ValueError: image tokens and images that do not match, left padding, labels without types or all ignored.
         """
-        if labels is not None and token_type_ids is None:
-            raise ValueError(
-                "labels need token_type_ids (0 prefix, 1 suffix): without them the answer leaks into the prefix"
-            )
+        if (input_ids is None) == (batch is None):
+            raise ValueError("expected input_ids, or a batch made of them, and not both")
+        if batch is None:
+            assert input_ids is not None
+            made = TokenBatch.of(self.config.image_token_id, input_ids, attention_mask, token_type_ids, labels)
+            batch = made.to(input_ids.device)
         if pixel_values is not None:
             if image_features is not None:
                 raise ValueError("pixel_values and image_features were both given: pass one of them")
             image_features = self.encode_images(pixel_values)
-        if labels is None:
-            hidden = self.hidden_states(input_ids, image_features, attention_mask, token_type_ids)
+        hidden = self.decode(batch, image_features)
+        if batch.predicting is None or batch.targets is None:
             return PaliGemmaOutput(self.language_model.head(hidden))
-        supervised = labels[:, 1:] != IGNORE_INDEX  # (B, S-1), at the positions that predict
-        counts = supervised.sum(dim=1, keepdim=True)
-        if not (most := int(counts.max())):
-            raise ValueError("labels hold no supervised position: their loss is not a number; drop such rows")
-        # Each row's own positions first, filled up with others.
-        used = supervised.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, U)
-        hidden = self.hidden_states(input_ids, image_features, attention_mask, token_type_ids, used)
-        own = torch.arange(most, device=counts.device) < counts
-        logits = self.language_model.head(hidden[own])  # (L, V)
-        total = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum")
+        logits = self.language_model.head(hidden.flatten(0, 1).index_select(0, batch.predicting))  # (L, V)
+        total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
         return PaliGemmaOutput(logits, total / (num_items_in_batch or len(logits)))
 
     generate = generate

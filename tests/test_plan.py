@@ -106,7 +106,7 @@ def test_the_chosen_mode_fits_and_less_memory_means_more_work() -> None:
     assert made.choose(10**12).mode == Mode(8)
     least = made.choose(0)
     assert not least.fits
-    assert least.mode == Mode(1, recompute_layers=4, vision_leaves=True)
+    assert least.mode == Mode(1, recompute_layers=4, offload_vision=True)
     costs = []
     for budget in torch.linspace(least.total, free.total, 12).long().tolist():
         plan = made.choose(budget)
@@ -123,8 +123,8 @@ def test_what_is_given_is_taken() -> None:
 
 
 def test_the_tower_stays_where_it_is_trained_or_has_nowhere_to_go() -> None:
-    assert not planner(TARGETS["both towers"]).choose(0).mode.vision_leaves
-    assert not planner(TARGETS["language"], device="cpu").choose(0).mode.vision_leaves
+    assert not planner(TARGETS["both towers"]).choose(0).mode.offload_vision
+    assert not planner(TARGETS["language"], device="cpu").choose(0).mode.offload_vision
     everything = planner(None).plan(Mode(1), 0)
     assert everything.components["base weights"] == 0
     assert everything.components["optimizer"] == 2 * everything.components["gradients"] > 0
@@ -167,7 +167,7 @@ def test_what_the_configuration_says_of_itself_is_what_the_plan_finds() -> None:
     made.device = torch.device("cuda")
     on_a_card = made.choose(without.budget)
     assert without.mode == Mode(2)
-    assert on_a_card.mode == Mode(4, vision_leaves=True)
+    assert on_a_card.mode == Mode(4, offload_vision=True)
     for plan, rows in ((without, "two rows"), (on_a_card, "four rows")):
         base, activations = (plan.components[name] / GIB for name in ("base weights", "activations"))
         for number in (f"{plan.total / GIB:.2f} GiB", f"base weights {base:.2f}", rows, f" {activations:.2f}"):

@@ -122,7 +122,7 @@ def test_what_is_timed_is_what_was_planned(tmp_path: Path) -> None:
     """By its products: nothing of a step is left out, nothing done twice."""
     run, shape = run_config(("language.*",), 8, tmp_path), Shape(8, 8.0, 48, 3)
     model = network(run)
-    for mode in (Mode(4), Mode(4, recompute_layers=2), Mode(2, recompute_gate_up=True), Mode(4, vision_leaves=True)):
+    for mode in (Mode(4), Mode(4, recompute_layers=2), Mode(2, recompute_gate_up=True), Mode(4, offload_vision=True)):
         planner = Planner(model.config, run.lora, torch.float32, 48, 3, 8, torch.device("cpu"))
         with sdpa_kernel(SDPBackend.MATH):
             pace = probe.probe(run, model, mode, shape, partial(collate, pad_id=0))
@@ -302,7 +302,7 @@ def test_the_network_is_asked_every_five_steps_while_all_of_it_is_there(
 ) -> None:
     """Also where the vision tower leaves the device; the first right answers with a lower loss end the trial."""
     inside, asked = 0, []
-    on_device = LoRATrainer.tower_on_device
+    on_device = LoRATrainer.vision_on_device
 
     @contextlib.contextmanager
     def noted(trainer: LoRATrainer) -> Iterator[None]:
@@ -316,9 +316,9 @@ def test_the_network_is_asked_every_five_steps_while_all_of_it_is_there(
         asked.append(inside)
         return [("?", "yes", "yes" if len(asked) >= 3 else "no")] * 4
 
-    monkeypatch.setattr(LoRATrainer, "tower_on_device", noted)
+    monkeypatch.setattr(LoRATrainer, "vision_on_device", noted)
     monkeypatch.setattr(Trial, "learned", property(lambda trial: trial.right == 4))
-    trial = tried(tmp_path, Mode(2, vision_leaves=True), ask)
+    trial = tried(tmp_path, Mode(2, offload_vision=True), ask)
     assert asked == [1, 1, 1]
     assert len(trial.losses) == 15
     assert trial.right == 4

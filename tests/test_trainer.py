@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from data import collate
 from finetune import LoRAConfig, durable, inject_lora
@@ -71,9 +71,11 @@ def run_config(base: Path, output: Path, lora: dict[str, Any] | None, **train: A
 
 
 def trainer_of(config: RunConfig, **keywords: Any) -> LoRATrainer:
-    model = PaliGemma.from_pretrained(config.model.path, dtype=torch.float32)
+    dtype = keywords.pop("dtype", torch.float32)
+    model = PaliGemma.from_pretrained(config.model.path, dtype=dtype).to(keywords.pop("device", "cpu"))
     if config.lora:
         inject_lora(model, config.lora, config.train.seed)
+        model.to(dtype)  # in fp64 the adapters too
     Path(config.output).mkdir(parents=True, exist_ok=True)
     steps = Steps(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
     keywords = {"save_result": lambda: None, **keywords}
@@ -310,8 +312,18 @@ def test_a_gradient_that_is_not_finite_keeps_the_state_before_it(base: Path, tmp
     assert all(torch.equal(p, straight.trained[name]) for name, p in resumed.trained.items())
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nmuch more text"), r"CUDA out of memory\."),
+        (torch.AcceleratorError("CUDA error: out of memory\nmore"), "CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "CUDA error: CUBLAS.*"),
+        (MemoryError(), "MemoryError"),
+    ],
+    ids=["allocator", "another call", "cuBLAS", "Python"],
+)
 def test_out_of_memory_the_step_is_repeated_in_smaller_parts(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     config = run_config(base, tmp_path, {**ADAPTERS, "dropout": 0.3})
     expected = gradients(config)
@@ -320,12 +332,12 @@ def test_out_of_memory_the_step_is_repeated_in_smaller_parts(
     def small(self: LoRATrainer, model: Any, part: Any, *arguments: Any) -> Tensor:
         calls.append(len(part))
         if len(part) > 2 and len(calls) > 1:  # the first part has added its gradients already
-            raise torch.OutOfMemoryError("CUDA out of memory.\nmuch more text")
+            raise error
         return step(self, model, part, *arguments)
 
     monkeypatch.setattr(LoRATrainer, "micro_step", small)
     auto = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": "auto"})})
-    with pytest.warns(UserWarning, match=r"step 1 \(CUDA out of memory\.\): repeated.*micro-batches of 2 instead of 4"):
+    with pytest.warns(UserWarning, match=rf"step 1 \({said}\): repeated.*micro-batches of 2 instead of 4"):
         found = gradients(auto, mode=Mode(4))
     assert calls == [4, 4, 2, 2, 2, 2, 2]
     for name, gradient in expected.items():
@@ -410,7 +422,7 @@ def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: P
         LoRATrainer(config, model, Examples(), Steps(40, 10, 0, 1), Mode(1), partial(collate, pad_id=0), lambda: None)
 
 
-@pytest.mark.parametrize("how", [{"recompute_layers": 2}, {"recompute_gate_up": True}, {"vision_leaves": True}])
+@pytest.mark.parametrize("how", [{"recompute_layers": 2}, {"recompute_gate_up": True}, {"offload_vision": True}])
 def test_recomputation_and_the_towers_leave_change_nothing(base: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     config = run_config(base, tmp_path, ADAPTERS)
     kept = gradients(config)
@@ -487,6 +499,12 @@ SEAMS: dict[str, list[str]] = {
 }
 
 
+def test_the_trainer_asks_its_arguments_whether_to_move_the_model(base: Path, tmp_path: Path) -> None:
+    """The documented seam by which an offloaded vision encoder stays away: a property of TrainingArguments."""
+    assert isinstance(inspect.getattr_static(TrainingArguments, "place_model_on_device"), property)
+    assert trainer_of(run_config(base, tmp_path, ADAPTERS)).place_model_on_device is False
+
+
 @pytest.mark.parametrize("name", SEAMS)
 def test_the_trainers_seams_are_where_they_were(name: str) -> None:
     """A new release of transformers that moves one of them fails here, not in somebody's night."""
@@ -496,8 +514,6 @@ def test_the_trainers_seams_are_where_they_were(name: str) -> None:
 def test_the_trainer_does_not_use_several_devices_by_itself(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import TrainingArguments
-
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0, or use all with accelerate launch --multi_gpu"):
         trainer_of(run_config(base, tmp_path, ADAPTERS))
