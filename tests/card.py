@@ -37,9 +37,9 @@ ROOT = Path(__file__).parent.parent
 
 
 class CardTensor(torch.Tensor):
-    """A tensor on the card; `inner` holds what is in it."""
+    """A tensor on the card; `content` holds what is in it."""
 
-    inner: Tensor
+    content: Tensor
 
     @staticmethod
     def __new__(cls, values: Tensor) -> CardTensor:
@@ -52,11 +52,8 @@ class CardTensor(torch.Tensor):
             device=DEVICE,
             requires_grad=False,
         )
-        made.inner = values
+        made.content = values
         return made
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"CardTensor({self.inner!r})"
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -98,7 +95,7 @@ class Card(TorchDispatchMode):
         self.factories = Factories()
 
     def __enter__(self) -> Card:
-        # `parameter.data = other` would leave `inner` behind: modules on the move get new parameters.
+        # `parameter.data = other` would leave `content` behind: modules on the move get new parameters.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         self.factories.__enter__()
         super().__enter__()
@@ -132,7 +129,7 @@ class Card(TorchDispatchMode):
         leaves = onto_host or (asked is not None and not makes)
         if makes:
             kwargs["device"] = "cpu"
-        inner_args, inner_kwargs = tree_map_only(CardTensor, lambda tensor: tensor.inner, (args, kwargs))
+        inner_args, inner_kwargs = tree_map_only(CardTensor, lambda tensor: tensor.content, (args, kwargs))
         result = func(*inner_args, **inner_kwargs)
         if leaves:
             return args[0] if onto_host else result
