@@ -44,6 +44,7 @@ from finetune.steps import Steps
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
+from model.checkpoint import refuse_unreadable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.overfit is not None:
         overfit(config, arguments.overfit)
         return
+    fetch(config.model.path, config.model.revision, weights=False)  # a wrong name is said before anything else
     found, notes = processes.once(partial(find_checkpoint, config, arguments.resume, arguments.accept_changes))
     checkpoint = Path(found) if found else None
     for note in notes:
@@ -265,7 +267,7 @@ def plan_steps(config: RunConfig, examples: int) -> Steps:
 
 
 def dry_run(config: RunConfig, probed: bool) -> None:
-    """What the run would take, from the configuration and config.json alone; weights and pictures are not opened.
+    """What the run would take, from the configuration and config.json alone; of weights only headers are read.
 
     probed: say how long, too.
 
@@ -273,7 +275,10 @@ def dry_run(config: RunConfig, probed: bool) -> None:
         ValueError: it does not fit; says what to change.
     """
     directory = fetch(config.model.path, config.model.revision, weights=False)
-    planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
+    dimensions = PaliGemmaConfig.from_directory(directory)
+    if config.model.weights == "pretrained":
+        refuse_unreadable(directory)
+    planner, plan, whose = plan_run(config, dimensions)
     show(table_of_adapters(planner.model))
     table = new_table("component", "GiB", title=f"memory on {planner.device}")
     for name, size in plan.components.items():

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin, features
 
 MAX_PIXELS = 89_478_485  # 268 MB once decoded; from here on Pillow suspects a decompression bomb
+MAX_METADATA = 2**28  # bytes of texts and colour profile in a PNG, once decompressed; Pillow's own limit is 1 MB each
 # Pillow would also hand EPS and WMF to other programs; a data set has no business starting one.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
+if "avif" in features.modules and features.check("avif"):  # from Pillow 11.3 on, where its library was built in
+    FORMATS += ("AVIF",)
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), start=2)}  # EXIF 2.32, tag 0x0112
 
@@ -41,6 +44,7 @@ def check_header(source: ImageSource) -> None:
 def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
     """What `use` makes of the opened picture, or the one kind of error."""
     name, file = _locate(source)
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA  # read at each chunk
     try:
         if isinstance(file, Image.Image):
             return use(file)

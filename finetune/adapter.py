@@ -315,6 +315,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {error}") from error
     if problems:
+        if sizes := other_sizes(model, tensors):
+            raise ValueError(f"{path} was made for another base: {sizes}; give the base it was trained on")
         raise ValueError(f"{path} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
     if (trained := metadata_of(path).get(BASE_FINGERPRINT)) and trained != fingerprint(model):
         raise ValueError(
@@ -374,6 +376,35 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{path / WEIGHTS_FILE} holds {name} twice, in two layouts and with other values")
         tensors[name] = tensor
     return config, tensors
+
+
+def other_sizes(model: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """How the base that an adapter was made for differs from `model` in width or number of layers; "" for in neither.
+
+    Only what the adapter's tensors tell: the width from the inputs of its linears, the layers if it is in all of them.
+    """
+    found = []
+    for tower in ("language_model", "vision_tower"):
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and tower in name]
+        widths = {
+            name.rsplit(".", 2)[1]: tensor.shape[-1]
+            for name, tensor in tensors.items()
+            if name.startswith(tower) and name.endswith(".lora_A") and tensor.ndim == 2
+        }
+        for name in linears:
+            kind, width = name.rsplit(".", 1)[1], model.get_submodule(name).in_features
+            if (
+                kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")
+                and widths.get(kind, width) != width
+            ):
+                found.append(f"its {tower} has hidden size {widths[kind]}, this one's has {width}")
+                break
+        adapted, present = (
+            {split(name)[1] for name in names if name.startswith(tower)} - {""} for names in (tensors, linears)
+        )
+        if present < adapted == {str(number) for number in range(len(adapted))}:
+            found.append(f"its {tower} has {len(adapted)} layers, this one's has {len(present)}")
+    return "; ".join(found)
 
 
 def plan_loading(

@@ -38,7 +38,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
     terminal.keep_all_output()
     try:
-        main(sys.argv[1:])
+        with terminal.plain_warnings():
+            main(sys.argv[1:])
     except (ValueError, OSError, processes.ElsewhereError) as error:
         tqdm.write(visible(f"error: {error}"), file=sys.stderr)  # on a line of its own, below any bar
         sys.exit(MISTAKE)

@@ -229,7 +229,9 @@ class TrainConfig(Section):
     @field_validator("max_steps")
     @classmethod
     def _one_length(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
-        if "epochs" in info.data and (info.data["epochs"] is None) == (max_steps is None):
+        if "epochs" in info.data and info.data["epochs"] is None and max_steps is None:
+            raise ValueError("neither epochs nor max_steps is given: how long is the run? Give one, such as epochs: 3")
+        if "epochs" in info.data and info.data["epochs"] is not None and max_steps is not None:
             raise ValueError(
                 f"got {max_steps} with epochs {info.data['epochs']}; expected one of the two, null the other"
             )
@@ -339,7 +341,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
         explained: set[tuple[str | int, ...]] = set()
-        for details in error.errors(include_url=False):
+        errors = error.errors(include_url=False)
+        misspelt = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
+        for details in errors:
+            above = details["loc"][:-1]
+            if details["type"] == "value_error" and above in misspelt and details["loc"] not in document.origins:
+                continue  # of a key that is not there, in a section with one that is not known: perhaps the same key
             within = (details["ctx"]["key"],) if details["type"] == "fault" else ()
             place = _without_alternative(details["loc"] + within)
             if place not in explained:

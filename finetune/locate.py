@@ -37,5 +37,7 @@ def find_base(adapter: Path) -> tuple[str, str | None]:
         raise ValueError(f"{file} does not name its base ({error!r}): name it yourself") from error
     if not base or not isinstance(base, str):
         raise ValueError(f"{file} does not name its base: name it yourself")
-    places = [Path(), *adapter.absolute().parents, CHECKOUT]
-    return next((str(place / base) for place in places if (place / base / "config.json").is_file()), base), revision
+    for place in (Path(), *adapter.absolute().parents, CHECKOUT):
+        if (place / base / "config.json").is_file():
+            return str(place / base), None
+    return base, revision

@@ -340,10 +340,13 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig) -> tuple[Planner, Plan, st
     Rows are taken at their longest, data.max_text_tokens, with answers of at most ANSWER_TOKENS. Of several processes
     each plans its part of a step.
     """
+    layers, train = config.text.num_hidden_layers, run.train
+    if isinstance(train.recompute, int) and train.recompute > layers:
+        raise ValueError(f"train.recompute is {train.recompute}; this network has {layers} decoder layers")
     # With a budget, a device that is elsewhere can be planned for, too.
     here = run.model.device == "auto" or run.memory.budget_gib is None
     device = pick_device(run.model.device) if here else torch.device(run.model.device)
-    dtype, train = pick_dtype(run.model.dtype, device), run.train
+    dtype = pick_dtype(run.model.dtype, device)
     text = run.data.max_text_tokens
     tokens, supervised = config.vision.num_patches + 1 + text, min(ANSWER_TOKENS, text)
     part = math.ceil(train.batch_size / processes.count())

@@ -6,11 +6,19 @@ reading) is shown as an escape such as \\x1b, and so is what the encoding of the
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
+
+from tqdm import tqdm
+
+CHECKOUT = Path(__file__).parent.parent
 
 # Control characters but tab and newline, line and paragraph separators, marks of direction, halves of characters.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -45,3 +53,21 @@ def keep_all_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within this, warnings of ours are shown as a sentence, without the line of code that they come from."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(CHECKOUT) and ".venv" not in filename:
+            tqdm.write(visible(f"warning: {message}"), file=sys.stderr)  # on a line of its own, below any bar
+        else:
+            before(message, category, filename, *place, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

@@ -9,6 +9,7 @@ are copied in parts into preallocated ones, and each part of the file is forgott
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import mmap
@@ -17,6 +18,7 @@ import os
 import re
 import shutil
 import struct
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.config import INSTEAD_OF_QUANTIZED
+
 if TYPE_CHECKING:
     from model.paligemma import PaliGemma
 
@@ -34,6 +38,7 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 SIDE_FILES = ["tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"]
 SIDE_FILES += ["*processor_config.json", "generation_config.json", "chat_template.json", "chat_template.jinja"]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PACKED_DTYPES = re.compile("[UI](8|16|32)|F(4|6|8)(_.*)?")  # in which quantised weights are stored
 PART = 2**24  # elements copied at a time where a cast or another device is in the way
 
 
@@ -46,6 +51,8 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
+        if revision is not None:
+            warnings.warn(f"{path} is a directory: revision {revision!r}, of a Hub id, has no effect", stacklevel=2)
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) or path.parts[0] in (".", ".."):
         raise ValueError(f"{path_or_hub_id} is neither a directory nor a Hub id (owner/name)")
@@ -62,9 +69,18 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool
     except errors.RevisionNotFoundError:
         reason = f"it has no revision {revision!r}: see the branches at {page}/tree/main"
     except errors.RepositoryNotFoundError:
-        reason = f"no such model (or a private one): check the name at {page}, or run `hf auth login`"
+        reason = (
+            f"neither a directory here nor a model on the Hub, unless a private one: correct the name ({page}), or run "
+            "`hf auth login`"
+        )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        reason = f"no directory, and not on the Hub or in its cache ({type(error).__name__}): mend it, or go online"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise ValueError(f"{path_or_hub_id} cannot be written to the Hub's cache ({error}); see HF_HOME") from error
+        reason = (
+            f"no directory here, and neither in the Hub's cache nor to be had from it ({type(error).__name__}). Accept "
+            f"the licence at {page}, run `hf auth login` and start again with a network, or give the directory of a "
+            "checkpoint"
+        )
     raise ValueError(f"{path_or_hub_id}: {reason}")
 
 
@@ -165,20 +181,39 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError("the header is cut off")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        tensors, end = {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = map(operator.index, entry["data_offsets"])
-            dtype, shape = DTYPES[entry["dtype"]], tuple(map(operator.index, entry["shape"]))
-            if start != end or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} does not fit its bytes")
-            tensors[name], end = StoredTensor(path, 8 + length + start, dtype, shape), stop
-        if 8 + length + end != size:
-            raise ValueError(f"its tensors end at byte {8 + length + end} of {size}")
+        packed = {name: entry["dtype"] for name, entry in header.items() if PACKED_DTYPES.fullmatch(entry["dtype"])}
+        tensors = {} if packed else _layout(path, header, 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file of floats ({error!r}): download it again"
         ) from error
+    if packed:
+        name, dtype = next(iter(packed.items()))
+        raise ValueError(
+            f"{path} is of a quantised checkpoint ({name} is stored in {dtype}); {INSTEAD_OF_QUANTIZED.format('')}"
+        )
     return tensors
+
+
+def _layout(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, StoredTensor]:
+    """Where the tensors of a header lie, in a file of `size` bytes that holds them from `start` on."""
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = map(operator.index, entry["data_offsets"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(map(operator.index, entry["shape"]))
+        if begin != end or min(shape, default=0) < 0 or stop - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} does not fit its bytes")
+        tensors[name], end = StoredTensor(path, start + begin, dtype, shape), stop
+    if start + end != size:
+        raise ValueError(f"its tensors end at byte {start + end} of {size}")
+    return tensors
+
+
+def refuse_unreadable(directory: Path) -> None:
+    """ValueError where the header of one of the weight files that a directory holds says that it cannot be used."""
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name != "adapter_model.safetensors":
+            _read_header(path)
 
 
 def load_weights(model: nn.Module, directory: Path, device: str | torch.device) -> None:

@@ -17,6 +17,10 @@ from typing import Any
 import torch
 
 TANH_GELU = "gelu_pytorch_tanh"
+INSTEAD_OF_QUANTIZED = (
+    "its weights can be neither trained on nor merged into here. Give the full-precision checkpoint it was made "
+    "from{}, such as google/paligemma-3b-pt-224, and set model.quantize=nf4 to keep that one in four bits"
+)
 LARGEST, DEEPEST = 2**20, 2**10  # dimension and number of layers that are believed: a garbled file asks for any
 
 
@@ -108,6 +112,7 @@ class PaliGemmaConfig:
         """
         vision, text = ({**(hf.get(f"{part}_config") or {})} for part in ("vision", "text"))
         _require({"model_type": None, **hf}, "the top level", "model_type", {"paligemma"})
+        _refuse_quantized(hf.get("quantization_config") or text.get("quantization_config"), hf.get("_name_or_path"))
         _require(text, "text_config", "model_type", {"gemma"})
         _require(vision, "vision_config", "model_type", {"siglip_vision_model"})
         _require(vision, "vision_config", "hidden_act", {TANH_GELU})
@@ -171,6 +176,22 @@ def _require(hf: Mapping[str, Any], where: str, key: str, allowed: set[Any]) -> 
     if key in hf and hf[key] not in allowed:
         expected = " or ".join(sorted(repr(value) for value in allowed))
         raise ValueError(f"config.json: {key} at {where} is {hf[key]!r}; this network implements {expected} only")
+
+
+def _refuse_quantized(settings: Any, origin: Any) -> None:
+    """ValueError for a checkpoint whose weights are stored in fewer bits; says which, and what to take instead."""
+    if not settings:
+        return
+    given = settings if isinstance(settings, Mapping) else {}
+    method = given.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in given else "an unknown method")
+    if given.get("load_in_4bit") or given.get("_load_in_4bit"):
+        method = f"{method}, 4 bits, {given.get('bnb_4bit_quant_type', 'fp4')}"
+    elif given.get("load_in_8bit") or given.get("_load_in_8bit"):
+        method = f"{method}, int8"
+    elif "bits" in given:
+        method = f"{method}, {given['bits']} bits"
+    named = f" ({origin})" if origin and isinstance(origin, str) else ""
+    raise ValueError(f"config.json: this checkpoint is quantised ({method}); {INSTEAD_OF_QUANTIZED.format(named)}")
 
 
 def _rope_theta(text: Mapping[str, Any]) -> Any:

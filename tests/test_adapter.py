@@ -21,7 +21,7 @@ from transformers import PaliGemmaForConditionalGeneration
 from finetune import LoRAConfig, eject_lora, inject_lora, load_adapter, save_adapter
 from finetune.adapter import LAYOUTS, PREFIX, TrainingFacts, training_facts
 from finetune.lora import trained_parameters
-from model import PaliGemma
+from model import PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name
 from tests import tiny
 
@@ -408,3 +408,23 @@ def test_twenty_steps_equal_peft_and_transformers(pair: Pair) -> None:
     for name, parameter in mine.items():
         torch.testing.assert_close(parameter, reference[their_name(name)], rtol=0, atol=1e-4)
         assert not torch.equal(parameter, start[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"text__hidden_size": 16, "hidden_size": 16, "projection_dim": 16, "vision__projection_dim": 16},
+            "its language_model has hidden size 32, this one's has 16",
+        ),
+        ({"text__num_hidden_layers": 2}, "its language_model has 3 layers, this one's has 2"),
+    ],
+)
+def test_a_base_of_another_size_is_told_by_its_size(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Not by a list of all tensors."""
+    ours, other = (PaliGemma(PaliGemmaConfig.from_hf(hf)) for hf in (tiny.CONFIG, tiny.config(**changes)))
+    inject_lora(ours, LoRAConfig(rank=2))
+    save_adapter(ours, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"adapter was made for another base: {message}; give the base") as caught:
+        load_adapter(other, tmp_path / "adapter")
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -21,8 +22,8 @@ from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
 from finetune.scratch import from_random
-from model import PaliGemma, PaliGemmaConfig, checkpoint
-from model.checkpoint import MappedFile, StoredTensor
+from model import PaliGemma, PaliGemmaConfig, checkpoint, fetch
+from model.checkpoint import MappedFile, StoredTensor, refuse_unreadable
 from tests import tiny
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -271,10 +272,17 @@ def response(status: int) -> Any:
     ("error", "message"),
     [
         (lambda: errors.GatedRepoError("gated", response=response(403)), "licence must be accepted first"),
-        (lambda: errors.RepositoryNotFoundError("absent", response=response(404)), "no such model"),
+        (
+            lambda: errors.RepositoryNotFoundError("absent", response=response(404)),
+            "neither a directory here nor a model",
+        ),
         (lambda: errors.RevisionNotFoundError("absent", response=response(404)), "no revision 'bf17'"),
-        (lambda: errors.LocalEntryNotFoundError("offline"), "mend it, or go online"),
-        (lambda: OSError("no route"), "mend it, or go online"),
+        (
+            lambda: errors.LocalEntryNotFoundError("offline"),
+            r"licence at https://huggingface\.co/google/paligemma-3b-pt-224, run `hf auth login`.*give the directory",
+        ),
+        (lambda: OSError("no route"), "or give the directory"),
+        (lambda: OSError(errno.ENOSPC, "No space left on device"), r"cannot be written to the Hub's cache .*No space"),
     ],
 )
 def test_a_hub_model_that_cannot_be_had_gives_one_sentence(
@@ -287,6 +295,47 @@ def test_a_hub_model_that_cannot_be_had_gives_one_sentence(
     with pytest.raises(ValueError, match=message) as caught:
         PaliGemma.from_pretrained("google/paligemma-3b-pt-224", revision="bf17")
     assert "\n" not in str(caught.value)
+
+
+def test_a_revision_of_a_directory_is_said_to_have_no_effect(saved: Path) -> None:
+    with pytest.warns(UserWarning, match=r"is a directory: revision 'bfloat16', of a Hub id, has no effect"):
+        fetch(saved, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "bitsandbytes, 4 bits, nf4",
+        ),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes, int8"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits"),
+    ],
+)
+@pytest.mark.parametrize("section", [None, "text_config"])
+def test_a_quantised_checkpoint_is_told_what_it_is(
+    saved: Path, tmp_path: Path, settings: dict[str, Any], kind: str, section: str | None
+) -> None:
+    hf = json.loads((saved / "config.json").read_text()) | {"_name_or_path": "google/origin"}
+    (hf[section] if section else hf)["quantization_config"] = settings
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=rf"is quantised \({kind}\).*made from \(google/origin\).*model\.quantize=nf4"):
+        PaliGemma.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.int32])
+def test_packed_weights_are_no_damage(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Where config.json does not say that the checkpoint is quantised, its tensors do."""
+    tensors = load_file(saved / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.float32).to(dtype)
+    directory = write(saved, tmp_path / "packed", tensors)
+    with pytest.raises(ValueError, match=rf"is of a quantised checkpoint \({name} is stored in .*model\.quantize=nf4"):
+        PaliGemma.from_pretrained(directory)
+    with pytest.raises(ValueError, match="is of a quantised checkpoint"):
+        refuse_unreadable(directory)
 
 
 def test_the_hub_is_asked_for_the_revision_and_only_for_what_is_read(

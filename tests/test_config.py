@@ -233,7 +233,7 @@ def test_float16_is_refused_with_the_reason(path: Path, name: str) -> None:
         ("train.seed=4294967296", "train.seed: got 4294967296; expected whole number >= 0, < 4294967296"),
         ("train.eval_every=10", "train.eval_every: evaluating needs data.validation"),
         ("train.epochs=1", "train.max_steps: got 100 with epochs 1.0; expected one of the two"),
-        ("train.max_steps=null", "train.max_steps: got None with epochs None; expected one of the two"),
+        ("train.max_steps=null", "train.max_steps: neither epochs nor max_steps is given: how long is the run"),
         ("train.micro_batch=65", "train.micro_batch: micro_batch (65) must not exceed batch_size (64)"),
         ("train=3", "train: got 3; expected section"),
         ("data.train.fraction=0", "data.train.fraction: got 0; expected number > 0, <= 1 or null"),
@@ -341,6 +341,17 @@ def test_the_schema_for_editors_knows_every_key_and_refuses_others(capsys: pytes
 def test_an_unknown_argument_is_an_error() -> None:
     with pytest.raises(SystemExit):
         main(["--scheme"])
+
+
+def test_a_misspelt_key_is_named_and_what_it_should_have_set_is_not(tmp_path: Path) -> None:
+    minimal = "model: {path: p}\ndata: {train: {jsonl: f}}\ntrain: {epoch: 3}\noutput: o\n"
+    (tmp_path / "run.yaml").write_text(minimal)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert str(caught.value) == f"{tmp_path}/run.yaml:3: train.epoch: unknown key; did you mean epochs?"
+    (tmp_path / "run.yaml").write_text(minimal.replace("{epoch: 3}", "{learning_rate: 1e-4}"))
+    with pytest.raises(ConfigError, match=r"neither epochs nor max_steps is given: .* Give one, such as epochs: 3"):
+        load_config(tmp_path / "run.yaml")
 
 
 TEXT = st.text(min_size=1)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from data.images import MAX_PIXELS, check_header, open_image
+from data.images import FORMATS, MAX_PIXELS, check_header, open_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -53,6 +54,34 @@ def test_every_orientation_is_turned_upright_once(orientation: int, form: str) -
     assert opened.size == ((40, 24) if orientation <= 4 else (24, 40))
     assert opened.tobytes() == expected.tobytes()
     assert open_image(opened).tobytes() == expected.tobytes()
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow opens none")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_avif_is_opened_and_turned_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    plain = Image.new("RGB", (40, 24), RED)
+    plain.paste(Image.new("RGB", (20, 24), BLUE))
+    content = encoded(plain, "AVIF", exif=exif, quality=100, subsampling="4:4:4")
+    plain.getexif()[ExifTags.Base.Orientation] = orientation
+    expected = ImageOps.exif_transpose(plain)
+    opened = open_image(content)
+    assert opened.size == expected.size
+    difference = np.asarray(opened).astype(int) - np.asarray(expected)
+    assert abs(difference).mean() < 4
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_png_may_carry_megabytes_of_metadata(compressed: bool) -> None:
+    """Those of image editors and generators do; Pillow by itself refuses a text or profile of more than 1 MB."""
+    texts = PngInfo()
+    texts.add_text("parameters", "x" * 3_000_000, zip=compressed)
+    texts.add_itxt("XML:com.adobe.xmp", "y" * 2_000_000, zip=compressed)
+    profile = np.random.default_rng(0).bytes(2_000_000)
+    content = encoded(photograph(), "PNG", pnginfo=texts, icc_profile=profile)
+    check_header(content)
+    assert open_image(content).tobytes() == photograph().tobytes()
 
 
 def test_a_garbled_exif_block_leaves_the_picture_as_it_is() -> None:

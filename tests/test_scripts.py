@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import merge_lora
@@ -246,6 +246,35 @@ def test_a_run_that_does_not_fit_does_not_start(base: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"this does not fit: .*raise memory\.budget_gib"):
         train.main([*arguments(base, tmp_path / "run"), "memory.budget_gib=0.1"])
     assert not (tmp_path / "run").exists()
+
+
+def test_more_recomputed_layers_than_there_are_is_refused(base: Path, tmp_path: Path) -> None:
+    layers = json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    asked = [*arguments(base, tmp_path / "run"), "--dry-run"]
+    train.main([*asked, f"train.recompute={layers}"])
+    with pytest.raises(ValueError, match=f"recompute is {layers + 1}; this network has {layers} decoder layers"):
+        train.main([*asked, f"train.recompute={layers + 1}"])
+
+
+def test_a_quantised_base_is_refused_by_a_dry_run(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("data"))
+    asked = [*arguments(base, tmp_path / "run"), f"model.path={tmp_path}/base", "--dry-run"]
+    train.main(asked)
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, tmp_path / "base/model.safetensors")
+    with pytest.raises(ValueError, match=r"is of a quantised checkpoint .* stored in I8"):
+        train.main(asked)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"this checkpoint is quantised \(bitsandbytes, 4 bits, fp4\)"):
+        train.main(asked)
+
+
+def test_a_wrong_name_of_the_base_is_said_before_anything_else(base: Path, run: Path) -> None:
+    """Not as a configuration that leads to another result."""
+    with pytest.raises(ValueError, match=r"/nowhere is neither a directory nor a Hub id"):
+        train.main([*arguments(base, run), "model.path=/nowhere"])
 
 
 def test_a_network_is_gone_before_the_next_one_is_loaded(
@@ -497,7 +526,9 @@ def odd(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_over_broken_pictures_fails_or_skips_as_asked(odd: Path, base: Path, workers: int) -> None:
+def test_a_run_over_broken_pictures_fails_or_skips_as_asked(
+    odd: Path, base: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By name, within a quota, listed with the reason, and twice the same."""
     asked = overrides(odd, odd / "run", f"model.path={base}", f"data.workers={workers}", "train.batch_size=24")
     config = [str(ROOT / "configs/quickstart.yaml"), *asked]
@@ -522,6 +553,12 @@ def test_a_run_over_broken_pictures_fails_or_skips_as_asked(odd: Path, base: Pat
     questions = json.loads((odd / "data/v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
     assert len(asked_of) + len(left) == len(questions)
     assert len(left) > 0
+    before = digest(odd / "run")
+    evaluate.main([*skip, "--limit", "20"])  # a glance leaves the list of all as it is
+    assert digest(odd / "run") == before
+    capsys.readouterr()
+    train.main([*skip, "--check"])
+    assert capsys.readouterr().out.count("that is within data.skip_at_most (40.0%): a run skips them") == 2
 
 
 def test_a_picture_that_breaks_off_ends_a_run_by_name(odd: Path, base: Path) -> None:
@@ -562,6 +599,19 @@ def test_check_lists_all_where_nothing_can_be_used(odd: Path, base: Path, capsys
     shown = capsys.readouterr().out
     assert "  line 1: " in shown
     assert "truncated" in shown
+
+
+@pytest.mark.parametrize("line", ["{", '{"image": "gone.jpg", "prefix": "x", "suffix": "y"}'])
+def test_check_lists_the_reason_where_every_line_is_bad(
+    odd: Path, base: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (odd / "examples.jsonl").write_text(line)
+    settings = overrides(odd, odd / "run", f"model.path={base}", "train.eval_every=null")
+    source = f"data={{train: {{jsonl: {odd}/examples.jsonl}}, on_error: skip, skip_at_most: 0.5}}"
+    with pytest.raises(ValueError, match=r"^1 records of data\.train cannot be used; none is left, fix them$"):
+        train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source, "--check"])
+    shown = capsys.readouterr().out
+    assert "line 1" in shown or "No such file" in shown
 
 
 def test_a_run_does_not_go_on_with_data_edited_meanwhile(odd: Path, base: Path) -> None:

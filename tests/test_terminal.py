@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from finetune import console
 from finetune.console import new_table
-from finetune.terminal import UNSAFE, json_line, one_line, visible
+from finetune.terminal import UNSAFE, json_line, one_line, plain_warnings, visible
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
@@ -107,3 +108,14 @@ def test_no_answer_is_lost_to_an_encoding(encoding: str) -> None:
     assert lines[3:5] == ["dog", "shown \\u732b"]
     assert out.count("\\u732b") == 4
     assert err == "error: refused \\u732b [/red]\n"
+
+
+def test_a_warning_of_ours_is_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: theirs.append(str(message)))
+    with plain_warnings():
+        warnings.showwarning("ours \x1b", UserWarning, str(ROOT / "finetune/trainer.py"), 1)
+        warnings.showwarning("theirs", UserWarning, "/elsewhere/library.py", 3)
+        warnings.showwarning("old", DeprecationWarning, str(ROOT / "train.py"), 3)
+    assert capsys.readouterr().err == "warning: ours \\x1b\n"
+    assert theirs == ["theirs", "old"]
