@@ -25,6 +25,7 @@ from data import PaliGemmaDataset, Processor, collate
 from data.faults import LeftOut
 from data.records import decodable
 from finetune import cli, inject_lora, processes, save_adapter
+from finetune.checkpoints import step_of
 from finetune.cli import show
 from finetune.config import RunConfig, describe, load_config
 from finetune.console import new_table
@@ -38,6 +39,7 @@ from finetune.paths import argument
 from finetune.plan import GIB, Plan, Planner, plan_run, require_fit, spill_warning
 from finetune.probe import Shape, learn_by_heart, mean_row, pictures_of, probe, trial_config
 from finetune.quantize import open_base, quantize
+from finetune.result import Result
 from finetune.resume import find_checkpoint, start_run
 from finetune.scratch import from_random
 from finetune.steps import Steps
@@ -88,6 +90,11 @@ def main(argv: Sequence[str]) -> None:
     asked = asked_in_training(config)
     model = open_model(directory, config)
     steps = plan_steps(config, len(dataset))
+    if checkpoint and step_of(checkpoint) > steps.total:
+        raise ValueError(
+            f"{checkpoint} is beyond the {steps.total:,} steps of this configuration: make the run longer "
+            "(train.max_steps or train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
+        )
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
     adapt(model, config)
     show_trained(model)
@@ -103,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
         evaluate=evaluation_of(config, model, processor, asked),
         callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
-    if checkpoint and checkpoint.name == f"step-{steps.total:06d}":
+    if checkpoint and step_of(checkpoint) == steps.total:
         show(f"{config.output} is finished: nothing is left to train")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopping and trainer.state.global_step < steps.total:
@@ -114,6 +121,7 @@ def main(argv: Sequence[str]) -> None:
     after = cli.command("evaluate.py", arguments.config, *arguments.overrides)
     if config.data.validation is None:
         after = cli.command("predict.py", "--help")
+    show(f"kept {Result.read(Path(config.output))}")
     show(f"saved {result_directory(config)}; next: {after}")
 
 
@@ -403,13 +411,16 @@ def result_directory(config: RunConfig) -> Path:
     return Path(config.output) / ("adapter" if config.lora else "model")
 
 
-def save_result(model: PaliGemma, config: RunConfig) -> None:
-    """The result of the run: an adapter, or the whole checkpoint where all of it was trained."""
+def save_result(model: PaliGemma, config: RunConfig, result: Result) -> None:
+    """The result of the run: an adapter, or the whole checkpoint where all of it was trained; and why this one."""
+    directory, of_base = result_directory(config), {"base": config.model.path, "revision": config.model.revision}
     if config.lora:
-        save_adapter(model, result_directory(config), base=config.model.path, revision=config.model.revision)
+        save_adapter(model, directory, **of_base, facts=result.facts)
     else:
         size = sum(parameter.nbytes for parameter in model.parameters())
-        write_whole(result_directory(config), model.save_pretrained, size, replace=True)
+        write_whole(directory, model.save_pretrained, size, replace=True)
+    result.write(Path(config.output))
+    show(f"kept {result}")
 
 
 if __name__ == "__main__":

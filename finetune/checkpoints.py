@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from finetune.durable import damage, settle, write_whole
 
 TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
+STATE = "trainer_state.json"  # the Trainer's own name
 SLACK = 2**20  # bytes beside the tensors: headers, the Trainer's state
 
 
@@ -84,6 +85,11 @@ def read_moments(path: Path, trained: Mapping[str, nn.Parameter], optimizer: tor
         parameter, key = name.rsplit("/", 1)
         # AdamW keeps its step counts on the CPU whatever the device of the parameters.
         optimizer.state[trained[parameter]][key] = value if value.ndim == 0 else value.to(trained[parameter].device)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many optimizer steps its weights have seen."""
+    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def checkpoints(directory: Path) -> list[Path]:

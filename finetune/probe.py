@@ -135,7 +135,7 @@ def probe(run: RunConfig, model: PaliGemma, mode: Mode, shape: Shape, collate: C
         run = run.model_copy(update={"output": nowhere})
         rows = MadeUp(model.config, shape, mode.micro_batch)
         steps = Steps(len(rows), len(rows), run.train.seed, 1)
-        trainer = LoRATrainer(run, model, rows, steps, mode, collate, save_result=lambda: None)
+        trainer = LoRATrainer(run, model, rows, steps, mode, collate, save_result=lambda _: None)
         try:
             return time_parts(trainer, [rows[index] for index in range(len(rows))])
         except Exception as error:
@@ -261,7 +261,7 @@ def learn_by_heart(
             Steps(count, count, run.train.seed, TRIAL_STEPS),
             mode,
             collate,
-            save_result=lambda: None,
+            save_result=lambda _: None,
             callbacks=[watch],
             checkpointed=False,
         )

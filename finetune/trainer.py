@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from finetune.interrupt import ignore_interrupts
 from finetune.lora import LoRALinear, set_dropout_rows
 from finetune.offload import Offload
 from finetune.plan import Mode
+from finetune.result import BEST_FILE, Best, Result, judge, judged_by, last_step
 from finetune.steps import Part, Steps
 from finetune.transfer import to_device
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaOutput, TokenBatch
@@ -52,7 +52,8 @@ class LoRATrainer(Trainer):
         steps: which pairs form which step.
         mode: how a step is cut, and what it computes again.
         collate: examples -> right-padded tensors.
-        save_result: called when an evaluation beat all before it, or at the end where nothing evaluates.
+        save_result: called with what is to be kept when an evaluation is the best so far, or at the end where nothing
+            evaluates.
         evaluate: metrics of the model as it is, `accuracy` among them; None where the run has nothing to evaluate on.
         callbacks: what watches the run.
         checkpointed: whether checkpoints are written.
@@ -66,7 +67,7 @@ class LoRATrainer(Trainer):
         steps: Steps,
         mode: Mode,
         collate: Collate,
-        save_result: Callable[[], None],
+        save_result: Callable[[Result], None],
         evaluate: Evaluate | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         checkpointed: bool = True,
@@ -81,6 +82,8 @@ class LoRATrainer(Trainer):
         self.run, self.network, self.mode, self.collate = config, model, mode, collate
         self.steps, self.part = steps, Part(steps, processes.rank(), processes.count())
         self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1
+        self.best: Result | None = None
+        self.judged_by = judged_by(config) if evaluate else {}
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if config.model.dtype != "float32" and any(p.dtype != torch.float32 for p in self.trained.values()):
             raise ValueError(
@@ -291,16 +294,17 @@ class LoRATrainer(Trainer):
         )
         return self.optimizer
 
-    # Evaluation: loss and accuracy; the best adapter is kept.
+    # Evaluation: loss and accuracy; the best step's weights are kept.
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Metrics under `eval_` names, logged; saves the model where its accuracy is the best so far."""
+        """Metrics under `eval_` names, logged; saves the model where they are the best so far (finetune/result.py)."""
         assert self.evaluate_now is not None, "the arguments ask for evaluation only where there is one"
         with self.vision_on_device():
-            metrics = {f"eval_{name}": value for name, value in self.evaluate_now().items()}
-        if self.state.best_metric is None or metrics["eval_accuracy"] > self.state.best_metric:
-            processes.once(self.keep_result)
+            measured = self.evaluate_now()
+        if (result := judge(self.state.global_step, measured, self.best)) is not None:
+            self.keep(result)
         self.evaluated_step = self.state.global_step
+        metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.network.train()
@@ -309,19 +313,26 @@ class LoRATrainer(Trainer):
     def finish(self) -> None:
         """After training: evaluate, where the last step did not; with nothing to evaluate, keep the last state."""
         if self.evaluate_now is None:
-            processes.once(self.keep_result)
+            self.keep(last_step(self.state.global_step))
         elif self.evaluated_step != self.state.global_step:
             self.evaluate()
 
-    def keep_result(self) -> None:
-        """Save the result; a run whose result finds no room stops, whatever `on_full_disk` says of checkpoints."""
-        try:
-            self.save_result()
-        except OSError as error:
-            raise ValueError(
-                f"the result of step {self.state.global_step} could not be written, what was there stands: {error}\n"
-                "make room and start the same command again"
-            ) from error
+    def keep(self, result: Result) -> None:
+        """Save the model as the result so far. A run whose result finds no room stops, also where `on_full_disk` lets
+        it continue without checkpoints.
+        """
+
+        def save() -> None:
+            try:
+                self.save_result(result)
+            except OSError as error:
+                raise ValueError(
+                    f"the result of step {result.step} could not be written, what was there stands: {error}\n"
+                    "make room and start the same command again"
+                ) from error
+
+        processes.once(save)
+        self.best = result
 
     # Checkpoints: what is trained, the optimizer's moments, the Trainer's own state.
 
@@ -331,8 +342,8 @@ class LoRATrainer(Trainer):
     def write_checkpoint(self) -> None:
         directory = Path(self.run.output) / "checkpoints"
         documents = {
-            "trainer_state.json": dataclasses.asdict(self.state),
-            "scheduler.json": self.schedule.state_dict(),
+            checkpoints.STATE: dataclasses.asdict(self.state),
+            BEST_FILE: Best(self.best, self.judged_by).to_dict(),
         }
         try:
             checkpoints.write_checkpoint(
@@ -348,14 +359,21 @@ class LoRATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoints.read_parameters(Path(resume_from_checkpoint), self.trained)
+        self.best = Best.read(Path(resume_from_checkpoint), self.judged_by).result
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            checkpoints.read_moments(Path(checkpoint), self.trained, self.bare_optimizer)
-            document = (Path(checkpoint) / "scheduler.json").read_text(encoding="utf-8")
-            self.schedule.load_state_dict(json.loads(document))
-            for group, rate in zip(self.bare_optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-                group["lr"] = rate
+        """The optimizer state is the checkpoint's. All else is the configuration's: the learning rate is a function of
+        it and of the step, and how often to log, evaluate and save is read from the Trainer's state.
+        """
+        if checkpoint is None:
+            return
+        checkpoints.read_moments(Path(checkpoint), self.trained, self.bare_optimizer)
+        self.state.compute_steps(self.args, self.args.max_steps)
+        step, schedule = self.state.global_step, self.schedule
+        rates = [rate * factor(step) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_last_lr": rates})
+        for group, rate in zip(self.bare_optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to do: order and dropout are functions of seed and step."""
@@ -368,8 +386,8 @@ class LoRATrainer(Trainer):
         return optimizer
 
     @property
-    def schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
-        assert self.lr_scheduler is not None, "the schedule exists from the start of training on"
+    def schedule(self) -> torch.optim.lr_scheduler.LambdaLR:
+        assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR), "it exists from the start of training"
         return self.lr_scheduler
 
 
@@ -438,8 +456,6 @@ def training_arguments(
         save_steps=train.save_every,
         eval_strategy="steps" if evaluates and train.eval_every else "no",
         eval_steps=train.eval_every,
-        metric_for_best_model="accuracy",
-        greater_is_better=True,
         use_cpu=device.type == "cpu",
         report_to="none",
         disable_tqdm=True,

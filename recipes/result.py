@@ -1,4 +1,4 @@
-"""What came out of a run, for others to read: OUTPUT/result.json and result.md.
+"""What came out of a run, for others to read: OUTPUT/report.json and report.md.
 
 Gathered from what the run left behind: its configuration, metrics.jsonl, and the answers in eval/. Nothing says who ran
 it or where: no absolute path, no name of a person or a machine, no key.
@@ -23,6 +23,7 @@ from finetune import cli
 from finetune.config import RunConfig
 from finetune.device import pick_device
 from finetune.plan import GIB
+from finetune.result import Result
 from finetune.strict_yaml import dump
 from finetune.vqa_accuracy import VQAScore, read_results, score
 
@@ -41,8 +42,8 @@ def write_result(config: RunConfig, steps: int) -> Path:
         "environment": environment_of(pick_device(config.model.device)),
         "configuration": public(config),
     }
-    (output / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output / "result.md").write_text(readable(result), encoding="utf-8")
+    (output / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "report.md").write_text(readable(result), encoding="utf-8")
     return output
 
 
@@ -83,13 +84,14 @@ def training_of(output: Path, steps: int) -> dict[str, Any]:
     seconds = [0.0, *(line["seconds"] for line in lines)]
     # Each time a run is taken up the clock begins at 0 again.
     spent = sum(now - before if now >= before else now for before, now in pairwise(seconds))
-    evaluations = [line for line in lines if "eval_accuracy" in line]
-    best = max(evaluations, key=lambda line: line["eval_accuracy"], default={"step": steps, "eval_accuracy": None})
+    kept = Result.read(output) or Result(steps, "not known")
     return {
         "hours": round(spent / 3600, 3),
         "steps": steps,
-        "best_step": best["step"],
-        "accuracy_at_best_step": best["eval_accuracy"],
+        "kept_step": kept.step,
+        "kept_for": kept.why,
+        "accuracy_at_kept_step": kept.metric_value,
+        "validation_loss_at_kept_step": kept.validation_loss,
     }
 
 
@@ -163,7 +165,8 @@ def readable(result: dict[str, Any]) -> str:
         cells = [found, *(found["by_answer_type"][name] for name in types)]
         rows.append([arm, *map(cell, cells), f"{found['questions']:,}"])
     lines = ["# Result", "", *(f"| {' | '.join(row)} |" for row in rows), "", "With 95% confidence intervals.", ""]
-    lines += [f"{training['steps']:,} steps in {training['hours']:.2f} hours; kept: step {training['best_step']:,}", ""]
+    lines += [f"{training['steps']:,} steps in {training['hours']:.2f} hours; kept: step {training['kept_step']:,} "]
+    lines[-1] += f"({training['kept_for']})\n"
     for name, size in result["data"].items():
         lines.append(f"- {name}: {size['questions']:,} questions about {size['pictures']:,} pictures")
     lines += [f"- {name}: {value}" for name, value in result["environment"].items() if value is not None]

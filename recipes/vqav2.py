@@ -5,7 +5,7 @@
 
 Looks at the card, asks the Hub for the gated checkpoint, fetches questions, annotations and the pictures that the
 configuration draws, plans, inspects the first examples, learns eight of them by heart, trains, evaluates base and
-adapter, and writes OUTPUT/result.json and result.md. Stopped at any moment, the same command goes on: what is done is
+adapter, and writes OUTPUT/report.json and report.md. Stopped at any moment, the same command goes on: what is done is
 noted in OUTPUT/done.json and not done again. Not here: how a step is done; nearly each is a command of its own, too.
 """
 
@@ -180,8 +180,8 @@ def take(walk: Walk) -> None:
     heading(len(LOOKS) + len(STEPS) + 1, "result")
     records = cli.open_records(walk.config, "train")
     output = write_result(walk.config, train.plan_steps(walk.config, len(records)).total)
-    show((output / "result.md").read_text(encoding="utf-8"))
-    show(f"saved {output}/result.json and result.md: nothing in them says who or where you are")
+    show((output / "report.md").read_text(encoding="utf-8"))
+    show(f"saved {output}/report.json and report.md: nothing in them says who or where you are")
 
 
 def heading(number: int, name: str) -> None:

@@ -251,7 +251,7 @@ class Checkpoints:
             for parameter in self.trained.values():
                 parameter.grad = torch.randn_like(parameter)
             self.optimizer.step()
-            documents = {"trainer_state.json": {"global_step": step, "log": [1.5, None]}, "scheduler.json": {"a": 1}}
+            documents = {"trainer_state.json": {"global_step": step, "log": [1.5, None]}, "best.json": {"a": 1}}
             self.directory = write_checkpoint(directory, step, self.trained, self.optimizer, documents)
 
     def load(self) -> Snapshot:
@@ -264,7 +264,7 @@ class Checkpoints:
         moments = {
             f"{name}/{key}": value for name, p in self.trained.items() for key, value in self.optimizer.state[p].items()
         }
-        documents = {name: (newest / name).read_text() for name in ("trainer_state.json", "scheduler.json")}
+        documents = {name: (newest / name).read_text() for name in ("trainer_state.json", "best.json")}
         return {"tensors": frozen({**self.trained, **moments}), "declared": documents}
 
     def meanings(self) -> list[Snapshot]:

@@ -97,7 +97,7 @@ def step_of_the_trainer(run: RunConfig, mode: Mode, shape: Shape) -> float:
     pairs = Pairs(model.config, shape, shape.examples)
     steps = Steps(len(pairs), shape.examples, 0, run.train.max_steps)
     collated = partial(collate, pad_id=0)
-    LoRATrainer(run, model, pairs, steps, mode, collated, save_result=lambda: None, callbacks=[watch]).train()
+    LoRATrainer(run, model, pairs, steps, mode, collated, save_result=lambda _: None, callbacks=[watch]).train()
     return statistics.median(after - before for before, after in zip(watch.ends, watch.ends[1:], strict=False))
 
 

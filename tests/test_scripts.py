@@ -25,7 +25,9 @@ import predict
 import train
 from data import shapes
 from finetune import cli
+from finetune.adapter import training_facts
 from finetune.config import load_config
+from finetune.result import Result
 from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +118,30 @@ def test_a_run_directory_describes_itself(base: Path, run: Path) -> None:
     assert {"loss", "eval_loss", "eval_accuracy", "eval_accuracy_yes/no"} <= set().union(*lines)
     config = json.loads((run / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
+    kept = json.loads((run / "result.json").read_text())
+    evaluations = [line for line in lines if "eval_accuracy" in line]
+    best = max(evaluations, key=lambda line: (line["eval_accuracy"], -line["eval_loss"], line["step"]))
+    assert (kept["step"], kept["metric"], kept["metric_value"]) == (best["step"], "accuracy", best["eval_accuracy"])
+    facts = training_facts(run / "adapter")
+    assert facts.validation_loss == kept["validation_loss"] == best["eval_loss"]
+    assert (facts.step, facts.metric, facts.metric_value) == (kept["step"], "accuracy", kept["metric_value"])
+
+
+def test_a_run_is_extended_but_not_shortened(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    longer = [*arguments(base, tmp_path / "run"), "train.max_steps=6"]
+    with pytest.raises(ValueError, match=r"train\.max_steps: was 4, is 6"):
+        train.main(longer)
+    train.main([*longer, "--accept-changes"])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert f"kept {Result.read(tmp_path / 'run')}\n" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="step-000006 is beyond the 4 steps of this configuration: make the run longer"
+    ):
+        train.main([*arguments(base, tmp_path / "run"), "--accept-changes"])
 
 
 def split_arguments(argv: list[str]) -> tuple[str, list[str]]:

@@ -21,6 +21,7 @@ from finetune.checkpoints import checkpoints, keep_newest, newest_whole
 from finetune.config import RunConfig
 from finetune.lora import trained_parameters
 from finetune.plan import Mode
+from finetune.result import Result
 from finetune.resume import find_checkpoint, start_run
 from finetune.steps import Steps
 from finetune.tracking import callbacks_for
@@ -78,7 +79,7 @@ def trainer_of(config: RunConfig, **keywords: Any) -> LoRATrainer:
         model.to(dtype)  # in fp64 the adapters too
     Path(config.output).mkdir(parents=True, exist_ok=True)
     steps = Steps(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
-    keywords = {"save_result": lambda: None, **keywords}
+    keywords = {"save_result": lambda _: None, **keywords}
     size = config.train.micro_batch
     mode = keywords.pop("mode", None) or Mode(int(size))
     return LoRATrainer(config, model, Examples(), steps, mode, partial(collate, pad_id=0), **keywords)
@@ -192,7 +193,7 @@ def test_checkpoints_hold_what_is_trained_without_pickle_and_the_newest_stay(bas
     found = checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in found] == ["step-000005", "step-000006"]
     files = sorted(path.name for path in found[-1].iterdir())
-    tensors, documents = ["optimizer.safetensors", "trained.safetensors"], ["scheduler.json", "trainer_state.json"]
+    tensors, documents = ["optimizer.safetensors", "trained.safetensors"], ["best.json", "trainer_state.json"]
     assert files == sorted(["manifest.json", *tensors, *documents])
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jsonl"}
     assert (found[-1] / "trained.safetensors").stat().st_size < 200_000
@@ -226,20 +227,77 @@ def test_the_best_adapter_by_accuracy_is_kept(base: Path, tmp_path: Path) -> Non
         return {"loss": 1.0, "accuracy": accuracy}
 
     config = run_config(base, tmp_path, ADAPTERS, eval_every=2)
-    trainer = trainer_of(config, evaluate=evaluate, save_result=lambda: events.append("saved"))
+    trainer = trainer_of(config, evaluate=evaluate, save_result=lambda _: events.append("saved"))
     trainer.train()
     trainer.finish()
     assert events == ["10", "saved", "30", "saved", "20"]
-    assert trainer.state.best_metric == 30.0
+    assert trainer.best == Result(4, "best accuracy", "accuracy", 30.0, 1.0)
+
+
+def evaluations(base: Path, output: Path, figures: dict[int, tuple[float, float]], **train: Any) -> LoRATrainer:
+    """A trainer whose evaluation of step k gives accuracy and loss `figures[k]`, and what it kept in `kept`."""
+    config = run_config(base, output, ADAPTERS, eval_every=1, save_every=1, keep_checkpoints=9, **train)
+    trainer = trainer_of(config, save_result=lambda result: kept.append(result), evaluate=lambda: evaluate())
+    kept: list[Result] = []
+    trainer.kept = kept  # type: ignore[attr-defined]
+
+    def evaluate() -> dict[str, float]:
+        accuracy, loss = figures[trainer.state.global_step]
+        return {"accuracy": accuracy, "loss": loss}
+
+    return trainer
+
+
+def kept_by(trainer: LoRATrainer) -> list[tuple[int, str]]:
+    return [(result.step, result.why) for result in trainer.kept]  # type: ignore[attr-defined]
+
+
+def test_where_accuracy_does_not_move_the_lower_loss_is_kept(base: Path, tmp_path: Path) -> None:
+    """Captions: no answer is right to the letter, and the loss falls all the same."""
+    losses = {1: (0.0, 4.4), 2: (0.0, 2.0), 3: (0.0, 3.0), 4: (0.0, 2.0), 5: (0.0, float("nan")), 6: (0.0, 2.1)}
+    trainer = evaluations(base, tmp_path, losses)
+    trainer.train()
+    assert kept_by(trainer) == [
+        (1, "best accuracy"),
+        (2, "accuracy as at step 1, and a lower validation loss"),
+        (4, "accuracy and validation loss as at step 2, and later"),
+    ]
+
+
+def test_a_better_accuracy_is_kept_whatever_the_loss(base: Path, tmp_path: Path) -> None:
+    figures = {1: (0.0, 1.0), 2: (5.0, 9.0), 3: (4.0, 0.1), 4: (float("nan"), 0.1), 5: (5.0, 9.5), 6: (6.0, 10.0)}
+    trainer = evaluations(base, tmp_path, figures)
+    trainer.train()
+    assert kept_by(trainer) == [(1, "best accuracy"), (2, "best accuracy"), (6, "best accuracy")]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_the_best_so_far_survives_being_resumed(base: Path, tmp_path: Path, stop: int) -> None:
+    """Both figures of it: with the accuracy alone step 4 or 5 would be kept."""
+    figures = {1: (0.0, 4.4), 2: (0.0, 2.0), 3: (0.0, 3.0), 4: (0.0, 2.5), 5: (0.0, 2.4), 6: (0.0, 1.9)}
+    evaluations(base, tmp_path, figures).train()
+    resumed = evaluations(base, tmp_path, figures)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoints/step-{stop:06d}"))
+    assert kept_by(resumed) == [(6, "accuracy as at step 2, and a lower validation loss")]
+
+
+def test_the_best_so_far_of_another_evaluation_does_not_count(base: Path, tmp_path: Path) -> None:
+    """More questions were asked since: what few of them gave is no figure to beat."""
+    figures = {1: (9.0, 1.0), 2: (90.0, 1.0)} | {step: (50.0 + step, 2.0) for step in (3, 4, 5, 6)}
+    evaluations(base, tmp_path, figures).train()
+    resumed = evaluations(base, tmp_path, figures)
+    resumed.judged_by = {**resumed.judged_by, "evaluation": {"count": 7}}
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints/step-000002"))
+    assert [step for step, _ in kept_by(resumed)] == [3, 4, 5, 6]
 
 
 def test_without_evaluation_the_last_adapter_is_the_result(base: Path, tmp_path: Path) -> None:
-    events: list[str] = []
-    trainer = trainer_of(run_config(base, tmp_path, ADAPTERS), save_result=lambda: events.append("saved"))
+    events: list[Result] = []
+    trainer = trainer_of(run_config(base, tmp_path, ADAPTERS), save_result=events.append)
     trainer.train()
     assert events == []
     trainer.finish()
-    assert events == ["saved"]
+    assert events == [Result(6, "last step, nothing was evaluated")]
 
 
 def test_a_last_step_without_evaluation_is_evaluated_at_the_end(base: Path, tmp_path: Path) -> None:
@@ -419,7 +477,7 @@ def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: P
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     model = PaliGemma.from_pretrained(base, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"model\.dtype=float32"):
-        LoRATrainer(config, model, Examples(), Steps(40, 10, 0, 1), Mode(1), partial(collate, pad_id=0), lambda: None)
+        LoRATrainer(config, model, Examples(), Steps(40, 10, 0, 1), Mode(1), partial(collate, pad_id=0), lambda _: None)
 
 
 @pytest.mark.parametrize("how", [{"recompute_layers": 2}, {"recompute_gate_up": True}, {"offload_vision": True}])
@@ -439,6 +497,74 @@ def test_warm_up_and_cosine(base: Path, tmp_path: Path) -> None:
     assert max(rates) <= 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] < 0.02
+
+
+def rates_of(output: Path) -> dict[int, float]:
+    """The learning rate that was logged after each step: that of the step to come."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+
+
+def trained_with_log(config: RunConfig, checkpoint: Path | None = None) -> LoRATrainer:
+    """Trained from the start or a checkpoint; `used` holds the rate that each step was taken with."""
+    assert config.train.max_steps is not None
+    trainer = trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, config.train.max_steps)))
+    used: dict[int, float] = {}
+    step = trainer.training_step
+
+    def noted(*arguments: Any) -> Tensor:
+        used[trainer.state.global_step + 1] = trainer.bare_optimizer.param_groups[0]["lr"]
+        return step(*arguments)
+
+    trainer.training_step = noted  # type: ignore[method-assign, assignment]
+    trainer.used = used  # type: ignore[attr-defined]
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_run_that_is_extended_follows_the_schedule_of_its_new_length(
+    base: Path, tmp_path: Path, schedule: str, stop: int
+) -> None:
+    """From its first new step on; warm-up, too, is a share of the new length."""
+    course = {"schedule": schedule, "warmup": 0.25}
+    trained_with_log(run_config(base, tmp_path / "run", ADAPTERS, save_every=1, keep_checkpoints=9, **course))
+    checkpoint = tmp_path / f"run/checkpoints/step-{stop:06d}"
+    resumed = trained_with_log(run_config(base, tmp_path / "run", ADAPTERS, max_steps=12, **course), checkpoint)
+    straight = trained_with_log(run_config(base, tmp_path / "straight", ADAPTERS, max_steps=12, **course))
+    used, expected = resumed.used, straight.used  # type: ignore[attr-defined]
+    assert list(used) == list(range(stop + 1, 13))
+    assert used == {step: expected[step] for step in used}
+    assert used[stop + 1] > 0
+    logged = rates_of(tmp_path / "straight")
+    assert {step: logged[step] for step in used} == {step: rates_of(tmp_path / "run")[step] for step in used}
+
+
+def test_a_resumed_run_learns_as_its_configuration_says_and_not_as_the_checkpoint_did(
+    base: Path, tmp_path: Path
+) -> None:
+    """Learning rate, decay, course, and how often to log, evaluate and save; the checkpoint's are those of another."""
+    config = run_config(base, tmp_path, ADAPTERS, save_every=2, log_every=4, weight_decay=0.0, beta1=0.9, beta2=0.999)
+    trainer_of(config).train()
+    now: dict[str, Any] = {"learning_rate": 3e-3, "schedule": "constant", "warmup": 0.0, "max_steps": 9}
+    now |= {"weight_decay": 0.2, "beta1": 0.8, "beta2": 0.95, "save_every": 3, "log_every": 1, "eval_every": 2}
+    changed = run_config(base, tmp_path, ADAPTERS, keep_checkpoints=9, **now)
+    asked: list[int] = []
+
+    def evaluate() -> dict[str, float]:
+        asked.append(resumed.state.global_step)
+        return {"accuracy": 1.0}
+
+    callbacks = callbacks_for(changed, Steps(40, 10, 0, 9))
+    resumed = trainer_of(changed, evaluate=evaluate, callbacks=callbacks)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints/step-000004"))
+    (group,) = resumed.bare_optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (3e-3, 0.2, (0.8, 0.95))
+    assert rates_of(tmp_path) == dict.fromkeys(range(5, 10), 3e-3)
+    assert asked == [6, 8, 9]
+    saved = {int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path / "checkpoints")}
+    assert saved == {4, 6, 9}
 
 
 def with_wandb(config: RunConfig, mode: str) -> RunConfig:

@@ -146,21 +146,23 @@ def test_only_the_drawn_pictures_are_fetched(walked: Walked) -> None:
 
 def test_the_result_holds_what_was_measured(walked: Walked) -> None:
     run = walked.place / "run"
-    told = json.loads((run / "result.json").read_text())
+    told = json.loads((run / "report.json").read_text())
     assert list(told["scores"]) == ["base", "adapter"]
     for arm, scores in told["scores"].items():
         metrics = json.loads((run / f"eval/{arm}/metrics.json").read_text())
         assert (scores["accuracy"], scores["interval"]) == (metrics["overall"], metrics["interval"])
         assert scores["questions"] == 30
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    best = max((line for line in logged if "eval_accuracy" in line), key=lambda line: line["eval_accuracy"])
-    assert told["training"]["best_step"] == best["step"]
+    evaluations = [line for line in logged if "eval_accuracy" in line]
+    best = max(evaluations, key=lambda line: (line["eval_accuracy"], -line["eval_loss"], line["step"]))
+    assert told["training"]["kept_step"] == best["step"]
+    assert told["training"]["accuracy_at_kept_step"] == best["eval_accuracy"]
     assert told["training"]["steps"] == 6
     assert told["data"]["validation"]["questions"] == 30
     assert told["data"]["train"]["pictures"] == 10
     assert told["environment"]["torch"] == torch.__version__
     assert told["configuration"]["train"]["learning_rate"] == 3e-3
-    page = (run / "result.md").read_text()
+    page = (run / "report.md").read_text()
     assert page in walked.out
     low, high = told["scores"]["adapter"]["interval"]
     assert f"| adapter | {told['scores']['adapter']['accuracy']:.2f} ({low:.2f} to {high:.2f}) |" in page
@@ -190,12 +192,12 @@ def test_scores_have_an_interval_for_each_type_of_answer(walked: Walked, tmp_pat
 
 
 def test_the_result_says_nothing_about_the_person_or_the_machine(walked: Walked) -> None:
-    for file in ("result.json", "result.md"):
+    for file in ("report.json", "report.md"):
         text = (walked.place / "run" / file).read_text()
         for secret in ("erika", "musterfrau", "home", "hf_secret", str(ROOT), str(walked.home.parent.parent)):
             assert secret not in text, (file, secret)
         assert not re.search(r"[\"' ]/\w", text), "an absolute path"
-    told = json.loads((walked.place / "run/result.json").read_text())["configuration"]
+    told = json.loads((walked.place / "run/report.json").read_text())["configuration"]
     assert told["output"] == "."
     assert told["model"]["path"] == "assets/tiny-base"
     assert told["data"]["train"]["images"] == "train2014"
@@ -207,7 +209,7 @@ def test_a_second_time_nothing_is_done_but_the_result_written(
 ) -> None:
     for module, name in ((train, "main"), (evaluate, "main"), (vqav2, "fetch"), (vqav2, "fetch_vqav2")):
         monkeypatch.setattr(module, name, None)  # called, it would fail
-    files = [walked.place / "run" / name for name in ("result.json", "result.md")]
+    files = [walked.place / "run" / name for name in ("report.json", "report.md")]
     before = [file.read_text() for file in files]
     for file in files:
         file.unlink()
@@ -236,7 +238,7 @@ class Calls:
 
     def write(self, output: Path) -> Path:
         self.made.append("result")
-        (output / "result.md").write_text("")
+        (output / "report.md").write_text("")
         return output
 
 
