@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     if checkpoint and step_of(checkpoint) > steps.total:
         raise ValueError(
             f"{checkpoint} is beyond the {steps.total:,} steps of this configuration: make the run longer "
-            "(train.max_steps or train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
+            "(train.max_steps, train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
         )
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
     adapt(model, config)

@@ -138,9 +138,7 @@ def test_a_run_is_extended_but_not_shortened(
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert f"kept {Result.read(tmp_path / 'run')}\n" in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match="step-000006 is beyond the 4 steps of this configuration: make the run longer"
-    ):
+    with pytest.raises(ValueError, match="step-000006 is beyond the 4 steps of this configuration: make"):
         train.main([*arguments(base, tmp_path / "run"), "--accept-changes"])
 
 

@@ -22,6 +22,7 @@ import train
 from data import shapes
 from data.records import load_records
 from finetune.config import load_config
+from finetune.result import Result
 from finetune.vqa_accuracy import score, write_results
 from model import PaliGemma
 from recipes import fetch_vqav2, remote_zip, result, vqav2
@@ -379,7 +380,7 @@ def test_an_override_alone_is_laid_over_the_default_configuration() -> None:
 
 
 def test_hours_are_summed_over_all_the_times_a_run_was_taken_up(tmp_path: Path) -> None:
-    """Half an hour until it was killed, then a quarter; of two equally good steps the earlier was kept."""
+    """Half an hour until it was killed, then a quarter; the step that was kept is the one that the run says."""
     rows: list[dict[str, float]] = [
         {"step": 10, "seconds": 900.0, "loss": 1.0},
         {"step": 20, "seconds": 1800.0, "eval_accuracy": 61.5},
@@ -387,8 +388,15 @@ def test_hours_are_summed_over_all_the_times_a_run_was_taken_up(tmp_path: Path) 
         {"step": 30, "seconds": 900.0, "eval_accuracy": 60.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = result.training_of(tmp_path, 30)
-    assert told == {"hours": 0.75, "steps": 30, "best_step": 20, "accuracy_at_best_step": 61.5}
+    Result(20, "best accuracy", "accuracy", 61.5, 0.5).write(tmp_path)
+    assert result.training_of(tmp_path, 30) == {
+        "hours": 0.75,
+        "steps": 30,
+        "kept_step": 20,
+        "kept_for": "best accuracy",
+        "accuracy_at_kept_step": 61.5,
+        "validation_loss_at_kept_step": 0.5,
+    }
 
 
 def test_the_card_and_its_driver_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
