@@ -10,8 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import processes
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from finetune.workers import SIGNALS
 
 
 class StopOnSignal(TrainerCallback):
@@ -48,11 +47,3 @@ class StopOnSignal(TrainerCallback):
     def restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def ignore_interrupts(_worker: int) -> None:
-    """For worker processes: Ctrl-C reaches all processes of a terminal, a launcher signals groups of them; the main one
-    decides.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from finetune.workers import is_death
+
 TIMEOUT = datetime.timedelta(minutes=30)  # to wait for the others: longer than writing the largest checkpoint takes
 
 
@@ -126,6 +128,8 @@ def others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_death(error):  # of a worker of this process, noticed while it waits for the others
+            raise
         raise ElsewhereError(
             "another process of the run has ended, so this one does; what was kept stands, and the same command goes on"
         ) from error

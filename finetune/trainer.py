@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from finetune import checkpoints, processes
+from finetune import checkpoints, processes, workers
 from finetune.config import RunConfig
 from finetune.device import first_line, free_memory, is_out_of_memory
-from finetune.interrupt import ignore_interrupts
 from finetune.lora import LoRALinear, set_dropout_rows
 from finetune.offload import Offload
 from finetune.plan import Mode
@@ -104,16 +105,23 @@ class LoRATrainer(Trainer):
     # The data: whole effective batches, in the order of `steps`; of several processes, each has its part of them.
 
     def get_train_dataloader(self) -> DataLoader[Example]:
-        workers = self.run.data.workers
         assert self.train_dataset is not None
-        return DataLoader(
-            WithErrors(self.train_dataset),
-            batch_sampler=self.part,
-            collate_fn=list,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_interrupts,
-        )
+        return workers.loader(self.train_dataset, self.part, self.run.data.workers)
+
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:  # type: ignore[override]
+        """Train to the end, from a checkpoint if there is one.
+
+        Raises:
+            ValueError: a worker process died or could not be started; and as `training_step`.
+        """
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint)
+        except BaseException as error:
+            # The frames of the loop hold the workers, which ignore SIGTERM and would keep the process from ending.
+            traceback.clear_frames(error.__traceback__)
+            if isinstance(error, RuntimeError | OSError) and (message := workers.explain(error)):
+                raise ValueError(message) from error
+            raise
 
     # The step.
 
@@ -327,7 +335,7 @@ class LoRATrainer(Trainer):
                 self.save_result(result)
             except OSError as error:
                 raise ValueError(
-                    f"the result of step {result.step} could not be written, what was there stands: {error}\n"
+                    f"the result of step {result.step} could not be written, what is in place is whole: {error}\n"
                     "make room and start the same command again"
                 ) from error
 
@@ -397,19 +405,6 @@ class ImageFeatures:
 
     rows: dict[str, int]
     tokens: Tensor
-
-
-class WithErrors(Dataset[Any]):
-    """Examples, or instead of one the error that it cannot be made: raised in a worker it would become a traceback."""
-
-    def __init__(self, examples: Dataset[Example]) -> None:
-        self.examples = examples
-
-    def __getitem__(self, key: Any) -> Example | ValueError:
-        try:
-            return self.examples[key]
-        except ValueError as error:
-            return error
 
 
 class WithoutConfig(nn.Module):

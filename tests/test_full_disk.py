@@ -100,7 +100,8 @@ def main(directory: Path) -> list[dict[str, Any]]:
     straight = directory / "straight"
     code, message = run(directory, straight, "stop")
     assert code == 0, message
-    checkpoint, result = (on_disk((straight / name).iterdir()) for name in ("checkpoints/step-000004", "adapter"))
+    checkpoint, adapter = (on_disk((straight / name).iterdir()) for name in ("checkpoints/step-000004", "adapter"))
+    result = adapter + on_disk([straight / "result.json"])
     begun = on_disk([straight / "config.yaml", straight / "data.json"]) + PAGE  # and a page of metrics.jsonl
     rooms = [
         ("stop", 0),
