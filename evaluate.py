@@ -13,6 +13,7 @@ share the images.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.durable import describe
 from finetune.evaluate import METRICS_FILE, Evaluation, evaluate, write_metrics
 from finetune.locate import find_adapter, find_base
+from finetune.lock import locked
 from finetune.paths import argument, path_argument
 from finetune.quantize import open_base
 from finetune.vqa_accuracy import VQAScore, read_results, score
@@ -78,6 +80,18 @@ def evaluate_run(given: argparse.Namespace) -> dict[str, VQAScore]:
     arms = arms_of(given, config)
     # A glance is not put in the place of a result.
     directory = given.output or (None if given.limit else Path(config.output, "eval"))
+    with locked(directory / "eval.lock", directory, "evaluating") if directory else contextlib.nullcontext():
+        return evaluate_arms(given, config, arms, directory, device)
+
+
+def evaluate_arms(
+    given: argparse.Namespace,
+    config: RunConfig,
+    arms: dict[str, tuple[str | Path, Path | None]],
+    directory: Path | None,
+    device: torch.device,
+) -> dict[str, VQAScore]:
+    """One arm after the other; answers and figures of each go into `directory`, if there is one."""
     made_of = questions_of(config, given.limit)
     if directory:
         for arm in arms:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from finetune import cli
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.locate import find_adapter, find_base
+from finetune.lock import locked
 from finetune.merge import merge_checkpoint
 from finetune.paths import argument, path_argument
 
@@ -29,8 +30,10 @@ def main(argv: Sequence[str]) -> None:
         revision = revision or named
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
-    report = merge_checkpoint(base, adapter, arguments.output, dtype, device, revision, arguments.into, arguments.force)
-    cli.show(str(report), f"verified, and written to {arguments.output}")
+    output, into, force = arguments.output, arguments.into, arguments.force
+    with locked(output.with_name(f".{output.name}.lock"), output, "merging"):
+        report = merge_checkpoint(base, adapter, output, dtype, device, revision, into, force)
+    cli.show(str(report), f"verified, and written to {output}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ with its meaning.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from rich.table import Table
 from data import PaliGemmaDataset, Processor, collate
 from data.faults import LeftOut
 from data.records import decodable
-from finetune import cli, inject_lora, processes, save_adapter
+from finetune import cli, processes, save_adapter
 from finetune.checkpoints import step_of
 from finetune.cli import show
 from finetune.config import RunConfig, describe, load_config
@@ -34,6 +35,7 @@ from finetune.durable import write_whole
 from finetune.evaluate import evaluate, generate_answers, mean_loss
 from finetune.inspection import problems_of
 from finetune.interrupt import StopOnSignal
+from finetune.lock import locked
 from finetune.lora import adapter_table
 from finetune.paths import argument
 from finetune.plan import GIB, Plan, Planner, plan_run, require_fit, spill_warning
@@ -42,6 +44,7 @@ from finetune.quantize import open_base, quantize
 from finetune.result import Result
 from finetune.resume import find_checkpoint, start_run
 from finetune.scratch import from_random
+from finetune.start import start
 from finetune.steps import Steps
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer
@@ -71,6 +74,15 @@ def main(argv: Sequence[str]) -> None:
         overfit(config, arguments.overfit)
         return
     fetch(config.model.path, config.model.revision, weights=False)  # a wrong name is said before anything else
+    if arguments.inspect:
+        inspect(config)
+        return
+    with locked(Path(config.output, "run.lock"), Path(config.output), "training"):
+        learn(config, arguments)
+
+
+def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """The run, from its start or from where it was stopped, to its result."""
     found, notes = processes.once(partial(find_checkpoint, config, arguments.resume, arguments.accept_changes))
     checkpoint = Path(found) if found else None
     for note in notes:
@@ -83,9 +95,6 @@ def main(argv: Sequence[str]) -> None:
     if left_out.reasons:
         show(f"{len(left_out.reasons):,} records cannot be used, others take their places: see {left_out.file}")
     dataset = PaliGemmaDataset(records, processor, config.data.answers, config.train.seed, left_out)
-    if arguments.inspect:
-        inspect(open_model(directory, config), dataset, processor)
-        return
     require_fit(config, plan, whose)
     asked = asked_in_training(config)
     model = open_model(directory, config)
@@ -96,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
             "(train.max_steps, train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
         )
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
-    adapt(model, config)
+    adapt(model, config, anew=checkpoint is not None)
     show_trained(model)
     processes.once(partial(start_run, config))
     trainer = LoRATrainer(
@@ -118,6 +127,7 @@ def main(argv: Sequence[str]) -> None:
         again = again if processes.count() == 1 else "the same command"
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to go on: {again}")
     trainer.finish()
+    processes.once(partial(Result.finish, Path(config.output)))
     after = cli.command("evaluate.py", arguments.config, *arguments.overrides)
     if config.data.validation is None:
         after = cli.command("predict.py", "--help")
@@ -206,8 +216,14 @@ def check(config: RunConfig) -> None:
         raise ValueError("\n".join(refused))
 
 
-def inspect(model: PaliGemma, dataset: PaliGemmaDataset, processor: Processor) -> None:
-    """The first examples as the network sees them, checked for what would ruin the training."""
+def inspect(config: RunConfig) -> None:
+    """The first examples as the network sees them, checked for what would ruin the training. Nothing is written."""
+    directory = fetch(config.model.path, config.model.revision)
+    processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
+    skipped = cli.leave_out(config, "train", listed=False)
+    records = cli.open_records(config, "train", skipped)
+    dataset = PaliGemmaDataset(records, processor, config.data.answers, config.train.seed, skipped)
+    model = open_model(directory, config)
     examples = [dataset[index] for index in range(min(8, len(dataset)))]
     table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
     for index, example in enumerate(examples):
@@ -329,7 +345,7 @@ def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, step
     """How long the run would take, from parts of a step on its device, in a network of random weights."""
     device = pick_device(config.model.device)
     model = random_model(directory, config, device)
-    adapt(model, config)
+    adapt(model, config, anew=True)
     pad_id, micro_batch = model.config.pad_token_id, plan.mode.micro_batch
     pace = probe(config, model, plan.mode, shape, partial(collate, pad_id=pad_id))
     parts = {
@@ -362,12 +378,12 @@ def table_of_adapters(model: PaliGemma) -> Table:
     return table
 
 
-def adapt(model: PaliGemma, config: RunConfig) -> None:
-    """Put the adapters in, or free all parameters."""
+def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:
+    """Put the adapters in, or free all parameters. `anew`: not with the values of lora.start_from."""
     if config.lora is None:
         model.requires_grad_(True)
     else:
-        inject_lora(model, config.lora, config.train.seed)
+        start(model, dataclasses.replace(config.lora, start_from=None) if anew else config.lora, config.train.seed)
 
 
 def show_trained(model: PaliGemma) -> None:
@@ -413,13 +429,14 @@ def result_directory(config: RunConfig) -> Path:
 
 def save_result(model: PaliGemma, config: RunConfig, result: Result) -> None:
     """The result of the run: an adapter, or the whole checkpoint where all of it was trained; and why this one."""
-    directory, of_base = result_directory(config), {"base": config.model.path, "revision": config.model.revision}
-    if config.lora:
-        save_adapter(model, directory, **of_base, facts=result.facts)
-    else:
-        size = sum(parameter.nbytes for parameter in model.parameters())
-        write_whole(directory, model.save_pretrained, size, replace=True)
-    result.write(Path(config.output))
+    directory = result_directory(config)
+    with result.written(Path(config.output)):
+        if config.lora:
+            of_base = {"base": config.model.path, "revision": config.model.revision}
+            save_adapter(model, directory, **of_base, facts=result.facts)
+        else:
+            size = sum(parameter.nbytes for parameter in model.parameters())
+            write_whole(directory, model.save_pretrained, size, replace=True)
     show(f"kept {result}")
 
 

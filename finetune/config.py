@@ -3,7 +3,7 @@
 Sections are frozen pydantic models that refuse unknown keys and convert nothing: true is no 1, "8" no 8; only a whole
 number stands for a float. `~` and environment variables in paths are expanded (finetune/paths.py); how scalars are
 read (2e-5, 1e5, off) is in `strict_yaml`. Help and the JSON schema for editors come from the models: `python -m
-finetune.config [--schema]`. Not here: whether paths exist, whether a run fits.
+finetune.config [--schema]`. Not here: whether paths exist (but for lora.start_from), whether a run fits.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from finetune import paths, strict_yaml
+from finetune import paths, start, strict_yaml
 from finetune.lora import LoRAConfig
 
 Text = Annotated[str, Field(min_length=1)]
@@ -337,6 +337,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 document.lay_over(keys, value, f"override {override!r}")
         except ConfigError as error:
             document.faults.append(str(error))
+    lora = document.data.get("lora") if isinstance(document.data, dict) else None
+    if isinstance(lora, dict) and isinstance(lora.get("start_from"), str):
+        try:
+            document.data["lora"] = start.complete(lora)
+        except ValueError as error:
+            document.fault(("lora", "start_from"), str(error))
     try:
         config = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:

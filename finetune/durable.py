@@ -6,11 +6,12 @@ manifest, and then put in place by renaming. Killed at any moment, what was ther
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -59,10 +60,18 @@ def write_whole(directory: Path, fill: Callable[[Path], None], size: int = 0, re
 
 def write_text_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or, as it was before, not at all; OSError where it finds no room."""
+    with text_to_be(path, text):
+        pass
+
+
+@contextlib.contextmanager
+def text_to_be(path: Path, text: str) -> Iterator[None]:
+    """The same, but the file, which has found its room, is put in place once all within this context was done."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(text, encoding="utf-8")
         sync(unfinished)
+        yield
         unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)

@@ -54,6 +54,10 @@ class LoRAConfig:
     """Another alpha for some of the targets, keyed as targets are; the last match counts."""
     train_in_full: tuple[str, ...] = ()
     """Modules trained in full, in fp32, without a low-rank form, keyed as targets are, such as connector.linear."""
+    start_from: str | None = None
+    """Directory of an adapter, or of a run, to start from: rank, targets and all else that is not given here are that
+    adapter's. null: a new one.
+    """
 
     def __post_init__(self) -> None:
         ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())

@@ -11,6 +11,8 @@ import contextlib
 import datetime
 import json
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +25,10 @@ from finetune.workers import is_death
 
 TIMEOUT = datetime.timedelta(minutes=30)  # to wait for the others: longer than writing the largest checkpoint takes
 
+PATIENCE = 10.0  # seconds, before it is said that others are waited for
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate takes these, too, for a WORLD_SIZE
+
 
 class ElsewhereError(Exception):
     """The run cannot go on, for a reason that another of its processes has."""
@@ -32,9 +38,11 @@ def join(device: torch.device) -> None:
     """Meet the other processes of the run, if there are any; on cards, "cuda" is this process's own from here on.
 
     Raises:
-        ValueError: the launcher asks for what is not built, or `device` is one card for all processes.
+        ValueError: the environment is not that of a launcher, the launcher asks for what is not built, or `device` is
+            one card for all processes.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    require_launcher()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true":
@@ -47,8 +55,52 @@ def join(device: torch.device) -> None:
         raise ValueError(f"{device} is one card for {os.environ['WORLD_SIZE']} processes: name it cuda, or auto")
     from accelerate import PartialState
 
-    PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
-    gather("here")  # none goes on, perhaps to its end, while another is on its way
+    with saying_who_is_awaited():
+        PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
+        gather("here")  # none goes on, perhaps to its end, while another is on its way
+
+
+def require_launcher() -> None:
+    """That the environment names this process as a launcher does, or not at all.
+
+    Raises:
+        ValueError: it does so in part, or as one that cannot be: left over from something else.
+    """
+    told = {name: os.environ[name] for name in (*LAUNCHER, *MPI) if name in os.environ}
+    named = {name: value for name, value in told.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+    missing = [name for name in LAUNCHER if name not in told]
+    if not named or named.get("WORLD_SIZE") == "1":
+        return
+    if not all(value.isascii() and value.isdigit() for value in named.values()):
+        wrong = "which are not whole numbers"
+    elif missing:
+        wrong = f"but no {', '.join(missing)}"
+    elif int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+        wrong = "which counts processes from 0 and has none of this number"
+    else:
+        return
+    raise ValueError(
+        f"the environment has {', '.join(f'{name}={value}' for name, value in named.items())}, {wrong}: left over from "
+        f"another program? To train in one process: unset {' '.join(named)}; in several: accelerate launch --multi_gpu "
+        "train.py ..."
+    )
+
+
+@contextlib.contextmanager
+def saying_who_is_awaited() -> Iterator[None]:
+    """After a while without the other processes, say what is waited for."""
+    count, place = os.environ["WORLD_SIZE"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    message = (
+        f"process {os.environ['RANK']} of {count}, counted from 0, has waited for the others at {place} for "
+        f"{PATIENCE:.0f} s, and does so for {TIMEOUT} at most. If there are none: unset {' '.join(LAUNCHER)}"
+    )
+    timer = threading.Timer(PATIENCE, lambda: print(message, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def count() -> int:

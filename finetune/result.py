@@ -6,17 +6,16 @@ with the lower validation loss, and where that ties too, the later one. Not here
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.adapter import TrainingFacts
-from finetune.config import RunConfig
-from finetune.durable import write_text_whole
-from finetune.resume import contents
+from finetune.durable import text_to_be
 
 METRIC = "accuracy"  # what steps are compared by; larger is better
 RESULT_FILE, BEST_FILE = "result.json", "best.json"
@@ -31,6 +30,8 @@ class Result:
     metric: str | None = None
     metric_value: float | None = None
     validation_loss: float | None = None
+    finished: bool = False
+    """Whether the run went to its end, so that no later step can be better."""
 
     def __str__(self) -> str:
         figures = {self.metric: self.metric_value, "validation loss": self.validation_loss}
@@ -48,13 +49,15 @@ class Result:
         """What an adapter's own metadata says of this."""
         return TrainingFacts(self.step, self.metric, self.metric_value, self.validation_loss)
 
-    def write(self, output: Path) -> None:
-        """Write OUTPUT/result.json; it is there whole or as it was before.
+    @contextlib.contextmanager
+    def written(self, output: Path) -> Iterator[None]:
+        """Write OUTPUT/result.json, once the weights were saved within this context; otherwise it is as it was.
 
         Raises:
             OSError: the disk has no room for it.
         """
-        write_text_whole(output / RESULT_FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        with text_to_be(output / RESULT_FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n"):
+            yield
 
     @classmethod
     def read(cls, output: Path) -> Result | None:
@@ -63,6 +66,13 @@ class Result:
             return cls(**json.loads((output / RESULT_FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+
+    @classmethod
+    def finish(cls, output: Path) -> None:
+        """Note that the run went to its end. Where that finds no room, it is taken for one that did not."""
+        if result := cls.read(output):
+            with contextlib.suppress(OSError), dataclasses.replace(result, finished=True).written(output):
+                pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +96,6 @@ class Best:
             stored = {}
         comparable = stored.get("judged_by") == judged_by and stored.get("result")
         return cls(Result(**stored["result"]) if comparable else None, judged_by)
-
-
-def judged_by(config: RunConfig) -> dict[str, Any]:
-    """What a run's figures depend on beside the weights: the validation data and how answers to them are generated."""
-    of_answers = {"prompt": config.data.prompt, "max_text_tokens": config.data.max_text_tokens}
-    files = {key: about for key, about in contents(config).items() if key.startswith("data.validation.")}
-    asked = {"seed": config.train.seed, "evaluation": config.evaluation.model_dump(exclude={"batch_size"})}
-    validation = config.data.validation.model_dump() if config.data.validation else None
-    return {"validation": validation, "files": files, **of_answers, **asked}
 
 
 def judge(step: int, metrics: Mapping[str, float], best: Result | None) -> Result | None:

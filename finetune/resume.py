@@ -9,6 +9,7 @@ from typing import Any
 from finetune.checkpoints import checkpoints, newest_whole
 from finetune.config import RunConfig, dump_config, load_config, what_changes
 from finetune.durable import damage, describe, write_text_whole
+from finetune.result import Result
 
 DATA_FILE = "data.json"
 
@@ -38,11 +39,12 @@ def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False
             f"{output} holds checkpoints: to start afresh choose another output=..., or delete the directory"
         )
     if not found:
-        if (made := output / ("adapter" if config.lora else "model")).exists():
-            raise ValueError(
-                f"{made} exists, without checkpoints to go on from: choose another output=..., or delete it"
-            )
-        return None, []
+        made = output / ("adapter" if config.lora else "model")
+        if not made.exists():
+            return None, []
+        if is_of_a_stopped_run(output, config):
+            return None, [f"{output} was stopped before its first checkpoint: it begins again, and {made} gives way"]
+        raise ValueError(f"{made} exists, without checkpoints to go on from: choose another output=..., or delete it")
     newest, skipped = newest_whole(output / "checkpoints")
     if newest is None:
         raise ValueError(
@@ -62,6 +64,14 @@ def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False
     notes += [f"changed since, accepted: {line}" for line in result]
     notes += [f"changed since, the same result up to rounding: {line}" for line in changed.get("numerics", [])]
     return newest, notes
+
+
+def is_of_a_stopped_run(output: Path, config: RunConfig) -> bool:
+    """Whether what was kept there is that of this very run, which had not come to its end."""
+    kept = Result.read(output)
+    if kept is None or kept.finished or not (output / "config.yaml").is_file():
+        return False
+    return not differences(load_config(output / "config.yaml"), config).get("result") and not edited(output, config)
 
 
 def start_run(config: RunConfig) -> None:
@@ -88,6 +98,15 @@ def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
         for name in ("questions", "annotations", "jsonl")
         if source is not None and (file := getattr(source, name)) and Path(file).is_file()
     }
+
+
+def judged_by(config: RunConfig) -> dict[str, Any]:
+    """What a run's figures depend on beside the weights: the validation data and how answers to them are generated."""
+    of_answers = {"prompt": config.data.prompt, "max_text_tokens": config.data.max_text_tokens}
+    files = {key: about for key, about in contents(config).items() if key.startswith("data.validation.")}
+    asked = {"seed": config.train.seed, "evaluation": config.evaluation.model_dump(exclude={"batch_size"})}
+    validation = config.data.validation.model_dump() if config.data.validation else None
+    return {"validation": validation, "files": files, **of_answers, **asked}
 
 
 def edited(output: Path, config: RunConfig) -> list[str]:

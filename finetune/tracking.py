@@ -6,6 +6,7 @@ Each is a Trainer callback. None of them can end a run: tracking that fails says
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune import processes
 from finetune.config import RunConfig, dump_config
+from finetune.durable import write_text_whole
 from finetune.steps import Steps
 from finetune.terminal import visible
 
@@ -93,6 +95,14 @@ class ProgressBar(TrainerCallback):
             self.bar.close()
 
 
+def wandb_id(output: Path) -> str:
+    """The id of the run's page, kept in its directory: a run that is resumed continues the page it began."""
+    file = output / "wandb_id"
+    if not file.exists():
+        write_text_whole(file, secrets.token_hex(4) + "\n")
+    return file.read_text(encoding="utf-8").strip()
+
+
 class Wandb(TrainerCallback):
     """Logs to Weights & Biases; `offline` needs no network, and nothing that goes wrong there ends the run."""
 
@@ -117,6 +127,8 @@ class Wandb(TrainerCallback):
                 mode="online" if tracking.wandb == "online" else "offline",
                 project=tracking.project,
                 name=tracking.name or Path(self.config.output).name,
+                id=wandb_id(Path(self.config.output)),
+                resume="allow",
                 dir=self.config.output,
                 config=yaml.safe_load(dump_config(self.config)),
             )

@@ -32,7 +32,8 @@ from finetune.device import first_line, free_memory, is_out_of_memory
 from finetune.lora import LoRALinear, set_dropout_rows
 from finetune.offload import Offload
 from finetune.plan import Mode
-from finetune.result import BEST_FILE, Best, Result, judge, judged_by, last_step
+from finetune.result import BEST_FILE, Best, Result, judge, last_step
+from finetune.resume import judged_by
 from finetune.steps import Part, Steps
 from finetune.transfer import to_device
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaOutput, TokenBatch

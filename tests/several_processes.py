@@ -10,6 +10,7 @@ for each. Leaves `NAME/` as the run wrote it, `NAME.RANK.txt` with what a proces
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     run("full disk", 2, full_disk)
     run("not finite", 2, not_finite)
     run("little memory", 2, little_memory, "little memory", "train.micro_batch=auto")
+    run("worker killed", 2, at(2, 1, kill_worker), "worker killed", "data.workers=1")
     run("too many", 2, lambda: None, "too many", "train.batch_size=1", "train.micro_batch=1")
     run("looking", 2, lambda: None, "looking", "--dry-run")
     for name, count in (("one", 1), ("two", 2)):
@@ -120,6 +122,11 @@ def begin(
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
+
+
+def kill_worker(_examples: list[dict[str, Any]]) -> None:
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGKILL)
 
 
 def at(step: int, rank: int, act: Callable[[list[dict[str, Any]]], None]) -> Fault:

@@ -143,6 +143,15 @@ def test_out_of_memory_in_one_process_is_its_own_affair(runs: Path) -> None:
     assert_same_adapter(runs / "little memory", runs / "one")
 
 
+def test_a_worker_that_dies_in_one_process_ends_all(runs: Path) -> None:
+    assert codes(runs, "worker killed") == [2, 2]
+    assert "error: a worker process that prepares examples has ended" in said(runs, "worker killed", 1)
+    assert "error: another process of the run has ended" in said(runs, "worker killed", 0)
+    newest, skipped = newest_whole(runs / "worker killed/checkpoints")
+    assert newest is not None
+    assert (newest.name, skipped) == ("step-000002", [])
+
+
 def test_more_processes_than_examples_are_refused(runs: Path) -> None:
     assert codes(runs, "too many") == [2, 2]
     assert "error: train.batch_size=1 for 2 processes" in said(runs, "too many", 0)
@@ -153,8 +162,56 @@ def test_what_looks_before_a_run_is_for_one_process(runs: Path) -> None:
     assert "leave out the launcher" in said(runs, "looking", 0)
 
 
+@pytest.mark.parametrize(
+    ("environment", "wrong"),
+    [
+        ("WORLD_SIZE=2", "WORLD_SIZE=2, but no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: left over"),
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0", "LOCAL_RANK=0, but no MASTER_ADDR, MASTER_PORT: left over"),
+        ("RANK=1", "RANK=1, but no WORLD_SIZE, LOCAL_RANK,"),
+        ("LOCAL_RANK=0 MASTER_PORT=1", "LOCAL_RANK=0, but no WORLD_SIZE, RANK, MASTER_ADDR: .* unset LOCAL_RANK; in"),
+        ("WORLD_SIZE=two", "WORLD_SIZE=two, which are not whole numbers"),
+        ("WORLD_SIZE=", "WORLD_SIZE=, which are not whole numbers"),
+        ("PMI_SIZE=4", "PMI_SIZE=4, but no WORLD_SIZE,"),
+        ("WORLD_SIZE=2 RANK=2 LOCAL_RANK=2 MASTER_ADDR=a MASTER_PORT=1", "and has none of this number: left over"),
+    ],
+)
+def test_an_environment_that_a_launcher_left_behind_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: str, wrong: str
+) -> None:
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    with pytest.raises(ValueError, match=wrong):
+        processes.join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("environment", ["", "WORLD_SIZE=1", "WORLD_SIZE=1 RANK=0 LOCAL_RANK=0", "MASTER_PORT=29500"])
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch, environment: str) -> None:
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    processes.join(torch.device("cpu"))
+    assert processes.count() == 1
+
+
+def test_waiting_for_processes_that_do_not_come_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting in ["WORLD_SIZE=2", "RANK=0", "LOCAL_RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=7"]:
+        monkeypatch.setenv(*setting.split("="))
+    monkeypatch.setattr(processes, "PATIENCE", 0.01)
+    with processes.saying_who_is_awaited():
+        time.sleep(0.5)
+    assert "process 0 of 2, counted from 0, has waited for the others at localhost:7" in capsys.readouterr().err
+
+
+def as_launched(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The environment that a launcher makes for the first of so many processes."""
+    told = {"WORLD_SIZE": count, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_one_card_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    as_launched(monkeypatch, 2)
     with pytest.raises(ValueError, match="cuda:1 is one card for 2 processes"):
         processes.join(torch.device("cuda:1"))
 
@@ -162,7 +219,7 @@ def test_one_card_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_accelerate_makes_of_the_configuration_for_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = str(kill_test.ROOT / "configs/accelerate_fsdp.yaml")
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))
-    monkeypatch.setenv("WORLD_SIZE", str(arguments.num_processes))
+    as_launched(monkeypatch, arguments.num_processes)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
     with pytest.raises(ValueError, match="the launcher asks for FSDP"):
         processes.join(torch.device("cpu"))

@@ -28,6 +28,7 @@ from finetune import cli
 from finetune.adapter import training_facts
 from finetune.config import load_config
 from finetune.result import Result
+from finetune.trainer import LoRATrainer
 from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +141,34 @@ def test_a_run_is_extended_but_not_shortened(
     assert f"kept {Result.read(tmp_path / 'run')}\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="step-000006 is beyond the 4 steps of this configuration: make"):
         train.main([*arguments(base, tmp_path / "run"), "--accept-changes"])
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(
+    base: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although an evaluation has kept an adapter by then; that of a run that ended gives way to nothing."""
+    argv = [*arguments(base, tmp_path / "run"), "train.save_every=100"]
+    cut_step = LoRATrainer.cut_step
+
+    def stopped(self: LoRATrainer, *given: Any) -> torch.Tensor:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return cut_step(self, *given)
+
+    monkeypatch.setattr(LoRATrainer, "cut_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(argv)
+    monkeypatch.setattr(LoRATrainer, "cut_step", cut_step)
+    assert (tmp_path / "run/adapter").is_dir()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    with pytest.raises(ValueError, match="adapter exists, without checkpoints to go on from"):
+        train.main([*argv, "lora.rank=5"])
+    train.main(argv)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(ValueError, match="adapter exists, without checkpoints to go on from"):
+        train.main(argv)
 
 
 def split_arguments(argv: list[str]) -> tuple[str, list[str]]:

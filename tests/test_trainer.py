@@ -611,6 +611,36 @@ def test_wandb_gets_config_and_logs(base: Path, tmp_path: Path, monkeypatch: pyt
     assert logged[-1] == (-1, {})
 
 
+def test_a_resumed_run_continues_its_page_in_wandb(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    begun: list[dict[str, Any]] = []
+
+    def init(**keywords: Any) -> None:
+        begun.append(keywords)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for name, checkpoint in (("run", None), ("run", "step-000004"), ("other", None)):
+        config = with_wandb(run_config(base, tmp_path / name, ADAPTERS, save_every=2), "offline")
+        trainer = trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, 6)))
+        trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / name / "checkpoints" / checkpoint))
+    first, again, other = (keywords["id"] for keywords in begun)
+    assert first == again != other
+    assert {keywords["resume"] for keywords in begun} == {"allow"}
+
+
+def test_wandb_itself_takes_a_resumed_run_for_the_same(base: Path, tmp_path: Path) -> None:
+    """Offline: two directories to upload, of one run."""
+    for checkpoint in (None, str(tmp_path / "checkpoints/step-000004")):
+        config = with_wandb(run_config(base, tmp_path, ADAPTERS, save_every=2), "offline")
+        trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, 6))).train(
+            resume_from_checkpoint=checkpoint
+        )
+    ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {(tmp_path / "wandb_id").read_text().strip()}
+
+
 SEAMS: dict[str, list[str]] = {
     "get_train_dataloader": ["self"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],

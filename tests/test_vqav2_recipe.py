@@ -388,7 +388,8 @@ def test_hours_are_summed_over_all_the_times_a_run_was_taken_up(tmp_path: Path) 
         {"step": 30, "seconds": 900.0, "eval_accuracy": 60.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Result(20, "best accuracy", "accuracy", 61.5, 0.5).write(tmp_path)
+    with Result(20, "best accuracy", "accuracy", 61.5, 0.5).written(tmp_path):
+        pass
     assert result.training_of(tmp_path, 30) == {
         "hours": 0.75,
         "steps": 30,

@@ -1,0 +1,100 @@
+"""A run that starts from an adapter (`lora.start_from`) instead of a new one: it takes the adapter's shape and values.
+
+Keys of the configuration that are not given are the adapter's. Those that are given must say what the adapter is, but
+for dropout, which is a property of the training alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.adapter import load_adapter, pattern_value, read_adapter
+from finetune.locate import find_adapter
+from finetune.lora import SCOPES, LoRAConfig, adapters, eject_lora, inject_lora, trained_in_full
+from finetune.paths import expand
+
+SHAPE = ("rank", "alpha", "targets", "rslora", "rank_pattern", "alpha_pattern", "train_in_full", "dropout")
+SHOWN = 3  # contradictions in a message
+
+
+def complete(section: dict[str, Any]) -> dict[str, Any]:
+    """The section `lora` of a configuration, what it leaves open taken from the adapter that it starts from.
+
+    Raises:
+        ValueError: there is no adapter, or it cannot be read.
+    """
+    if all(key in section for key in SHAPE):
+        return section  # that of a run, which says all of it, and may outlive the adapter
+    return shape_of(find_adapter(Path(expand(section["start_from"])))) | section
+
+
+def shape_of(adapter: Path) -> dict[str, Any]:
+    """What an adapter is, as the keys of SHAPE say it: every module by its whole path."""
+    config, tensors = read_adapter(adapter)
+    modules = {name.rsplit(".", 1)[0]: name.endswith((".lora_A", ".lora_B")) for name in sorted(tensors)}
+    ranks, alphas = (
+        {path: pattern_value(config.get(pattern), path, config[key]) for path, is_lora in modules.items() if is_lora}
+        for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    return {
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "targets": [target_of(path) for path in ranks],
+        "rslora": bool(config.get("use_rslora")),
+        "rank_pattern": {target_of(path): rank for path, rank in ranks.items() if rank != config["r"]},
+        "alpha_pattern": {target_of(path): alpha for path, alpha in alphas.items() if alpha != config["lora_alpha"]},
+        "train_in_full": [target_of(path) for path, is_lora in modules.items() if not is_lora],
+        "dropout": config.get("lora_dropout") or 0.0,
+    }
+
+
+def target_of(path: str) -> str:
+    """The target that names exactly this module."""
+    for scope, prefix in SCOPES.items():
+        if path.startswith(prefix):
+            return f"{scope}.{path.removeprefix(prefix)}"
+    raise ValueError(f"the adapter trains {path}, which is in none of {', '.join(SCOPES)}")
+
+
+def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
+    """Freeze `model` and put the adapters of `config` into it, with the values of those that it starts from, if any.
+
+    Raises:
+        ValueError: a target that names nothing; or what it starts from cannot be read, belongs to another base, or is
+            not what `config` says: names each contradiction.
+    """
+    inject_lora(model, config, seed)
+    if config.start_from is None:
+        return
+    asked = settings_of(model)
+    eject_lora(model)
+    path = find_adapter(Path(expand(config.start_from)))
+    load_adapter(model, path)
+    there = settings_of(model)
+    differences = [
+        f"{key} at {module}: {'not' if ours is None else ours}, in the adapter {'not' if theirs is None else theirs}"
+        for (key, module) in sorted(asked.keys() | there.keys())
+        if (ours := asked.get((key, module))) != (theirs := there.get((key, module)))
+    ]
+    if differences:
+        more = f"\n  and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise ValueError(
+            f"the configuration contradicts the adapter in {path}, which lora.start_from names: leave out what it says "
+            "otherwise, and it is taken from the adapter\n  " + "\n  ".join(differences[:SHOWN]) + more
+        )
+    for _, adapter in adapters(model):
+        adapter.dropout = config.dropout
+
+
+def settings_of(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """What is trained, by the key of the configuration that says so and the module."""
+    found: dict[tuple[str, str], Any] = {("lora.train_in_full", path): "trained" for path, _ in trained_in_full(model)}
+    for path, adapter in adapters(model):
+        found[("lora.targets", path)] = "adapted"
+        found[("lora.rank", path)] = adapter.rank
+        found[("lora.alpha", path)] = float(adapter.alpha)
+        found[("lora.rslora", path)] = adapter.rslora
+    return found
