@@ -24,15 +24,18 @@ import torch
 from rich.table import Table
 
 from data import Processor
-from data.faults import NAMED
+from data.faults import NAMED, LeftOut
 from data.records import decodable, load_records
 from finetune import cli, load_adapter, processes
+from finetune.adapter import training_facts
 from finetune.cli import show
-from finetune.config import EvaluationConfig, RunConfig, load_config
+from finetune.config import RunConfig, load_config
 from finetune.console import new_table
 from finetune.device import DTYPES, pick_device, pick_dtype
 from finetune.durable import describe
-from finetune.evaluate import METRICS_FILE, Evaluation, evaluate, write_metrics
+from finetune.evaluate import METRICS_FILE, Evaluation, evaluate, unfinished_note, write_metrics
+from finetune.examples import askable
+from finetune.generation import max_new_tokens_of
 from finetune.locate import find_adapter, find_base
 from finetune.lock import locked
 from finetune.paths import argument, path_argument
@@ -40,12 +43,11 @@ from finetune.quantize import open_base
 from finetune.vqa_accuracy import VQAScore, read_results, score
 from model import fetch
 
+DEFAULT_PROMPT = "answer en {question}"  # as PaliGemma was transferred to VQAv2
 ARMS = ("base", "adapter", "model", "merged")
 MADE_OF = "made_of"  # the key in metrics.json that says which questions, or which answers, were scored
 DEFAULTS: dict[str, Any] = {
-    "prompt": "answer en {question}",
     "batch_size": 16,
-    "max_new_tokens": 16,
     "dtype": "bfloat16",
     "quantize": "auto",
     "device": "auto",
@@ -97,13 +99,15 @@ def evaluate_arms(
         for arm in arms:
             processes.once(partial(require_same_questions, directory / arm, made_of))
     records = records_of_run(config, given)
-    dtype, settings = pick_dtype(config.model.dtype, device), config.evaluation
+    dtype, rows = pick_dtype(config.model.dtype, device), config.evaluation.batch_size
+    new_tokens = new_tokens_of_run(config)
     scores = {}
     for arm, (path, adapter) in arms.items():
         checkpoint = fetch(path, config.model.revision if path == config.model.path else None)
-        processor = Processor.from_pretrained(checkpoint, config.data.max_text_tokens)
+        processor = Processor.from_pretrained(checkpoint)
         kept = None if arm == "merged" else config.model.quantize
-        result = answer(checkpoint, adapter, processor, records, dtype, device, settings, kept)
+        result = answer(checkpoint, adapter, processor, records, dtype, device, rows, new_tokens, kept)
+        show_unfinished(arm, result, "evaluation.max_new_tokens")
         if directory:
             facts = {"model": str(path), "adapter": str(adapter) if adapter else None, MADE_OF: made_of}
             processes.once(partial(result.save, directory / arm, **facts))
@@ -136,16 +140,44 @@ def arms_of(given: argparse.Namespace, config: RunConfig) -> dict[str, tuple[str
 
 
 def records_of_run(config: RunConfig, given: argparse.Namespace) -> Any:
-    """The validation records whose images can be decoded; those that are skipped are listed, or shown."""
+    """The validation records that can be asked, by image and prompt; those that are skipped are listed, or shown."""
     skipped = cli.leave_out(config, "validation", listed=given.limit is None and given.output is None)
     if skipped.file:
         processes.once(partial(skipped.file.unlink, missing_ok=True))  # of another time
     records = decodable(first(cli.open_records(config, "validation", skipped), given.limit), skipped)
+    base = fetch(config.model.path, config.model.revision, weights=False)
+    records = askable(records, Processor.from_pretrained(base), skipped)
     if skipped.reasons:
         show(f"{len(skipped.reasons):,} questions cannot be asked and are skipped")
         some = [f"  {name}: {reason}" for name, reason in list(skipped.reasons.items())[:NAMED]]
         show(*([f"  see {skipped.file}"] if skipped.file else some))
     return records
+
+
+def new_tokens_of_run(config: RunConfig) -> int:
+    """The most tokens of an answer, for all arms: as configured, or what the run stored with its result."""
+    configured, output = config.evaluation.max_new_tokens, Path(config.output)
+    adapter = output / "adapter" if config.lora and (output / "adapter").exists() else None
+    given = None if configured == "auto" else configured
+    new_tokens, guessed = max_new_tokens_of(output / "model", adapter, given, "evaluation.max_new_tokens")
+    if guessed:
+        show(guessed)
+    return new_tokens
+
+
+def show_unfinished(name: str, result: Evaluation, where: str) -> None:
+    if note := unfinished_note(result.unfinished, len(result.answers), result.max_new_tokens, where):
+        show(f"{name}: {note}")
+
+
+def prompt_of(adapter: Path | None, given: str | None) -> str:
+    """The prompt of the questions: as given, or as the adapter was trained; said where the two differ."""
+    trained = training_facts(adapter).prompt if adapter else None
+    if given is None:
+        return trained or DEFAULT_PROMPT
+    if trained not in (None, given):
+        show(f"the adapter was trained with the prompt {trained!r}; --prompt asks {given!r}")
+    return given
 
 
 def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
@@ -156,20 +188,25 @@ def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
     if model is None:
         assert adapter is not None, "the form has a model or an adapter"
         model, revision = find_base(adapter)
-    named = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": given.prompt}
+    prompt = prompt_of(adapter, given.prompt)
+    named = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": prompt}
     made_of = named | contents(questions=given.questions, annotations=given.annotations) | {"limit": given.limit}
     device = pick_device(given.device)
     processes.join(device)
     if given.output:
         processes.once(partial(require_same_questions, given.output, made_of))
     files = {name: getattr(given, name) for name in ("questions", "annotations", "images")}
-    records = decodable(first(load_records(**files, prompt=given.prompt), given.limit))
+    records = decodable(first(load_records(**files, prompt=prompt), given.limit))
     dtype = pick_dtype(given.dtype, device)
     directory = fetch(model, revision)
-    settings = EvaluationConfig(batch_size=given.batch_size, max_new_tokens=given.max_new_tokens)
+    new_tokens, guessed = max_new_tokens_of(directory, adapter, given.max_new_tokens, "--max-new-tokens")
+    if guessed:
+        show(guessed)
     kept = cli.quantization(given.quantize, adapter)
     processor = Processor.from_pretrained(directory)
-    result = answer(directory, adapter, processor, records, dtype, device, settings, kept)
+    records, rows = askable(records, processor, LeftOut()), given.batch_size
+    result = answer(directory, adapter, processor, records, dtype, device, rows, new_tokens, kept)
+    show_unfinished(str(adapter or model), result, "--max-new-tokens")
     if given.output:
         processes.once(partial(result.save, given.output, **named, **{MADE_OF: made_of}))
     return {str(adapter or model): result.score}
@@ -231,14 +268,15 @@ def answer(
     records: Any,
     dtype: torch.dtype,
     device: torch.device,
-    settings: EvaluationConfig,
+    batch_size: int,
+    max_new_tokens: int,
     quantize: str | None,
 ) -> Evaluation:
     """Open a network, let it answer, and let go of it: two of them would not fit on a small card."""
     model = open_base(directory, dtype, device, quantize)
     if adapter:
         load_adapter(model, adapter)
-    return evaluate(model, processor, records, **settings.model_dump(exclude={"count"}), progress=cli.progress)
+    return evaluate(model, processor, records, max_new_tokens, batch_size=batch_size, progress=cli.progress)
 
 
 def first(records: Any, limit: int | None) -> Any:
@@ -319,11 +357,11 @@ def build_parser() -> argparse.ArgumentParser:
     option("--questions", "official questions file", type=argument)
     option("--annotations", "official annotations file", type=argument)
     option("--images", "directory of the images", type=argument)
-    option("--prompt", "what is asked; {question} is where the question goes")
+    option("--prompt", f"{{question}} is where it goes (default: as the adapter was trained, or {DEFAULT_PROMPT!r})")
     option("--limit", "take the first N questions only", type=cli.positive, metavar="N")
     option("--output", "directory for metrics.json and, where there are new answers, results.json", type=path_argument)
     option("--batch-size", "questions at once on the device", type=cli.positive)
-    option("--max-new-tokens", "longest answer, in tokens", type=cli.positive)
+    option("--max-new-tokens", cli.NEW_TOKENS_HELP, type=cli.positive)
     option("--dtype", "of base weights and arithmetic", choices=list(DTYPES))
     option("--quantize", cli.QUANTIZE_HELP, choices=["auto", "nf4", "none"])
     option("--device", "auto, cpu, cuda, cuda:N or mps")

@@ -18,7 +18,8 @@ from data import Processor
 from data.images import open_image
 from finetune import cli, load_adapter
 from finetune.device import DTYPES, pick_device, pick_dtype
-from finetune.evaluate import generate_answers
+from finetune.evaluate import Answer, generate_answers, unfinished_note
+from finetune.generation import max_new_tokens_of
 from finetune.locate import find_adapter, find_base
 from finetune.paths import argument, path_argument
 from finetune.quantize import open_base
@@ -40,9 +41,14 @@ def main(argv: Sequence[str]) -> None:
         base, revision = find_base(adapter)
     device = pick_device(arguments.device)
     directory = fetch(base, revision)
+    processor = Processor.from_pretrained(directory)
+    new_tokens, guessed = max_new_tokens_of(directory, adapter, arguments.max_new_tokens, "--max-new-tokens")
+    if marked := sum(map(processor.is_marked, dict.fromkeys(arguments.prompt))):
+        print(f"{marked} prompts begin with <image> or <bos>: taken off, for every row has them", file=sys.stderr)
+    for prompt in arguments.prompt:
+        processor.encode(prompt)  # one that is refused, before minutes are spent on opening a network
     kept = cli.quantization(arguments.quantize, adapter)
     model = open_base(directory, pick_dtype(arguments.dtype, device), device, kept)
-    processor = Processor.from_pretrained(directory)
     if adapter:
         load_adapter(model, adapter)
     records = [
@@ -55,14 +61,18 @@ def main(argv: Sequence[str]) -> None:
         model,
         processor,
         records,
+        new_tokens,
         arguments.batch_size,
-        arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
     for line in lines(records, answers, arguments.format):
         print(line)
+    unfinished = sum(not answer.finished for answer in answers.values())
+    for note in (guessed, unfinished_note(unfinished, len(answers), new_tokens, "--max-new-tokens")):
+        if note:
+            print(note, file=sys.stderr)
     if broken:
         raise ValueError(f"{len(broken)} of {len(set(arguments.image))} images could not be used, see above")
 
@@ -78,11 +88,11 @@ def broken_images(paths: Sequence[str]) -> dict[str, str]:
     return broken
 
 
-def lines(records: Sequence[dict[str, str]], answers: dict[str, str], form: str) -> Iterator[str]:
+def lines(records: Sequence[dict[str, str]], answers: dict[str, Answer], form: str) -> Iterator[str]:
     for record in records:
-        answer = answers[record["id"]]
+        answer, finished = answers[record["id"]]
         if form == "jsonl":
-            facts = {"image": record["image"], "prompt": record["prefix"], "answer": answer}
+            facts = {"image": record["image"], "prompt": record["prefix"], "answer": answer, "finished": finished}
             yield json_line(facts, sys.stdout)
         elif len(records) == 1:
             yield visible(answer)
@@ -113,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--adapter", "directory of an adapter on that checkpoint, or of a run", type=path_argument)
     option("--image", "image files", nargs="+", required=True, type=argument)
     option("--prompt", "prompts, each asked of every image", nargs="+", required=True)
-    option("--max-new-tokens", "longest answer, in tokens", type=cli.positive, default=32)
+    option("--max-new-tokens", cli.NEW_TOKENS_HELP, type=cli.positive)
     option("--temperature", "0 takes the most likely token, higher values sample", type=float, default=0.0)
     option("--top-p", "sample from the most likely tokens of this probability", type=float, default=1.0)
     option("--seed", "of the sampling", type=int, default=0)

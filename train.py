@@ -24,8 +24,10 @@ from rich.table import Table
 
 from data import PaliGemmaDataset, Processor, collate
 from data.faults import LeftOut
+from data.lengths import TextLengths
 from data.records import decodable
 from finetune import cli, processes, save_adapter
+from finetune.adapter import TrainingFacts
 from finetune.checkpoints import step_of
 from finetune.cli import show
 from finetune.config import RunConfig, describe, load_config
@@ -33,13 +35,15 @@ from finetune.console import new_table
 from finetune.device import pick_device, pick_dtype
 from finetune.durable import write_whole
 from finetune.evaluate import evaluate, generate_answers, mean_loss
+from finetune.examples import Examples, max_new_tokens, open_examples, open_processor, valid
+from finetune.generation import store_max_new_tokens
 from finetune.inspection import problems_of
 from finetune.interrupt import StopOnSignal
 from finetune.lock import locked
 from finetune.lora import adapter_table
 from finetune.paths import argument
-from finetune.plan import GIB, Plan, Planner, plan_run, require_fit, spill_warning
-from finetune.probe import Shape, learn_by_heart, mean_row, pictures_of, probe, trial_config
+from finetune.plan import GIB, Plan, Planner, assumed, plan_run, require_fit, spill_warning
+from finetune.probe import Shape, learn_by_heart, pictures_of, probe, trial_config
 from finetune.quantize import open_base, quantize
 from finetune.result import Result
 from finetune.resume import find_checkpoint, start_run
@@ -88,15 +92,15 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
     for note in notes:
         show(note)
     directory = fetch(config.model.path, config.model.revision)
-    _, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
-    processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
-    left_out = cli.leave_out(config, "train")
-    records = cli.open_records(config, "train", left_out)
-    if left_out.reasons:
-        show(f"{len(left_out.reasons):,} records cannot be used, others take their places: see {left_out.file}")
-    dataset = PaliGemmaDataset(records, processor, config.data.answers, config.train.seed, left_out)
+    processor = open_processor(directory, config.data)
+    examples = open_examples(config, "train", processor)
+    if examples.left_out.reasons:
+        skipped = examples.left_out
+        show(f"{len(skipped.reasons):,} records cannot be used, others take their places: see {skipped.file}")
+    _, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
+    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.left_out)
     require_fit(config, plan, whose)
-    asked = asked_in_training(config)
+    asked = asked_in_training(config, processor)
     model = open_model(directory, config)
     steps = plan_steps(config, len(dataset))
     if checkpoint and step_of(checkpoint) > steps.total:
@@ -115,8 +119,8 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
         steps,
         plan.mode,
         collate=partial(collate, pad_id=processor.pad_id),
-        save_result=partial(save_result, model, config),
-        evaluate=evaluation_of(config, model, processor, asked),
+        save_result=partial(save_result, model, config, examples.lengths),
+        evaluate=evaluation_of(config, model, processor, asked, max_new_tokens(config, examples.lengths)),
         callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
     if checkpoint and step_of(checkpoint) == steps.total:
@@ -190,17 +194,21 @@ def random_model(directory: Path, config: RunConfig, device: torch.device) -> Pa
 
 
 def check(config: RunConfig) -> None:
-    """Every record of training and validation looked at, every image decoded; nothing is written.
+    """Every record of training and validation looked at, every image decoded, every text tokenised; nothing is
+    written.
 
     Raises:
         ValueError: more cannot be used than the configuration lets be skipped; all of them are listed in any case.
     """
+    processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config.data)
     refused = []
     for part in ("train", "validation") if config.data.validation else ("train",):
         left_out, total, usable = LeftOut(share=math.inf), 0, 0
         try:
-            records = cli.open_records(config, part, left_out)
-            total, usable = len(records), len(decodable(records, left_out))
+            examples = open_examples(config, part, processor, left_out)
+            records, longest = examples.records, examples.longest
+            total, usable = len(records), len(valid(decodable(records, left_out), left_out))
+            show(f"data.{part}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
         except ValueError:
             if not left_out.reasons:  # the file itself cannot be read
                 raise
@@ -219,19 +227,18 @@ def check(config: RunConfig) -> None:
 def inspect(config: RunConfig) -> None:
     """The first examples as the network sees them, checked for what would ruin the training. Nothing is written."""
     directory = fetch(config.model.path, config.model.revision)
-    processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
-    skipped = cli.leave_out(config, "train", listed=False)
-    records = cli.open_records(config, "train", skipped)
-    dataset = PaliGemmaDataset(records, processor, config.data.answers, config.train.seed, skipped)
+    processor = open_processor(directory, config.data)
+    examples = open_examples(config, "train", processor, cli.leave_out(config, "train", listed=False))
+    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.left_out)
     model = open_model(directory, config)
-    examples = [dataset[index] for index in range(min(8, len(dataset)))]
+    first = [dataset[index] for index in range(min(8, len(dataset)))]
     table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
-    for index, example in enumerate(examples):
+    for index, example in enumerate(first):
         answer = example["input_ids"][example["token_type_ids"] == 1]
-        prefix = dataset.records[index]["prefix"]
+        prefix = processor.prompt(dataset.records[index]["prefix"])
         table.add_row(example["id"], prefix, processor.decode(answer), str(len(example["input_ids"])), str(len(answer)))
     show(table)
-    batch = {name: tensor.to(model.device) for name, tensor in collate(examples, processor.pad_id).items()}
+    batch = {name: tensor.to(model.device) for name, tensor in collate(first, processor.pad_id).items()}
     if problems := problems_of(model, batch):
         raise ValueError("these examples would ruin the training:\n  " + "\n  ".join(problems))
     show("in order: image tokens, <bos>, prefix, newline, answer, <eos>; and no answer leaks into what comes before it")
@@ -243,17 +250,17 @@ def overfit(config: RunConfig, count: int) -> None:
     Raises:
         ValueError: it does not; says what to look at.
     """
-    left_out = cli.leave_out(config, "train")
-    records = cli.open_records(config, "train", left_out)
-    if not 0 < count <= len(records):
-        raise ValueError(f"--overfit {count}: expected 1 to {len(records):,}, the examples of data.train")
     config = trial_config(config, count)
     directory = fetch(config.model.path, config.model.revision)
-    _, plan, _ = plan_run(config, PaliGemmaConfig.from_directory(directory))
+    processor = open_processor(directory, config.data)
+    examples = open_examples(config, "train", processor)
+    records = examples.valid
+    if not 0 < count <= len(records):
+        raise ValueError(f"--overfit {count}: expected 1 to {len(records):,}, the examples of data.train")
+    _, plan, _ = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
     model = open_model(directory, config)
-    processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
     records = records.select(range(count))
-    dataset = PaliGemmaDataset(records, processor, config.data.answers, left_out=left_out)
+    dataset = PaliGemmaDataset(records, processor, config.data.answers, left_out=examples.left_out)
     adapt(model, config)
     show_trained(model)
     wanted = [
@@ -261,9 +268,9 @@ def overfit(config: RunConfig, count: int) -> None:
     ]
 
     def ask() -> list[tuple[str, str, str]]:
-        answers = generate_answers(model, processor, records, config.evaluation.batch_size, max(map(len, wanted)))
+        answers = generate_answers(model, processor, records, max(map(len, wanted)), config.evaluation.batch_size)
         texts = (processor.decode(ids) for ids in wanted)
-        return list(zip(records["question"], texts, answers.values(), strict=True))
+        return list(zip(records["question"], texts, (answer.text for answer in answers.values()), strict=True))
 
     trial = learn_by_heart(config, model, dataset, plan.mode, partial(collate, pad_id=processor.pad_id), ask)
     table = new_table("question", "wanted", "answered")
@@ -302,7 +309,9 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     dimensions = PaliGemmaConfig.from_directory(directory)
     if config.model.weights == "pretrained":
         refuse_unreadable(directory)
-    planner, plan, whose = plan_run(config, dimensions)
+    examples = readable_examples(config, directory)
+    longest = examples.longest if examples else assumed(config.data)
+    planner, plan, whose = plan_run(config, dimensions, longest)
     show(table_of_adapters(planner.model))
     table = new_table("component", "GiB", title=f"memory on {planner.device}")
     for name, size in plan.components.items():
@@ -310,11 +319,12 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     table.add_row("total", f"{plan.total / GIB:.3f}")
     table.add_row(f"budget: {whose}", f"{plan.budget / GIB:.3f}")
     show(table)
-    show(f"rows of {planner.tokens} tokens, {planner.supervised} of them supervised; {plan.mode}")
-    steps, shape = shape_of(config, planner, directory)
-    work = planner.work(plan.mode, shape.pictures / shape.examples)
+    known = "the longest of the data" if examples else "assumed, for the data cannot be read"
+    show(f"rows of {planner.tokens} tokens, answers of {planner.supervised} ({known}); {plan.mode}")
+    steps, shape = shape_of(config, planner, examples)
+    work = planner.mean_work(plan.mode, shape.tokens, shape.supervised, shape.pictures / shape.examples)
     of_run = f", {work * shape.examples * steps.total:,.1f} for the run" if steps else ""
-    show(f"{work:.3g} TFLOP an example in rows that long{of_run}")
+    show(f"{work:.3g} TFLOP an example in rows of {shape.tokens} tokens, answers of {shape.supervised}{of_run}")
     if warning := spill_warning(planner.device):
         show(f"warning: {warning}")
     require_fit(config, plan, whose)
@@ -323,22 +333,26 @@ def dry_run(config: RunConfig, probed: bool) -> None:
         show_pace(config, directory, plan, shape, steps)
 
 
-def shape_of(config: RunConfig, planner: Planner, directory: Path) -> tuple[Steps | None, Shape]:
-    """The steps, as far as the data can be read, and what each is made of; said where either is not known."""
-    size = config.train.batch_size
+def readable_examples(config: RunConfig, directory: Path) -> Examples | None:
+    """The examples of the run, or None with a line that says why they cannot be read."""
     try:
-        records = cli.open_records(config, "train")
+        return open_examples(config, "train", open_processor(directory, config.data))
     except ValueError as error:
-        show(f"steps are not known, for the data cannot be read: {error}")
+        show(f"steps and lengths are not known, for the data cannot be read: {error}")
+        return None
+
+
+def shape_of(config: RunConfig, planner: Planner, examples: Examples | None) -> tuple[Steps | None, Shape]:
+    """The steps, as far as the data can be read, and what each is made of, by rows of mean length."""
+    size = config.train.batch_size
+    if examples is None:
         return None, Shape(size, size, planner.tokens, planner.supervised)
+    records, lengths = examples.records, examples.lengths
     steps = plan_steps(config, len(records))
-    examples, pictures = steps.total * size, pictures_of(steps, records["image_id"][:])
-    show(f"{len(records):,} examples, {steps.total:,} steps, up to {examples * planner.tokens:,} tokens")
-    try:
-        processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
-    except ValueError:  # of a Hub id not yet downloaded
-        return steps, Shape(size, pictures, planner.tokens, planner.supervised)
-    return steps, Shape(size, pictures, *mean_row(processor.encode, records))
+    pictures = pictures_of(steps, records["image_id"][:])
+    show(f"{len(records):,} examples, {steps.total:,} steps, up to {steps.total * size * planner.tokens:,} tokens")
+    tokens = planner.config.vision.num_patches + 1 + math.ceil(lengths.mean_text)
+    return steps, Shape(size, pictures, tokens, math.ceil(lengths.mean_answer))
 
 
 def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, steps: Steps | None) -> None:
@@ -397,28 +411,31 @@ def show_trained(model: PaliGemma) -> None:
     show(f"{trained:,} of {everything:,} parameters are trained, on {model.device} in {model.dtype}")
 
 
-def asked_in_training(config: RunConfig) -> Any:
-    """A fixed part of the validation questions, whose pictures were decoded; None where the run has none."""
+def asked_in_training(config: RunConfig, processor: Processor) -> Any:
+    """A fixed selection of the valid validation questions, whose pictures were decoded; None where the run has none."""
     if config.data.validation is None or config.train.eval_every is None:
         return None
-    left_out = cli.leave_out(config, "validation")
-    records = cli.open_records(config, "validation", left_out)
+    examples = open_examples(config, "validation", processor)
+    records, left_out = examples.valid, examples.left_out
     if config.evaluation.count is not None and config.evaluation.count < len(records):
         records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
     return decodable(records, left_out)
 
 
-def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any) -> Any:
-    """What measures the model during training: loss and accuracy on these records; None without them."""
+def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any, new_tokens: int) -> Any:
+    """What measures the model during training: loss and accuracy on these records; None without them.
+
+    new_tokens: the most that an answer may have.
+    """
     if records is None:
         return None
-    settings = config.evaluation
+    rows = config.evaluation.batch_size
 
     def measure() -> dict[str, float]:
-        scored = evaluate(model, processor, records, **settings.model_dump(exclude={"count"})).score
-        by_type = {f"accuracy_{name}": value for name, value in scored.by_answer_type.items()}
-        loss = mean_loss(model, processor, records, settings.batch_size)
-        return {"loss": loss, "accuracy": scored.overall, **by_type}
+        evaluated = evaluate(model, processor, records, new_tokens, batch_size=rows)
+        by_type = {f"accuracy_{name}": value for name, value in evaluated.score.by_answer_type.items()}
+        loss = mean_loss(model, processor, records, rows)
+        return {"loss": loss, "accuracy": evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
 
     return measure
 
@@ -427,16 +444,26 @@ def result_directory(config: RunConfig) -> Path:
     return Path(config.output) / ("adapter" if config.lora else "model")
 
 
-def save_result(model: PaliGemma, config: RunConfig, result: Result) -> None:
+def facts_of(config: RunConfig, lengths: TextLengths, result: Result) -> TrainingFacts:
+    """How the run trains, as far as the use of its result depends on it."""
+    prompt = config.data.prompt if config.data.train.questions else None  # lines have prompts of their own
+    trained_with = {"max_new_tokens": lengths.longest_answer, "max_text_tokens": lengths.longest_text}
+    return dataclasses.replace(result.facts, prompt=prompt, **trained_with)
+
+
+def save_result(model: PaliGemma, config: RunConfig, lengths: TextLengths, result: Result) -> None:
     """The result of the run: an adapter, or the whole checkpoint where all of it was trained; and why this one."""
-    directory = result_directory(config)
+    directory, facts = result_directory(config), facts_of(config, lengths, result)
+
+    def fill(path: Path) -> None:
+        model.save_pretrained(path)
+        store_max_new_tokens(path, facts.max_new_tokens)
+
     with result.written(Path(config.output)):
         if config.lora:
-            of_base = {"base": config.model.path, "revision": config.model.revision}
-            save_adapter(model, directory, **of_base, facts=result.facts)
+            save_adapter(model, directory, config.model.path, config.model.revision, facts)
         else:
-            size = sum(parameter.nbytes for parameter in model.parameters())
-            write_whole(directory, model.save_pretrained, size, replace=True)
+            write_whole(directory, fill, sum(parameter.nbytes for parameter in model.parameters()), replace=True)
     show(f"kept {result}")
 
 

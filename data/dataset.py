@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from data.faults import Fault, LeftOut
 from data.processor import Processor
 
+TRIES = 10_000  # records drawn in the place of one that is skipped
+
 
 class PaliGemmaDataset(Dataset[dict[str, Any]]):
     """`dataset[index, visit]` is an example; a bare `index` is visit 0.
@@ -26,7 +28,8 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         answers: "rotate" learns another one of a record's answers at each visit, in an order drawn by `seed`, until
             all were learned; "majority" learns `answer` always.
         left_out: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its
-            index, the same at every visit. By default there may be none, and the first one is a ValueError.
+            index, the same at every visit; of those that are listed already, too. By default there may be none, and
+            the first one is a ValueError.
     """
 
     def __init__(
@@ -49,15 +52,17 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         index, visit = key if isinstance(key, tuple) else (key, 0)
         index = range(len(self))[index]  # -1 is another name of the last record, not another record
         others = random.Random(f"{self.seed}/{index}/instead")
-        while True:  # until too many were left out
-            try:
-                return self._example(index, visit)
-            except ValueError as error:
-                self.left_out.add([Fault(self.records[index]["id"], str(error))], len(self))
+        for _ in range(TRIES):  # or until too many were left out
+            record = self.records[index]
+            if record["id"] not in self.left_out.reasons:
+                try:
+                    return self._example(record, index, visit)
+                except ValueError as error:
+                    self.left_out.add([Fault(record["id"], str(error))], len(self))
             index = others.randrange(len(self))
+        raise ValueError(f"{TRIES:,} records drawn in place of {record['id']} were all skipped: hardly any is valid")
 
-    def _example(self, index: int, visit: int) -> dict[str, Any]:
-        record = self.records[index]
+    def _example(self, record: Mapping[str, Any], index: int, visit: int) -> dict[str, Any]:
         answers = record["answers"]
         if not answers:
             raise ValueError(f"record {record['id']!r} has no answer to learn from; give the annotations file")

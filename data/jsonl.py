@@ -2,7 +2,8 @@
 
     {"image": "scene.jpg", "prefix": "caption en", "suffix": "a red circle"}
 
-`suffix` may be a list of answers that are equally right. `id` may name the example, else its line's number does.
+`suffix` may be empty, where the right answer is to say nothing, or a list of answers that are equally right. `id` may
+name the example, else its line's number does.
 """
 
 import codecs
@@ -87,8 +88,10 @@ def _example(line: Any, number: int, folder: Path) -> dict[str, Any]:
         raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}} and perhaps "id", got {line!r:.200}')
     answers = line["suffix"] if isinstance(line["suffix"], list) else [line["suffix"]]
     texts = (line["prefix"], line["image"], *answers)
-    if not answers or not all(isinstance(text, str) for text in texts) or not all(map(str.strip, texts[1:])):
-        raise ValueError(f"expected texts, of which only the prefix may be empty, got {line!r:.200}")
+    if not answers or not all(isinstance(text, str) for text in texts) or not line["image"].strip():
+        raise ValueError(f"expected texts, of which prefix and suffix may be empty, got {line!r:.200}")
+    if any(answer and not answer.strip() for answer in answers):
+        raise ValueError(f'expected a suffix that is a text, or "" for an empty answer, got {line!r:.200}')
     if not isinstance(line.get("id", ""), str | int):
         raise ValueError(f"expected a text or a whole number as id, got {line['id']!r}")
     image = Path(line["image"])

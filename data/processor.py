@@ -3,15 +3,17 @@
     <image> x N  <bos>  prefix  "\\n"     token type 0, sees all of itself
     suffix  <eos>                        token type 1, causal; the labels
 
-Token for token transformers' PaliGemmaProcessor, bit for bit its Pillow image processor, but where that would spoil an
-example: <eos> or <image> in a person's text are spelled out as text; newlines within a prefix become spaces, for one
-newline says where the answer begins; a text that is too long never loses image tokens, that newline or <eos>.
-<loc0000> and <seg000> are words of the vocabulary and stay what they are. Not here: opening pictures (data/images.py).
+Token for token transformers' PaliGemmaProcessor, bit for bit its Pillow image processor, but where that would corrupt
+an example: <image> and <bos> at the start of a prefix (transformers' own form) are taken off, for they are put there in
+any case, and any other special token in a text is an error; newlines within a prefix become spaces, for one newline
+says where the answer begins; a text that is too long is an error, or loses the end of its answer where that was asked.
+<loc0000> and <seg000> are words of the vocabulary and stay what they are. Not here: opening pictures (data/images.py),
+how long the texts of a data set are (data/lengths.py).
 """
 
+import hashlib
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -26,6 +28,9 @@ from torch import Tensor
 
 from data.collate import IGNORE_INDEX, collate
 from data.images import ImageSource, open_image
+
+ROWS, POSITIONS = 257216, 8192  # of the published network, whose config.json may leave them out
+LEADING = re.compile(r"\s*((<image>|<bos>)\s*)+")  # what a prefix in transformers' form begins with
 
 
 def single_line(text: str) -> str:
@@ -50,7 +55,11 @@ class Processor:
     pixel_form: PixelForm
     image_size: int  # height and width of a picture, in pixels
     num_image_tokens: int  # N, one for each patch
-    max_text_tokens: int  # the most that prefix, newline, suffix and <eos> take together
+    positions: int  # tokens of the longest row that the network was made for
+    special_ids: frozenset[int]  # of all special tokens, which no text may hold
+    digest: str  # sha256 of tokenizer.json
+    max_text_tokens: int | None  # the most that prefix, newline, suffix and <eos> may take; None: no such limit
+    truncate_answers: bool  # whether an answer that exceeds it loses its end; otherwise that is an error
     pad_id: int  # this one and the next four: the tokens that structure a row
     eos_id: int
     bos_id: int
@@ -58,12 +67,16 @@ class Processor:
     newline_id: int
 
     @classmethod
-    def from_pretrained(cls, directory: str | PathLike[str], max_text_tokens: int = 128) -> "Processor":
+    def from_pretrained(
+        cls, directory: str | PathLike[str], max_text_tokens: int | None = None, truncate_answers: bool = False
+    ) -> "Processor":
         """Reads config.json, tokenizer.json and preprocessor_config.json (4.x) or processor_config.json (5.x).
 
-        ValueError if one is missing or broken, or if two contradict each other.
+        Raises:
+            ValueError: one is missing or broken, two contradict each other, or the tokenizer has ids for which the
+                embedding has no rows.
         """
-        if max_text_tokens < 3:
+        if max_text_tokens is not None and max_text_tokens < 3:
             raise ValueError(f"max_text_tokens is {max_text_tokens}; expected at least 3: newline, a token, <eos>")
         folder = Path(directory)
         config = _read_json(folder / "config.json")
@@ -72,10 +85,8 @@ class Processor:
         vision = config.get("vision_config", {})  # the published one leaves the size out
         image_size = vision.get("image_size", 224)
         num_image_tokens = (image_size // vision.get("patch_size", 14)) ** 2
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{folder / 'tokenizer.json'}: {error}; copy it from the base checkpoint") from error
+        text = config.get("text_config", {})
+        tokenizer, digest = _read_tokenizer(folder / "tokenizer.json", text.get("vocab_size", ROWS))
         pixel_form = _read_pixel_form(folder, image_size, num_image_tokens)
         special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         for token, expected in special_ids.items():
@@ -87,7 +98,18 @@ class Processor:
         tokenizer.no_padding()
         (newline_id,) = tokenizer.encode("\n", add_special_tokens=False).ids
         ids = (*special_ids.values(), newline_id)
-        return cls(tokenizer, pixel_form, image_size, num_image_tokens, max_text_tokens, *ids)
+        return cls(
+            tokenizer,
+            pixel_form,
+            image_size,
+            num_image_tokens,
+            text.get("max_position_embeddings", POSITIONS),
+            frozenset(special.values()),
+            digest,
+            max_text_tokens,
+            truncate_answers,
+            *ids,
+        )
 
     def __call__(
         self, images: Sequence[ImageSource], prefixes: Sequence[str], suffixes: Sequence[str] | None = None
@@ -106,21 +128,66 @@ class Processor:
     def encode(self, prefix: str, suffix: str | None = None) -> dict[str, Tensor]:
         """`input_ids`, `token_type_ids` and, with a suffix, `labels` (-100 before the suffix) of one text, i64[S].
 
-        A text beyond `max_text_tokens` loses the end of its prefix and then, if the suffix alone is too long, the end
-        of the suffix before <eos>.
+        Raises:
+            ValueError: the text is too long (see `fit`), or holds a special token or half a character.
         """
-        question = self._ids(single_line(prefix))
-        answer = [] if suffix is None else [*self._ids(suffix), self.eos_id]
-        room = self.max_text_tokens - 1  # for the newline
-        if len(question) + len(answer) > room:
-            warnings.warn(f"texts of more than max_text_tokens = {self.max_text_tokens} tokens are cut", stacklevel=2)
-            answer = [*answer[: room - 1], self.eos_id] if len(answer) > room else answer
-            question = question[: room - len(answer)]
-        before = [self.image_token_id] * self.num_image_tokens + [self.bos_id, *question, self.newline_id]
+        prompt, answer = self.prompt_ids(prefix), [] if suffix is None else self.answer_ids(suffix)
+        if (kept := self.fit(len(prompt), len(answer))) < len(answer):
+            answer = [*answer[: kept - 1], self.eos_id]
+        before = [self.image_token_id] * self.num_image_tokens + [self.bos_id, *prompt]
         encoded = {"input_ids": before + answer, "token_type_ids": [0] * len(before) + [1] * len(answer)}
         if suffix is not None:
             encoded["labels"] = [IGNORE_INDEX] * len(before) + answer
         return {name: torch.tensor(row) for name, row in encoded.items()}
+
+    def prompt_ids(self, prefix: str) -> list[int]:
+        """Tokens of a prefix and the newline that ends it."""
+        return [*self._ids(self.prompt(prefix), "prefix"), self.newline_id]
+
+    def answer_ids(self, suffix: str) -> list[int]:
+        """Tokens of a suffix and <eos>."""
+        return [*self._ids(suffix, "suffix"), self.eos_id]
+
+    @staticmethod
+    def is_marked(prefix: str) -> bool:
+        """Whether a prefix begins with <image> or <bos>, which `prompt` takes off."""
+        return LEADING.match(prefix) is not None
+
+    def prompt(self, prefix: str) -> str:
+        """The text of a prefix as the network sees it: one line, without <image> and <bos> at its start, nor the spaces
+        around those.
+        """
+        marked = LEADING.match(prefix)
+        return single_line(prefix[marked.end() :] if marked else prefix)
+
+    @property
+    def text_limit(self) -> int:
+        """The most tokens that prefix, newline, suffix and <eos> may take together."""
+        positions = self.positions - self.num_image_tokens - 1  # without image tokens and <bos>
+        return positions if self.max_text_tokens is None else min(self.max_text_tokens, positions)
+
+    def fit(self, prompt: int, answer: int) -> int:
+        """How many tokens an answer of `answer` tokens keeps behind a prompt of `prompt` (newline and <eos> counted).
+
+        All of them, unless the text exceeds `text_limit` and may be cut: then what fits, which is <eos> and at least
+        one token before it.
+
+        Raises:
+            ValueError: the text does not fit; names the length that it needs and the limit.
+        """
+        limit = self.text_limit
+        if prompt + answer <= limit:
+            return answer
+        if self.truncate_answers and prompt + min(answer, 2) <= limit:
+            return limit - prompt
+        if limit != self.max_text_tokens:
+            said = f"the {self.positions:,} positions of the model leave {limit:,} for it: shorten it"
+        elif self.truncate_answers:
+            said = f"max_text_tokens is {limit}, and a prompt is never cut: raise it, or shorten the text"
+        else:
+            said = f"max_text_tokens is {limit}: raise it, or leave it at auto"
+        of = f" ({prompt:,} of its prompt, {answer:,} of its answer)" if answer else ""
+        raise ValueError(f"its text needs {prompt + answer:,} tokens{of}; {said}")
 
     def pixels(self, image: ImageSource) -> Tensor:
         """One picture in the reference's order of roundings, f32[3, H, W]; ValueError if it cannot be used."""
@@ -136,12 +203,35 @@ class Processor:
         end = tokens.index(self.eos_id) if self.eos_id in tokens else len(tokens)
         return self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
 
-    def _ids(self, text: str) -> list[int]:
-        """Tokens of a person's text, special ones spelled out."""
+    def _ids(self, text: str, name: str) -> list[int]:
+        """Tokens of a person's text, the `name` of an example. ValueError where it holds what no text may hold."""
         if re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"the text {text!r:.100} holds half a character; mend it, or leave it out")
-        self.tokenizer.encode_special_tokens = True  # at each call, for pickling (to a worker) forgets it
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+            raise ValueError(f"the {name} {text!r:.100} holds half a character; correct it, or remove it")
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not self.special_ids.isdisjoint(ids):
+            token = self.tokenizer.id_to_token(next(i for i in ids if i in self.special_ids))
+            raise ValueError(
+                f"the {name} {text!r:.100} holds the special token {token}: remove it, special tokens are added where "
+                "they belong"
+            )
+        return ids
+
+
+def _read_tokenizer(file: Path, rows: int) -> tuple[Tokenizer, str]:
+    """The tokenizer and the sha256 of its file. ValueError where an id has no row in an embedding of so many."""
+    try:
+        content = file.read_bytes()
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file}: {error}; copy it from the base checkpoint") from error
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise ValueError(
+            f"{file} has token ids up to {highest:,}, and the embedding has {rows:,} rows (text_config.vocab_size in "
+            "config.json): copy both files from one checkpoint, or, if tokens were added, save the network with its "
+            "embedding resized to them"
+        )
+    return tokenizer, hashlib.sha256(content).hexdigest()
 
 
 def _read_pixel_form(folder: Path, image_size: int, num_image_tokens: int) -> PixelForm:

@@ -33,11 +33,11 @@ FEATURES = datasets.Features(
     prefix=TEXT,  # the whole prompt, one line
     answers=datasets.List(TEXT),  # empty where unknown
     equally_right=datasets.Value("bool"),  # each of them is a right answer; else they are what annotators said
-    answer=TEXT,  # the most frequent one; "" where unknown, as the two below
+    answer=TEXT,  # the most frequent one; "" where answers is empty, as are the two below where unknown
     answer_type=TEXT,
     question_type=TEXT,
 )
-FORMAT = 3  # goes up when records are written differently, so that kept ones are written anew
+FORMAT = 4  # goes up when records are written differently, so that kept ones are written anew
 
 
 def load_records(

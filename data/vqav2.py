@@ -101,7 +101,8 @@ def _answers(annotations: "ObjectList", questions: "ObjectList", position: int) 
     except (KeyError, TypeError) as error:
         wanted = f'expected answers like [{{"answer": "yes"}}] in {annotation!r:.200}'
         raise ValueError(f"{annotations.path}: {wanted}") from error
-    return {"answers": answers} | {column: annotation[key] for column, key in OPTIONAL.items() if annotation.get(key)}
+    given = {column: annotation[key] for column, key in OPTIONAL.items() if annotation.get(key) is not None}
+    return {"answers": answers} | given
 
 
 class ObjectList:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.config import RunConfig
 
 MISTAKE, NOT_FINITE, STOPPED, INTERRUPTED = 2, 4, 75, 130
+NEW_TOKENS_HELP = "longest answer, in tokens (default: that of the longest trained answer, stored with the adapter)"
 QUANTIZE_HELP = "keep the base in four bits; auto: as it was while the adapter was trained"
 
 

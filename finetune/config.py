@@ -141,7 +141,10 @@ class DataConfig(Section):
     """What is learned from."""
 
     # What is left out changes the result only where a run could not have gone on.
-    CHANGES = {"result": "prompt answers max_text_tokens", "nothing": "on_error skip_at_most workers"}
+    CHANGES = {
+        "result": "prompt answers max_text_tokens truncate_answers",
+        "nothing": "on_error skip_at_most workers",
+    }
 
     train: Source
     """Examples to train on."""
@@ -151,8 +154,11 @@ class DataConfig(Section):
     """Prompt of the official files' questions; {question} is where the question goes."""
     answers: Literal["rotate", "majority"] = "rotate"
     """rotate: another one of a question's answers at each visit; majority: the most frequent one always."""
-    max_text_tokens: Count = 128
-    """Tokens of prefix and suffix together; longer prefixes are cut."""
+    max_text_tokens: Annotated[int, Field(ge=3)] | Literal["auto"] = "auto"
+    """The most tokens that prefix, newline, suffix and <eos> may take together; a longer record cannot be used. auto:
+    what the longest one takes."""
+    truncate_answers: bool = False
+    """Cut the end of an answer that exceeds max_text_tokens, instead of refusing its record. A prompt is never cut."""
     on_error: Literal["fail", "skip"] = "fail"
     """When a record cannot be used (a broken picture, no answer): fail, or skip it and learn from another instead,
     and list it in OUTPUT/left_out_train.jsonl or left_out_validation.jsonl.
@@ -168,6 +174,13 @@ class DataConfig(Section):
         if train.questions and not train.annotations:
             raise _fault("annotations", "training needs the answers: give the annotations of questions")
         return train
+
+    @field_validator("truncate_answers")
+    @classmethod
+    def _cuts_somewhere(cls, truncate_answers: bool, info: ValidationInfo) -> bool:
+        if truncate_answers and info.data.get("max_text_tokens") == "auto":
+            raise ValueError("answers are cut at max_text_tokens, which is auto: give it a number, such as 128")
+        return truncate_answers
 
     @field_validator("prompt")
     @classmethod
@@ -263,8 +276,8 @@ class EvaluationConfig(Section):
     """Validation questions answered at each evaluation during training; null: all."""
     batch_size: Count = 16
     """Questions at once on the device."""
-    max_new_tokens: Count = 16
-    """Longest answer, in tokens."""
+    max_new_tokens: Count | Literal["auto"] = "auto"
+    """The most tokens of a generated answer. auto: as many as the longest answer in data.train has, <eos> included."""
 
 
 class TrackingConfig(Section):

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +31,16 @@ class Evaluation:
 
     answers: dict[str, str]
     score: VQAScore
+    unfinished: int
+    """Answers that reached `max_new_tokens` without `<eos>`."""
+    max_new_tokens: int
 
     def save(self, directory: Path, **facts: Any) -> None:
         """Write `results.json` in the official format and `metrics.json` with the score and `facts` about the run."""
         directory.mkdir(parents=True, exist_ok=True)
         write_results(directory / "results.json", self.answers)
-        write_metrics(directory, self.score, **facts)
+        generated = {"unfinished": self.unfinished, "max_new_tokens": self.max_new_tokens}
+        write_metrics(directory, self.score, **generated, **facts)
 
 
 def write_metrics(directory: Path, score: VQAScore, **facts: Any) -> None:
@@ -46,41 +50,62 @@ def write_metrics(directory: Path, score: VQAScore, **facts: Any) -> None:
     (directory / METRICS_FILE).write_text(metrics, encoding="utf-8")
 
 
+class Answer(NamedTuple):
+    """A generated text, and whether it ended in `<eos>`; otherwise `max_new_tokens` cut it off."""
+
+    text: str
+    finished: bool
+
+
+def unfinished_note(unfinished: int, answers: int, max_new_tokens: int, where: str) -> str | None:
+    """What a person should know of answers that were cut off, or None. where: what sets the limit."""
+    if not unfinished:
+        return None
+    return (
+        f"{unfinished:,} of {answers:,} answers did not end within {max_new_tokens} tokens and are cut off: if they "
+        f"should be longer, raise {where}"
+    )
+
+
 def silent(batches: Iterable[Any], total: int) -> Iterable[Any]:
     return batches
 
 
-def evaluate(model: PaliGemma, processor: Processor, records: Sequence[Record], **settings: Any) -> Evaluation:
+def evaluate(
+    model: PaliGemma, processor: Processor, records: Sequence[Record], max_new_tokens: int, **settings: Any
+) -> Evaluation:
     """Answers to all records, scored by the official metric; `settings` as in `generate_answers`."""
-    answers = generate_answers(model, processor, records, **settings)
-    return Evaluation(answers, score(answers, records))
+    answers = generate_answers(model, processor, records, max_new_tokens, **settings)
+    texts = {name: answer.text for name, answer in answers.items()}
+    unfinished = sum(not answer.finished for answer in answers.values())
+    return Evaluation(texts, score(texts, records), unfinished, max_new_tokens)
 
 
 def generate_answers(
     model: PaliGemma,
     processor: Processor,
     records: Sequence[Record],
+    max_new_tokens: int,
     batch_size: int = 16,
-    max_new_tokens: int = 16,
     progress: Progress = silent,
     **sampling: Any,
-) -> dict[str, str]:
+) -> dict[str, Answer]:
     """The answer to each record by its id, in the records' order; `sampling` is passed on to `PaliGemma.generate`."""
-    answers: dict[str, str] = {}
+    answers: dict[str, Answer] = {}
     for rows, features in encoded_batches(model, processor, records, batch_size, progress):
         texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
         inputs: dict[str, Any] = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
         new = model.generate(**inputs, image_features=features, max_new_tokens=max_new_tokens, **sampling)
         for row, tokens in zip(rows, new.tolist(), strict=True):
-            answers[row["id"]] = processor.decode(tokens)
-    answers = {name: text for part in processes.gather(answers) for name, text in part.items()}
-    return {record["id"]: answers[record["id"]] for record in records}
+            answers[row["id"]] = Answer(processor.decode(tokens), processor.eos_id in tokens)
+    answers = {name: answer for shard in processes.gather(answers) for name, answer in shard.items()}
+    return {record["id"]: Answer(*answers[record["id"]]) for record in records}  # a list, from another process
 
 
 @torch.inference_mode()
 def mean_loss(model: PaliGemma, processor: Processor, records: Sequence[Record], batch_size: int = 16) -> float:
     """Cross-entropy of the majority answers, in nats per token; records without an answer are left out."""
-    answered = [record for record in records if record["answer"]]
+    answered = [record for record in records if record["answers"]]
     total, tokens = 0.0, 0
     for rows, features in encoded_batches(model, processor, answered, batch_size):
         texts = collate([processor.encode(row["prefix"], row["answer"]) for row in rows], processor.pad_id)

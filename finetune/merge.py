@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.adapter import load_adapter, trained_on
+from finetune.adapter import load_adapter, trained_on, training_facts
 from finetune.durable import MANIFEST, files_of, occupied, write_whole
+from finetune.generation import store_max_new_tokens
 from finetune.lora import adapters, eject_lora, trained_in_full
 from finetune.quantize import dequantize, open_base, quantization_of
 from model import PaliGemma, fetch
@@ -156,7 +157,12 @@ def merge_checkpoint(
             "the merge is not to be trusted, nothing was written:\n  " + "\n  ".join(problems) + f"\n{report}{mend}"
         )
     size = sum(parameter.nbytes for parameter in model.parameters())
-    write_whole(output, model.save_pretrained, size, replace)
+
+    def fill(path: Path) -> None:
+        model.save_pretrained(path)
+        store_max_new_tokens(path, training_facts(adapter).max_new_tokens)
+
+    write_whole(output, fill, size, replace)
     # By bits, not by logits: where in memory a weight begins may change the rounding of a product.
     for name, written in PaliGemma.from_pretrained(output, dtype).named_parameters():
         if not torch.equal(written, model.get_parameter(name).cpu()):

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import processes
-from finetune.config import RunConfig
+from finetune.config import DataConfig, RunConfig
 from finetune.device import pick_device, pick_dtype
 from finetune.lora import LoRAConfig, inject_lora
 from finetune.quantize import decoder_linears, packed_bytes
@@ -32,8 +32,18 @@ GIB = 2**30
 TERA = 10**12
 CONTEXT = int(0.45 * GIB)  # estimate: the libraries' own memory, on a card the CUDA context
 SPARE = 0.1  # estimate: share of what comes and goes in a step that is lost between allocations
-ANSWER_TOKENS = 8  # assumed of the longest answer, where only the configuration is known
 LAUNCH_TOKENS = 64  # estimate: a product costs as much as this many tokens before the first one is computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Longest:
+    """Tokens of the longest text (prefix, newline, answer with `<eos>`) and of the longest answer of the data."""
+
+    text: int
+    answer: int
+
+
+ASSUMED = Longest(text=32, answer=8)  # as VQAv2 is published, where the data cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +103,12 @@ class Work:
     row: int
     again: dict[str, list[int]]
 
+    def total(self, mode: Mode, pictures: float) -> float:
+        """TFLOP of a row, with what a mode recomputes, and of so many pictures."""
+        again = self.again["gate_up"] if mode.recompute_gate_up else self.again["layer"]
+        layers = len(again) if mode.recompute_gate_up else mode.recompute_layers
+        return (pictures * self.picture + self.row + sum(again[:layers])) / TERA
+
 
 class Planner:
     """The memory and the work of training steps, for one network adapted in one way.
@@ -119,7 +135,8 @@ class Planner:
         device: torch.device,
         quantize: str | None = None,
     ) -> None:
-        self.config, self.dtype, self.tokens, self.supervised = config, dtype, tokens, supervised
+        self.config, self.lora, self.dtype = config, lora, dtype
+        self.tokens, self.supervised = tokens, supervised
         self.batch_size, self.device = batch_size, device
         with FakeTensorMode():
             self.model = empty(config, dtype)
@@ -215,9 +232,11 @@ class Planner:
 
         pictures: that pass the vision tower for one example; below 1 where examples of a step share pictures.
         """
-        again = self.counted.again["gate_up"] if mode.recompute_gate_up else self.counted.again["layer"]
-        layers = len(again) if mode.recompute_gate_up else mode.recompute_layers
-        return (pictures * self.counted.picture + self.counted.row + sum(again[:layers])) / TERA
+        return self.counted.total(mode, pictures)
+
+    def mean_work(self, mode: Mode, tokens: int, supervised: int, pictures: float = 1.0) -> float:
+        """TFLOP of an example in rows of another length, with answers of another length; else as `work`."""
+        return count_work(self.config, self.lora, self.vision_trains, tokens, supervised).total(mode, pictures)
 
     def cost(self, mode: Mode) -> float:
         """What an example takes, in TFLOP: its work, and besides what each micro-batch costs whatever its size, and the
@@ -334,11 +353,17 @@ def count_work(config: PaliGemmaConfig, lora: LoRAConfig | None, vision: bool, t
     return Work(picture, counter.get_total_flops() - picture, again)
 
 
-def plan_run(run: RunConfig, config: PaliGemmaConfig) -> tuple[Planner, Plan, str]:
+def assumed(data: DataConfig) -> Longest:
+    """What to take for the longest text and answer where the data cannot be read."""
+    text = ASSUMED.text if data.max_text_tokens == "auto" else data.max_text_tokens
+    return Longest(text, min(ASSUMED.answer, text))
+
+
+def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> tuple[Planner, Plan, str]:
     """The plan of a run: planner, what it chose within what the configuration leaves open, and whose the budget is.
 
-    Rows are taken at their longest, data.max_text_tokens, with answers of at most ANSWER_TOKENS. Of several processes
-    each plans its part of a step.
+    Every row is taken to be as long as the longest text, and every answer as the longest answer. Of several processes
+    each plans its share of a step.
     """
     layers, train = config.text.num_hidden_layers, run.train
     if isinstance(train.recompute, int) and train.recompute > layers:
@@ -347,10 +372,9 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig) -> tuple[Planner, Plan, st
     here = run.model.device == "auto" or run.memory.budget_gib is None
     device = pick_device(run.model.device) if here else torch.device(run.model.device)
     dtype = pick_dtype(run.model.dtype, device)
-    text = run.data.max_text_tokens
-    tokens, supervised = config.vision.num_patches + 1 + text, min(ANSWER_TOKENS, text)
-    part = math.ceil(train.batch_size / processes.count())
-    planner = Planner(config, run.lora, dtype, tokens, supervised, part, device, run.model.quantize)
+    tokens = config.vision.num_patches + 1 + longest.text
+    share = math.ceil(train.batch_size / processes.count())
+    planner = Planner(config, run.lora, dtype, tokens, longest.answer, share, device, run.model.quantize)
     budget, whose = budget_of(device, run.memory.budget_gib)
     micro_batch = None if train.micro_batch == "auto" else train.micro_batch
     recompute = {"auto": None, "gate_up": (0, True)}.get(str(train.recompute), (train.recompute, False))
@@ -372,7 +396,7 @@ def require_fit(run: RunConfig, plan: Plan, whose: str) -> None:
         mends.append("train an adapter (lora) instead of all parameters")
     elif run.model.quantize is None:
         mends.append("keep the base in four bits with model.quantize=nf4")
-    mends.append("lower data.max_text_tokens")
+    mends.append("set a smaller data.max_text_tokens, beyond which records are skipped or their answers cut")
     raise ValueError(
         f"this does not fit: {plan.total / GIB:.2f} GiB are needed at least, the budget is {plan.budget / GIB:.2f} "
         f"({whose}). What helps: {'; '.join(mends)}; a smaller checkpoint"

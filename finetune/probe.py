@@ -12,12 +12,11 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -32,7 +31,7 @@ Answers = list[tuple[str, str, str]]  # question, wanted, answered
 Ask = Callable[[], Answers]
 
 REPEATS = 3  # of each part, after one to warm up
-LOOKED_AT = 100  # steps, and examples, that stand for all
+LOOKED_AT = 100  # steps that stand for all
 TRIAL_STEPS = 100  # at most, to learn a handful of examples by heart
 CHECK_EVERY = 5  # steps between the questions whether it has
 
@@ -111,18 +110,6 @@ def pictures_of(steps: Steps, image_ids: Sequence[str]) -> float:
     """How many different pictures a step is about, on average over the first steps of a run."""
     looked_at = range(min(LOOKED_AT, steps.total))
     return statistics.fmean(len({image_ids[index] for index, _ in steps[step]}) for step in looked_at)
-
-
-def mean_row(encode: Callable[[str, str], dict[str, Tensor]], records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Tokens and supervised tokens of an example, rounded up, on average over some from all of the data.
-
-    encode: prefix and suffix -> `input_ids` and `labels`.
-    """
-    some = (records[index] for index in range(0, len(records), -(-len(records) // LOOKED_AT)))
-    rows = [encode(record["prefix"], record["answer"]) for record in some]
-    tokens = statistics.fmean(len(row["input_ids"]) for row in rows)
-    supervised = statistics.fmean(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
-    return math.ceil(tokens), math.ceil(supervised)
 
 
 def probe(run: RunConfig, model: PaliGemma, mode: Mode, shape: Shape, collate: Collate) -> Pace:

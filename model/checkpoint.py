@@ -44,7 +44,7 @@ PART = 2**24  # elements copied at a time where a cast or another device is in t
 
 def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The local directory of a checkpoint; a Hub id (`owner/name`) is downloaded to the Hub's cache first, without
-    `weights` its config.json alone.
+    `weights` its small files alone: config.json, tokenizer and processor.
 
     Raises:
         ValueError: no such directory, or the Hub does not give it out; says what to do.
@@ -59,9 +59,9 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{path_or_hub_id}"
-    wanted = ["config.json"]
+    wanted = ["config.json", *SIDE_FILES]
     if weights:
-        wanted += [*SIDE_FILES, "*.safetensors", "*.safetensors.index.json"]
+        wanted += ["*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=wanted))
     except errors.GatedRepoError:

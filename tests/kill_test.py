@@ -29,6 +29,7 @@ import train
 from data import shapes
 from finetune.config import load_config
 from finetune.durable import damage
+from finetune.plan import Longest
 from model import PaliGemmaConfig
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +98,7 @@ def wait_for_writing(output: Path, seconds: float) -> None:
 def plan_once() -> None:
     """Let the processes to come share one plan, which takes as long as their training, and writes nothing."""
     config = load_config(ROOT / "configs/quickstart.yaml", overrides(Path("data"), Path("unused")))
-    made = train.plan_run(config, PaliGemmaConfig.from_directory(Path(config.model.path)))
+    made = train.plan_run(config, PaliGemmaConfig.from_directory(Path(config.model.path)), Longest(32, 4))
     train.plan_run = lambda *_: made
 
 

@@ -59,7 +59,8 @@ data:
   validation: null
   prompt: answer en {question}
   answers: rotate
-  max_text_tokens: 128
+  max_text_tokens: auto
+  truncate_answers: false
   on_error: fail
   skip_at_most: 0.01
   workers: 2
@@ -69,7 +70,7 @@ train:
    log_every: 10, save_every: 100,
    eval_every: null, keep_checkpoints: 2, on_full_disk: stop}
 memory: {budget_gib: null}
-evaluation: {count: 512, batch_size: 16, max_new_tokens: 16}
+evaluation: {count: 512, batch_size: 16, max_new_tokens: auto}
 output: runs/one
 tracking: {wandb: off, project: paligemma-lora, name: null}
 """

@@ -10,7 +10,7 @@ import torch
 from data import Processor, shapes
 from data.records import load_records
 from finetune import processes
-from finetune.evaluate import generate_answers, mean_loss
+from finetune.evaluate import Answer, generate_answers, mean_loss
 from model import PaliGemma
 
 BASE = Path(__file__).parent.parent / "assets/tiny-base"
@@ -41,11 +41,11 @@ def test_a_batch_of_several_pictures_answers_as_each_record_alone(records: list[
     answers = generate_answers(model, processor, records, batch_size=4, max_new_tokens=12)
     assert sum(encoded) == 5
     assert list(answers) == [record["id"] for record in records]
-    assert len(set(answers.values())) > 4  # the pictures differ, and so do their captions
+    assert len({answer.text for answer in answers.values()}) > 4  # the pictures differ, and so do their captions
     for record in records:
         batch = processor(images=[record["image"]], prefixes=[record["prefix"]])  # type: ignore[list-item]
         alone = processor.decode(model.generate(batch["input_ids"], batch["pixel_values"], max_new_tokens=12)[0])
-        assert answers[str(record["id"])] == alone
+        assert answers[str(record["id"])].text == alone
 
 
 def test_the_mean_loss_does_not_depend_on_the_batches(records: list[dict[str, object]]) -> None:
@@ -59,9 +59,9 @@ def test_processes_share_the_pictures(records: list[dict[str, object]], monkeypa
     encoded: list[int] = []
     model.vision_tower.register_forward_hook(lambda _module, inputs, _output: encoded.append(len(inputs[0])))
     one = generate_answers(model, processor, records, max_new_tokens=4)
-    shares: list[dict[str, str]] = []
+    shares: list[dict[str, Answer]] = []
 
-    def gather(answers: dict[str, str]) -> list[dict[str, str]]:
+    def gather(answers: dict[str, Answer]) -> list[dict[str, Answer]]:
         shares.append(answers)
         return [one]
 

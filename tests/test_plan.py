@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from finetune import LoRAConfig, inject_lora, processes
 from finetune.config import load_config
-from finetune.plan import GIB, TERA, Mode, Planner, counting, kept_bytes, plan_run, require_fit, spill_warning
+from finetune.plan import GIB, TERA, Mode, Planner, assumed, counting, kept_bytes, plan_run, require_fit, spill_warning
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from tests import tiny
 
@@ -79,16 +79,17 @@ def test_a_real_step_keeps_what_was_planned() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(("prompt", "answer"), [(17, 3), (4, 127)])
 @pytest.mark.parametrize("targets", [*TARGETS, "no adapters"])
-def test_planned_work_is_what_is_counted_in_a_real_step(targets: str, mode: Mode) -> None:
-    """Of a padless row with values, pictures included; what is computed again to two per cent, the rest exactly."""
+def test_planned_work_is_what_is_counted_in_a_real_step(targets: str, prompt: int, answer: int, mode: Mode) -> None:
+    """Of a padless row with values, image included; what is recomputed to two per cent, the rest exactly."""
     lora = TARGETS.get(targets)
     model = PaliGemma(NARROW)
     if lora:
         inject_lora(model, lora)
     model.train().language_model.model.set_recompute(mode.recompute_layers, mode.recompute_gate_up)
-    made = planner(lora, tokens=16 + 20, supervised=3)
-    batch = tiny.batch(NARROW.to_hf(torch.bfloat16), [17], [3])
+    made = planner(lora, tokens=16 + prompt + answer, supervised=answer)
+    batch = tiny.batch(NARROW.to_hf(torch.bfloat16), [prompt], [answer])
     with sdpa_kernel(SDPBackend.MATH), counting() as counter:  # its products are seen, those of other kernels are not
         with torch.set_grad_enabled(made.vision_trains):
             features = model.encode_images(batch.pop("pixel_values"))
@@ -163,7 +164,7 @@ def test_what_the_configuration_says_of_itself_is_what_the_plan_finds() -> None:
     path = Path(__file__).parent.parent / "configs/vqav2_8gb.yaml"
     said = " ".join(path.read_text().replace("#", "").split())
     run = load_config(path, ["model.device=cpu", "memory.budget_gib=7.4"])
-    made, without, _ = plan_run(run, PaliGemmaConfig())
+    made, without, _ = plan_run(run, PaliGemmaConfig(), assumed(run.data))
     made.device = torch.device("cuda")
     on_a_card = made.choose(without.budget)
     assert without.mode == Mode(2)
@@ -183,7 +184,7 @@ def test_each_of_several_processes_plans_its_part_of_a_step(monkeypatch: pytest.
     monkeypatch.setattr(processes, "count", lambda: 3)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=9 * GIB))
     run = load_config(Path(__file__).parent.parent / "configs/vqav2_8gb.yaml", ["model.device=cpu"])
-    made, plan, _ = plan_run(run, NARROW)
+    made, plan, _ = plan_run(run, NARROW, assumed(run.data))
     assert (run.train.batch_size, made.batch_size, plan.budget) == (64, 22, 3 * GIB)
 
 
@@ -195,7 +196,8 @@ def test_dry_run_says_what_fits_from_config_json_alone(tmp_path: Path, capsys: p
     out = capsys.readouterr().out
     assert "it fits" in out
     assert "optimizer" in out
-    assert "steps are not known" in out
+    assert "steps and lengths are not known, for the data cannot be read" in " ".join(out.split())
+    assert "rows of 37 tokens, answers of 8 (assumed, for the data cannot be read)" in " ".join(out.split())
     with pytest.raises(ValueError, match=r"this does not fit: 0\.\d+ GiB are needed at least, the budget is 0\.10"):
         train.main([*argv, "memory.budget_gib=0.1"])
 
@@ -225,7 +227,7 @@ def test_a_card_can_be_planned_for_where_there_is_none(tmp_path: Path, capsys: p
 def test_what_does_not_fit_is_told_what_helps(change: str, mend: str) -> None:
     path, budget = Path(__file__).parent.parent / "configs/vqav2_8gb.yaml", "memory.budget_gib=0.1"
     run = load_config(path, ["model.device=cpu", budget, change])
-    _, plan, whose = plan_run(run, NARROW)
+    _, plan, whose = plan_run(run, NARROW, assumed(run.data))
     with pytest.raises(ValueError, match=mend):
         require_fit(run, plan, whose)
     plainly = load_config(path, ["model.device=cpu", budget, "model.quantize=nf4"])

@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def texts(*pieces: str) -> st.SearchStrategy[str]:
 
 
 def test_half_a_character_is_refused(ours: Processor) -> None:
-    with pytest.raises(ValueError, match=r"the text 'a\\ud83d' holds half a character"):
+    with pytest.raises(ValueError, match=r"the prefix 'a\\ud83d' holds half a character"):
         ours.encode("a\ud83d")
 
 
@@ -152,13 +151,33 @@ def test_pixels_are_those_of_the_opened_picture(ours: Processor, tmp_path: Path)
 
 
 @pytest.mark.parametrize("token", SPECIAL)
-def test_special_tokens_in_a_text_are_spelled_out(ours: Processor, token: str) -> None:
+@pytest.mark.parametrize("text", ["what is {} here", "a{}", "{} {}"])
+def test_special_tokens_in_a_text_are_refused(ours: Processor, token: str, text: str) -> None:
+    """Also in a worker's copy of the processor, and of a prefix those behind what may lead it."""
+    text = text.replace("{}", token)
     for processor in (ours, pickle.loads(pickle.dumps(ours))):
-        row = processor.encode(f"what is {token} here", f"{token}it{token}")
-        tokens = shown(ours, row)
-        assert tokens.count(token) == (1 if token == "<eos>" else 0)
-        assert tokens[-1] == "<eos>"
-        assert processor.decode(row["input_ids"][row["token_type_ids"] == 1]) == f"{token}it{token}"
+        with pytest.raises(ValueError, match=f"the suffix .* holds the special token {token}: remove it"):
+            processor.encode("caption en", text)
+        if text.startswith(token) and token in ("<image>", "<bos>"):
+            assert torch.equal(processor.encode(text)["input_ids"], processor.encode("")["input_ids"])
+            continue
+        with pytest.raises(ValueError, match=f"the prefix .* holds the special token {token}: remove it"):
+            processor.encode(f"<image>{text}", "yes")
+
+
+@pytest.mark.parametrize(
+    "leading", ["<image>", "<image><image>", "<image> ", "<image>\n", "<bos>", "<image>" * 16 + "<bos>"]
+)
+def test_a_leading_image_token_is_taken_off(ours: Processor, theirs: PaliGemmaProcessor, leading: str) -> None:
+    """As in transformers' own form, which gives the same row."""
+    row = ours.encode(leading + "caption en", "a circle")
+    for name, tensor in ours.encode("caption en", "a circle").items():
+        assert torch.equal(row[name], tensor), name
+    assert (ours.prompt(leading + "caption en"), ours.is_marked(leading + "caption en")) == ("caption en", True)
+    assert not ours.is_marked("caption <image> en")
+    if leading == "<image>":
+        expected = theirs(images=[picture(8, 8)], text=[leading + "caption en"], suffix=["a circle"])
+        assert row["input_ids"].tolist() == expected["input_ids"][0]
 
 
 def test_locations_and_segments_stay_tokens(ours: Processor) -> None:
@@ -185,40 +204,70 @@ def test_newlines_in_a_suffix_stay(ours: Processor) -> None:
     assert ours.decode(row["input_ids"][row["token_type_ids"] == 1]) == "one\ntwo"
 
 
-@pytest.mark.filterwarnings("ignore:texts of more than")
+def needed(processor: Processor, prefix: str, suffix: str | None) -> tuple[int, int]:
+    """Tokens of the prompt with its newline, and of the answer with <eos>."""
+    answer = [] if suffix is None else processor.answer_ids(suffix)
+    return len(processor.prompt_ids(prefix)), len(answer)
+
+
 @pytest.mark.parametrize("limit", [3, 4, 5, 8, 12, 13, 14, 40])
 @pytest.mark.parametrize("suffix", [None, "", "x", "x " * 6, "x " * 300])
-def test_truncation_takes_text_only(limit: int, suffix: str | None) -> None:
-    processor = Processor.from_pretrained(BASE, max_text_tokens=limit)
-    whole = Processor.from_pretrained(BASE, max_text_tokens=10_000).encode("answer en " + "q " * 30, suffix)
-    row = processor.encode("answer en " + "q " * 30, suffix)
-    ids, types = row["input_ids"].tolist(), row["token_type_ids"].tolist()
-    assert ids[: N + 1] == [processor.image_token_id] * N + [BOS]
-    assert ids.count(processor.image_token_id) == N
-    assert ids.count(BOS) == 1
-    assert len(ids) - N - 1 == min(limit, len(whole["input_ids"]) - N - 1)
-    assert ids[types.count(0) - 1] == processor.newline_id
-    kept = ids[N + 1 : types.count(0) - 1]
-    assert kept == whole["input_ids"].tolist()[N + 1 :][: len(kept)]
-    if suffix is None:
-        assert 1 not in types
-        return
-    answer = whole["input_ids"][whole["token_type_ids"] == 1].tolist()
-    if len(answer) < limit:  # the suffix is whole: the prefix pays
-        assert ids[types.count(0) :] == answer
-    else:
-        assert kept == []
-        assert ids[types.count(0) :] == [*answer[: limit - 2], EOS]
-    assert row["labels"].tolist() == [-100] * types.count(0) + ids[types.count(0) :]
+@pytest.mark.parametrize("prefix", ["", "caption en", "answer en " + "q " * 30])
+def test_nothing_is_cut_in_silence(ours: Processor, limit: int, suffix: str | None, prefix: str) -> None:
+    """A text is whole or refused with the length it needs; asked to cut, only the end of the answer goes."""
+    prompt, answer = needed(ours, prefix, suffix)
+    whole = {name: row.tolist() for name, row in ours.encode(prefix, suffix).items()}
+    assert len(whole["input_ids"]) == N + 1 + prompt + answer
+    refused = rf"its text needs {prompt + answer:,} tokens.*; max_text_tokens is {limit}"
+    for cuts in (False, True):
+        processor = Processor.from_pretrained(BASE, limit, truncate_answers=cuts)
+        if prompt + answer <= limit:
+            assert {name: row.tolist() for name, row in processor.encode(prefix, suffix).items()} == whole
+        elif not cuts or prompt + min(answer, 2) > limit:
+            with pytest.raises(ValueError, match=refused):
+                processor.encode(prefix, suffix)
+        else:
+            row = {name: row.tolist() for name, row in processor.encode(prefix, suffix).items()}
+            assert len(row["input_ids"]) == N + 1 + limit
+            assert row["input_ids"] == [*whole["input_ids"][: N + limit], EOS]
+            assert row["token_type_ids"] == whole["token_type_ids"][: N + 1 + limit]
+            assert row["labels"] == [*whole["labels"][: N + limit], EOS]
 
 
-def test_truncation_says_so() -> None:
-    processor = Processor.from_pretrained(BASE, max_text_tokens=8)
-    with pytest.warns(UserWarning, match="max_text_tokens = 8 tokens are cut"):
-        processor.encode("q " * 30, "x")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        processor.encode("q", "x")
+def test_a_long_answer_leaves_its_prompt_whole(ours: Processor) -> None:
+    """200 words behind `caption en`, with a limit of 128, once left nothing of the prompt."""
+    with pytest.raises(
+        ValueError, match=r"needs (\d+) tokens \(\d+ of its prompt, \d+ of its answer\).*is 128: raise it"
+    ):
+        Processor.from_pretrained(BASE, 128).encode("caption en", "circle " * 200)
+    row = Processor.from_pretrained(BASE, 128, truncate_answers=True).encode("caption en", "circle " * 200)
+    prompt = ours.encode("caption en")["input_ids"]
+    assert torch.equal(row["input_ids"][: len(prompt)], prompt)
+    assert (len(row["input_ids"]), row["input_ids"][-1]) == (N + 1 + 128, EOS)
+
+
+def test_without_a_limit_the_models_positions_are_one(tmp_path: Path) -> None:
+    directory = changed(tmp_path, "config.json", lambda c: c["text_config"].update(max_position_embeddings=N + 41))
+    processor = Processor.from_pretrained(directory)
+    longest = "q " * 19
+    assert len(processor.prompt_ids(longest)) == 39
+    assert len(processor.encode(longest, "")["input_ids"]) == N + 41
+    with pytest.raises(ValueError, match=rf"the {N + 41} positions of the model leave 40 for it: shorten it"):
+        processor.encode(longest + "q", "")
+
+
+def rows_of(count: int) -> Callable[[dict[str, Any]], object]:
+    return lambda config: config["text_config"].update(vocab_size=count)
+
+
+def test_more_token_ids_than_rows_are_refused(tmp_path: Path) -> None:
+    """Each would be an IndexError in the embedding. The published network has rows to spare: 257,216 for 257,153."""
+    highest = max(Tokenizer.from_file(str(BASE / "tokenizer.json")).get_vocab().values())
+    for rows in (highest + 1, highest + 64):
+        Processor.from_pretrained(changed(tmp_path, "config.json", rows_of(rows)))
+    directory = changed(tmp_path, "config.json", rows_of(highest))
+    with pytest.raises(ValueError, match=rf"token ids up to {highest:,}, and the embedding has {highest:,} rows"):
+        Processor.from_pretrained(directory)
 
 
 def test_decode_stops_at_eos_and_drops_special_tokens(ours: Processor) -> None:

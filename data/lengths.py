@@ -1,0 +1,195 @@
+"""How long the texts of a data set are, in tokens, before anything is trained: every text is tokenised once.
+
+Distinct texts are tokenised one time each, and the result is kept beside the records' cache under what it depends on:
+the tokenizer and the texts themselves. Not here: what fits (`Processor.fit`), and what is done with records that do not
+(data/faults.py).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from data.faults import Fault
+from data.processor import LEADING, Processor
+from data.records import File, cache_folder
+
+FORMAT = 1  # goes up when lengths are counted or written differently
+REFUSED = -1  # the length of a text that the processor refuses
+Lengths = npt.NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextLengths:
+    """Tokens of the records' texts, as a processor makes them, and what is wrong with them.
+
+    Attributes:
+        prompt: i32[N], prefix and newline; 0 of an invalid record.
+        answer: i32[N], the longest answer that may be learned from a record, `<eos>` included, after cutting; 0 of an
+            invalid record and of one without an answer.
+        mean_answer: tokens of an answer, on average over all that may be learned.
+        invalid: the records of which a text cannot be used, by their positions.
+        marked: how many prefixes begin with `<image>` or `<bos>`, which are taken off.
+        cut: how many records have answers that are cut. cut_tokens: the most that one answer loses.
+    """
+
+    prompt: Lengths
+    answer: Lengths
+    mean_answer: float
+    invalid: dict[int, Fault]
+    marked: int
+    cut: int
+    cut_tokens: int
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text, as `max_text_tokens` counts them."""
+        return int((self.prompt + self.answer).max(initial=0))
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer, which may be another record's."""
+        return int(self.answer.max(initial=0))
+
+    @property
+    def mean_text(self) -> float:
+        """Tokens of a text, on average over the valid records and their answers."""
+        prompts = self.prompt[self.prompt > 0]
+        return float(prompts.mean()) + self.mean_answer if len(prompts) else 0.0
+
+    def notes(self) -> list[str]:
+        """What a person should know of these texts, as lines to show."""
+        notes = []
+        if self.marked:
+            notes.append(f"{self.marked:,} prefixes begin with <image> or <bos>: taken off, for every row has them")
+        if self.cut:
+            notes.append(
+                f"{self.cut:,} records have an answer that is cut at data.max_text_tokens, by up to "
+                f"{self.cut_tokens:,} tokens (data.truncate_answers)"
+            )
+        return notes
+
+
+def measure(
+    records: Sequence[Mapping[str, Any]],
+    processor: Processor,
+    answers: Literal["rotate", "majority"] | None,
+    cache_dir: File | None = None,
+) -> TextLengths:
+    """The lengths of all texts that may be learned from `records` (rows as data/records.py describes them).
+
+    Args:
+        processor: says what fits, and cuts answers if it was told to.
+        answers: as in `PaliGemmaDataset`: "rotate" looks at all answers of a record, "majority" at one; None at none.
+        cache_dir: where the lengths are kept for the next time, as in `load_records`.
+    """
+    texts = text_table(records, answers)
+    prompt, longest, total, count = counted(texts, processor, cache_folder(cache_dir))
+    answer, invalid, lost = longest.copy(), {}, [0]
+    refused = (prompt == REFUSED) | (longest == REFUSED)
+    for i in np.flatnonzero(refused | (prompt + longest > processor.text_limit)).tolist():
+        try:
+            for suffix in texts["answers"][i].as_py() or [None]:
+                processor.encode(texts["prefix"][i].as_py(), suffix)
+        except ValueError as error:
+            invalid[i] = Fault(records[i]["id"], str(error))
+            prompt[i] = answer[i] = total[i] = count[i] = 0
+        else:
+            answer[i] = processor.fit(int(prompt[i]), int(longest[i]))
+            lost.append(int(longest[i] - answer[i]))
+    marked = pc.sum(pc.match_substring_regex(texts["prefix"], f"^{LEADING.pattern}")).as_py() or 0
+    mean = float(total.sum() / max(1, count.sum()))
+    return TextLengths(prompt, answer, mean, invalid, marked, len(lost) - 1, max(lost))
+
+
+def text_table(records: Sequence[Mapping[str, Any]], answers: Literal["rotate", "majority"] | None) -> pa.Table:
+    """Columns `prefix`, and `answers` that may be learned: a list, empty where there are none."""
+    names = ["prefix", "answers", "answer"]
+    if isinstance(records, datasets.Dataset):
+        table = records.select_columns(names).with_format("arrow")[:]
+    else:
+        table = pa.table({name: [record[name] for record in records] for name in names})
+    prefix, lists = table["prefix"].cast(pa.string()), table["answers"].cast(pa.list_(pa.string()))
+    if answers != "rotate":
+        counts = pc.list_value_length(lists).to_numpy().astype(np.int32)
+        one = np.minimum(counts, 1 if answers else 0)
+        offsets = pa.array(np.concatenate(([0], np.cumsum(one))), pa.int32())
+        kept = table["answer"].cast(pa.string()).combine_chunks().filter(pa.array(one == 1))
+        lists = pa.ListArray.from_arrays(offsets, kept)
+    return pa.table({"prefix": prefix, "answers": lists}).combine_chunks()
+
+
+def counted(texts: pa.Table, processor: Processor, folder: Path) -> Lengths:
+    """i32[4, N]: tokens of each prompt, of its longest answer, of all its answers, and how many these are; REFUSED
+    for a prompt, and for the longest of answers, that the processor refuses. Counted once, then read from `folder`.
+    """
+    key = hashlib.sha256(f"{FORMAT} {processor.digest} {content_hash(texts)}".encode()).hexdigest()[:32]
+    file = folder / f"lengths-{key}.npy"
+    with contextlib.suppress(OSError, ValueError):  # none yet, or not as it was written
+        return np.load(file, allow_pickle=False)
+    prompts = lengths_of(texts["prefix"], processor.prompt_ids)
+    lists = texts["answers"].combine_chunks()
+    flat = lengths_of(lists.flatten(), processor.answer_ids)
+    count = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int32)
+    longest, total, some = np.zeros_like(count), np.zeros_like(count), count > 0
+    if len(flat):
+        starts = (np.cumsum(count) - count)[some]
+        refused = np.minimum.reduceat(flat, starts) == REFUSED
+        longest[some] = np.where(refused, REFUSED, np.maximum.reduceat(flat, starts))
+        total[some] = np.add.reduceat(np.maximum(flat, 0), starts)
+    found: Lengths = np.stack((prompts, longest, total, count))
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        written = Path(unfinished, file.name)
+        np.save(written, found)
+        os.replace(written, file)
+    return found
+
+
+def lengths_of(texts: pa.ChunkedArray | pa.Array, ids: Callable[[str], list[int]]) -> Lengths:
+    """i32[N]: the tokens of each text, each distinct one tokenised once; REFUSED where that is a ValueError."""
+    encoded = pa.chunked_array([texts]) if isinstance(texts, pa.Array) else texts
+    encoded = encoded.combine_chunks().dictionary_encode()
+
+    def length(text: str) -> int:
+        try:
+            return len(ids(text))
+        except ValueError:
+            return REFUSED
+
+    distinct = encoded.dictionary.to_pylist()
+    lengths = np.array([length(text) for text in tqdm(distinct, "tokenising texts", leave=False, delay=3)], np.int32)
+    return lengths[encoded.indices.to_numpy(zero_copy_only=False)] if len(lengths) else lengths
+
+
+def content_hash(table: pa.Table) -> str:
+    """sha256 of what a table holds."""
+    sink = _Hash()
+    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+        writer.write_table(table.replace_schema_metadata(None))
+    return sink.sha256.hexdigest()
+
+
+class _Hash(io.RawIOBase):
+    """A file that keeps nothing of what is written but its sha256."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        return len(content)

@@ -1,0 +1,86 @@
+"""What a run learns from and is evaluated on, opened as its configuration says: records whose texts were tokenised, so
+that lengths are known and what does not fit is named before anything is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from data import Processor
+from data.faults import LeftOut
+from data.lengths import TextLengths, measure
+from finetune import cli
+from finetune.config import DataConfig, RunConfig
+from finetune.plan import Longest
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Records as data/records.py describes them, those that are skipped among them, and their lengths."""
+
+    records: Any
+    lengths: TextLengths
+    left_out: LeftOut
+
+    @property
+    def longest(self) -> Longest:
+        """What the plan takes from the data."""
+        return Longest(self.lengths.longest_text, self.lengths.longest_answer)
+
+    @property
+    def valid(self) -> Any:
+        """The records that are not skipped."""
+        return valid(self.records, self.left_out)
+
+
+def open_processor(directory: Path, data: DataConfig) -> Processor:
+    """The processor of a checkpoint, with the limit that a configuration sets."""
+    limit = None if data.max_text_tokens == "auto" else data.max_text_tokens
+    return Processor.from_pretrained(directory, limit, data.truncate_answers)
+
+
+def open_examples(config: RunConfig, split: str, processor: Processor, left_out: LeftOut | None = None) -> Examples:
+    """Examples of data.train or data.validation (`split`), with a line about what was changed in their texts.
+
+    Args:
+        left_out: where invalid records go, by default where the configuration says.
+
+    Raises:
+        ValueError: the records cannot be read; or more of them are invalid than may be skipped.
+    """
+    left_out = left_out or cli.leave_out(config, split)
+    records = cli.open_records(config, split, left_out)
+    # Of a validation record the majority answer is scored; which one is learned from is a matter of training.
+    lengths = measure(records, processor, config.data.answers if split == "train" else "majority")
+    left_out.add(lengths.invalid.values(), len(records))
+    for note in lengths.notes():
+        cli.show(f"data.{split}: {note}")
+    return Examples(records, lengths, left_out)
+
+
+def askable(records: Any, processor: Processor, left_out: LeftOut) -> Any:
+    """The records whose prompts can be asked, with a line about what was changed in those.
+
+    Raises:
+        ValueError: more cannot be asked than may be skipped.
+    """
+    lengths = measure(records, processor, answers=None)
+    left_out.add(lengths.invalid.values(), len(records))
+    for note in lengths.notes():
+        cli.show(note)
+    return valid(records, left_out)
+
+
+def valid(records: Any, left_out: LeftOut) -> Any:
+    """The records that are not among the skipped."""
+    if not left_out.reasons:
+        return records
+    return records.select([i for i, name in enumerate(records["id"][:]) if name not in left_out.reasons])
+
+
+def max_new_tokens(config: RunConfig, lengths: TextLengths) -> int:
+    """The most tokens of a generated answer: as configured, or as many as the longest trained answer has."""
+    configured = config.evaluation.max_new_tokens
+    return lengths.longest_answer if configured == "auto" else configured
