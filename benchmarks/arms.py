@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import side_by_side
 from finetune.adapter import PREFIX, load_adapter
-from finetune.lora import trained_parameters
+from finetune.protocol import trained_parameters
 from finetune.quantize import open_base
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from benchmarks.random_checkpoint import write_checkpoint
 from finetune.adapter import save_adapter
 from finetune.device import DTYPES, is_out_of_memory, pick_device, pick_dtype
-from finetune.lora import LoRAConfig, adapters, inject_lora
+from finetune.lora import LoRAConfig, inject_lora
 from finetune.paths import path_argument
+from finetune.protocol import adapters
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from model.checkpoint import MappedFile, canonical_name, stored_tensors
 
@@ -158,9 +159,9 @@ def randomize_adapters(model: nn.Module, device: torch.device) -> None:
     """Adapters on `device` that are off their start: A of std 1/sqrt(in), B of std 0.01."""
     generator = torch.Generator(device).manual_seed(0)
     for _, adapter in adapters(model):
-        for name, std in (("lora_A", adapter.lora_A.shape[1] ** -0.5), ("lora_B", 0.01)):
-            drawn = torch.randn(getattr(adapter, name).shape, generator=generator, device=device) * std
-            setattr(adapter, name, nn.Parameter(drawn))
+        for name, parameter in adapter.adapter_parameters().items():
+            std = parameter.shape[1] ** -0.5 if name == "lora_A" else 0.01
+            setattr(adapter, name, nn.Parameter(torch.randn(parameter.shape, generator=generator, device=device) * std))
 
 
 def write_shallow(checkpoint: Path, directory: Path, layers: int = 2) -> Path:

@@ -1,9 +1,8 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Module paths differ between versions of transformers; all three known layouts are read. One is written: tensor keys as
-4.57 has them and `target_modules` as a regular expression that selects the same modules in every layout, which 4.57 and
-5.x both open. Every tensor must land on a module that the adapter's own configuration names, and every such module must
-have its tensors.
+Module paths differ between versions of transformers; all three known layouts are read. One is written, which 4.57 and
+5.x both open: tensor keys as 4.57 has them (the configuration is in `finetune/peft_config.py`). Every tensor must land
+on a module that the adapter's own configuration selects, and every such module must have its tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,76 +21,28 @@ from torch import Tensor, nn
 
 from finetune.durable import require_whole, settle, write_whole
 from finetune.fingerprint import fingerprint
-from finetune.lora import LoRALinear, TrainedInFull, adapters, put_adapter, trained_in_full, trained_parameters
-from finetune.quantize import quantization_of
+from finetune.lora import put_adapter, put_in_full
+from finetune.peft_config import (
+    LAYOUTS,
+    NEUTRAL,
+    REQUIRED,
+    SETTINGS,
+    UNSET,
+    WITHOUT_EFFECT,
+    WRITTEN,
+    Selection,
+    peft_config,
+    select_by_peft,
+    split,
+)
+from finetune.protocol import METHODS, AdapterModule, adapters
+from finetune.quantize import NF4Linear, quantization_of
 from model.checkpoint import DTYPES, canonical_name, mismatches
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Keys in the metadata of the tensors' file.
 BASE_QUANTIZATION, BASE_FINGERPRINT, TRAINING = "base_quantization", "base_fingerprint", "training"
-
-# Our path -> the path that each version of transformers gives the module. The 4.57 form is the one written.
-LAYOUTS: dict[str, Callable[[str], str]] = {
-    "transformers 4.57": lambda path: "model." + path.replace("language_model.model.", "language_model."),
-    "transformers 5": lambda path: "model." + re.sub(r"(language_model\.)model\.|vision_model\.", r"\1", path),
-    "transformers < 4.52": lambda path: path,
-}
-WRITTEN = LAYOUTS["transformers 4.57"]
-
-# Values under which settings of PEFT's LoraConfig that are not implemented change nothing; of those not listed, UNSET.
-# The initialisations left out (PiSSA, OLoRA, CorDA, LoftQ, ...) also change the base weights.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-}
-UNSET: tuple[Any, ...] = (None, False, [], {})
-# Where an adapter comes from and how it is trained: nothing of what it computes.
-WITHOUT_EFFECT = [
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "task_type",
-    "layers_pattern",
-    "megatron_core",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "qalora_group_size",
-    "runtime_config",
-    "ensure_weight_tying",
-]
-
-
-def is_rank(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
-
-
-def are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-# The settings that are implemented, and the values they may have; all but the first three may be null.
-SETTINGS: dict[str, Callable[[Any], bool]] = {
-    "r": is_rank,
-    "lora_alpha": is_number,
-    "target_modules": lambda value: value is None or isinstance(value, str) or are_texts(value),
-    "exclude_modules": lambda value: isinstance(value, str) or are_texts(value),
-    "modules_to_save": are_texts,
-    "rank_pattern": lambda value: isinstance(value, dict) and all(map(is_rank, value.values())),
-    "alpha_pattern": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
-    "use_rslora": lambda value: isinstance(value, bool),
-    "lora_dropout": lambda value: is_number(value) and 0 <= value < 1,
-}
-REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,122 +170,57 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     vision tower's these stand in both layouts.
     """
     tensors = {}
-    for name, tensor in trained_parameters(model).items():
-        is_lora = name.endswith(("lora_A", "lora_B"))
-        for layout in (WRITTEN,) if is_lora else (WRITTEN, LAYOUTS["transformers 5"]):
-            tensors[PREFIX + layout(name) + ".weight" * is_lora] = tensor.detach().to("cpu", torch.float32, copy=True)
+    for path, adapter in adapters(model):
+        for layout in (WRITTEN,) if adapter.method else (WRITTEN, LAYOUTS["transformers 5"]):
+            for name, tensor in named_for_file(adapter).items():
+                tensors[f"{PREFIX}{layout(path)}.{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
     return tensors
 
 
-def peft_config(model: nn.Module) -> dict[str, Any]:
-    """The `adapter_config.json` that describes the adapters in `model`."""
-    modules = dict(adapters(model))
-    first = next(iter(modules.values()), None)
-    rank = most_common(adapter.rank for adapter in modules.values()) if first else 1
-    alpha = most_common(adapter.alpha for adapter in modules.values()) if first else 1
-    every_linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | LoRALinear)]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": first.dropout if first else 0.0,
-        "use_rslora": first.rslora if first else False,
-        "target_modules": target_regex(list(modules), every_linear),
-        "rank_pattern": {in_any_layout(path): a.rank for path, a in modules.items() if a.rank != rank},
-        "alpha_pattern": {in_any_layout(path): a.alpha for path, a in modules.items() if a.alpha != alpha},
-        "modules_to_save": [common_ending(path) for path, _ in trained_in_full(model)] or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "use_dora": False,
-    }
-
-
-def most_common(values: Iterable[Any]) -> Any:
-    counted = list(values)
-    return max(counted, key=counted.count)
-
-
-def in_any_layout(path: str) -> str:
-    """A regular expression, anchored at whole components by PEFT, for one module in every layout."""
-    tower, rest = path.split(".", 1)
-    rest = re.sub(r"^(model|vision_model)\.", "", rest)
-    return rf"{tower}\.((vision_)?model\.)?{re.escape(rest)}"
-
-
-def common_ending(path: str) -> str:
-    """How the module's path ends in transformers 4.57 and 5: PEFT compares modules_to_save literally (str.endswith)."""
-    return path.replace("language_model.model.", "language_model.").removeprefix("vision_tower.vision_model.")
-
-
-def target_regex(paths: list[str], every_linear: list[str]) -> str:
-    """One regular expression that selects exactly `paths` among the model's linears, in every layout.
-
-    Names that are adapted in all layers stand without layer numbers: what most adapters amount to.
-    """
-    by_layers: dict[tuple[str, tuple[str, ...]], set[str]] = {}
-    for tower, name in dict.fromkeys(split(path)[::2] for path in paths):
-        adapted = tuple(split(path)[1] for path in paths if split(path)[::2] == (tower, name))
-        present = tuple(split(path)[1] for path in every_linear if split(path)[::2] == (tower, name))
-        by_layers.setdefault((tower, () if adapted == present else adapted), set()).add(name)
-    parts = [
-        rf".*{tower}.*" + (rf"\.layers\.({'|'.join(layers)})\..*" if layers else "") + rf"\.({'|'.join(sorted(names))})"
-        for (tower, layers), names in by_layers.items()
-    ]
-    regex = parts[0] if len(parts) == 1 else "|".join(f"({part})" for part in parts)
-    for layout in LAYOUTS.values():
-        selected = [path for path in every_linear if re.fullmatch(regex, layout(path))]
-        assert sorted(selected) == sorted(paths), f"{regex} selects {selected} instead of {paths}"
-    return regex
-
-
-def split(path: str) -> tuple[str, str, str]:
-    """Tower, layer number ("" outside the layers) and name of a module."""
-    layer = re.search(r"\.layers\.(\d+)\.", path)
-    return path.split(".", 1)[0], layer[1] if layer else "", path.rsplit(".", 1)[1]
-
-
-def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
+def load_adapter(model: nn.Module, directory: str | Path, dropout: float | None = None) -> list[str]:
     """Put the adapters stored in `directory` into `model` (ours or PEFT's files); returns their paths.
 
     The base is frozen. The model is untouched when the adapter is refused.
+
+    Args:
+        dropout: in further training, instead of the adapter's own.
 
     Raises:
         ValueError: no adapter there, a setting that is not implemented, any tensor missing, unexpected or mis-shaped,
         or the adapter was trained on another base (known of ours only).
     """
-    path = Path(directory)
-    config, tensors = read_adapter(path)
-    if any(adapters(model)) or any(trained_in_full(model)):
-        raise ValueError("the model has adapters already: eject_lora(model) first")
+    directory = Path(directory)
+    config, tensors = read_adapter(directory)
+    if any(adapters(model)):
+        raise ValueError("the model has adapters already: remove_lora(model) first")
+    method = config["peft_type"].lower()
     try:
-        adapted, full, problems = plan_loading(model, config, tensors)
+        selection, problems = plan_loading(model, config, tensors)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {error}") from error
+        raise ValueError(f"{directory / CONFIG_FILE} holds a value that cannot be used: {error}") from error
     if problems:
         if sizes := other_sizes(model, tensors):
-            raise ValueError(f"{path} was made for another base: {sizes}; give the base it was trained on")
-        raise ValueError(f"{path} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
-    if (trained := metadata_of(path).get(BASE_FINGERPRINT)) and trained != fingerprint(model):
+            raise ValueError(f"{directory} was made for another base: {sizes}; give the base it was trained on")
+        raise ValueError(f"{directory} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
+    if (trained := metadata_of(directory).get(BASE_FINGERPRINT)) and trained != fingerprint(model):
         raise ValueError(
-            f"{path} was trained on another base than this, whose weights have other values: give the one it was "
+            f"{directory} was trained on another base than this, whose weights have other values: give the one it was "
             f"trained on ({config.get('base_model_name_or_path') or 'its name was not kept'})"
         )
     model.requires_grad_(False)
-    for name, (rank, alpha) in adapted.items():
-        put_adapter(model, name, rank, alpha, bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0))
-    for name in full:
-        model.set_submodule(name, TrainedInFull(model.get_submodule(name)))
+    for path, settings in selection.linears.items():
+        dropped = settings.dropout if dropout is None else dropout
+        put_adapter(model, path, dataclasses.replace(settings, dropout=dropped), method)
+    for path in selection.full:
+        put_in_full(model, path)
     with torch.no_grad():
-        for name, parameter in trained_parameters(model).items():
+        for name, parameter in file_parameters(model).items():
             parameter.copy_(tensors[name])
-    return [*adapted, *full]
+    return [*selection.linears, *selection.full]
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration, checked to be one that is implemented, and tensors under our names: `<path>.lora_A`, ..."""
+    """Configuration, checked to be one that is implemented, and tensors by our path and their name in files."""
     settle(path)
     require_whole(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -353,17 +238,7 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{path / CONFIG_FILE} lacks {', '.join(sorted(lacking))}: not the configuration of an adapter"
         )
-    ours = (*SETTINGS, *WITHOUT_EFFECT)
-    strange = {key: value for key, value in config.items() if key not in ours and value not in NEUTRAL.get(key, UNSET)}
-    if strange:
-        raise ValueError(f"{path / CONFIG_FILE} asks for what is not implemented here: {strange}")
-    unusable = {
-        key: config[key]
-        for key, is_usable in SETTINGS.items()
-        if not (is_usable(config.get(key)) or (config.get(key) is None and key not in REQUIRED))
-    }
-    if unusable:
-        raise ValueError(f"{path / CONFIG_FILE} holds a value that cannot be used: {unusable}")
+    require_readable(path / CONFIG_FILE, config, any(key.endswith(".bias") for key in stored))
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         if tensor.dtype not in DTYPES.values():
@@ -371,7 +246,6 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"{path / WEIGHTS_FILE} holds {key} in {tensor.dtype}; expected one of {', '.join(DTYPES)}"
             )
         name = canonical_name(key.removeprefix(PREFIX)) or key
-        name = re.sub(r"\.(lora_[AB])\.weight$", r".\1", name)
         if name in tensors and not torch.equal(tensors[name].float(), tensor.float()):
             raise ValueError(f"{path / WEIGHTS_FILE} holds {name} twice, in two layouts and with other values")
         tensors[name] = tensor
@@ -407,74 +281,54 @@ def other_sizes(model: nn.Module, tensors: dict[str, Tensor]) -> str:
     return "; ".join(found)
 
 
-def plan_loading(
-    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, tuple[int, float]], list[str], str]:
-    """What to inject: rank and alpha of each linear, modules trained in full; and every problem found, "" for none."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    paired = sorted({name.rsplit(".", 1)[0] for name in tensors if name.endswith((".lora_A", ".lora_B"))})
-    present = {name for name in linears if name in paired}
-    targeted = closest([selected(list(linears), config, layout) for layout in LAYOUTS.values()], present)
-    adapted = {
-        name: (
-            pattern_value(config.get("rank_pattern"), name, config["r"]),
-            float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])),
+def require_readable(file: Path, config: dict[str, Any], has_biases: bool) -> None:
+    """ValueError where a configuration asks for what is not implemented, or holds a value that cannot be used."""
+    ours = (*SETTINGS, *WITHOUT_EFFECT)
+    strange = {key: value for key, value in config.items() if key not in ours and value not in NEUTRAL.get(key, UNSET)}
+    if strange.get("bias") in ("all", "lora_only") and not has_biases:
+        del strange["bias"]  # nothing that it applies to has a bias
+    if config["peft_type"] not in [name.upper() for name in METHODS]:
+        strange = {"peft_type": config["peft_type"]}
+    if strange:
+        raise ValueError(
+            f"{file} asks for what is not implemented here: {strange}. An adapter that PEFT can merge can be used as a "
+            "base of its own: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)"
         )
-        for name in linears
-        if name in targeted
+    unusable = {
+        key: config[key]
+        for key, is_usable in SETTINGS.items()
+        if not (is_usable(config.get(key)) or (config.get(key) is None and key not in REQUIRED))
     }
+    if unusable:
+        raise ValueError(f"{file} holds a value that cannot be used: {unusable}")
+
+
+def plan_loading(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Selection, str]:
+    """What to adapt, in the layout that differs least from the tensors; and every problem found, "" for none."""
+    modules = {path: module for path, module in model.named_modules() if any(module.named_parameters(recurse=False))}
+    present = {path for name in tensors for path in (name.rsplit(".", 1)[0], name.rsplit(".", 2)[0]) if path in modules}
+    selections = [select_by_peft(modules, config, layout) for layout in LAYOUTS.values()]
+    selection = min(selections, key=lambda found: len({*found.linears, *found.full} ^ present))
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, (rank, _) in adapted.items():
-        wanted[f"{name}.lora_A"] = (rank, linears[name].in_features)
-        wanted[f"{name}.lora_B"] = (linears[name].out_features, rank)
-    full = [name for name, _ in model.named_modules() if is_saved_in_full(name, config)]
-    for name in full:
-        shapes = model.get_submodule(name).named_parameters(recurse=False)
-        wanted |= {f"{name}.{leaf}": tuple(parameter.shape) for leaf, parameter in shapes}
-    leaves = {
-        name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
-    }
+    for path, settings in selection.linears.items():
+        linear = modules[path]
+        twin = nn.Linear(int(linear.in_features), int(linear.out_features), device="meta")
+        adapter = METHODS[config["peft_type"].lower()](twin, settings, 0, 0)
+        wanted |= {f"{path}.{name}": tuple(p.shape) for name, p in named_for_file(adapter).items()}
+    for path in selection.full:
+        wanted |= {f"{path}.{name}": tuple(p.shape) for name, p in modules[path].named_parameters(recurse=False)}
     others = {
         "not finite": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
-        "not to be trained in full": [n for n in full if n not in leaves or isinstance(leaves[n], nn.Embedding)],
+        "not to be trained in full": [path for path in selection.full if isinstance(modules[path], nn.Embedding)],
+        "in NF4, not to be trained in full": [path for path in selection.full if isinstance(modules[path], NF4Linear)],
     }
-    return adapted, full, mismatches(tensors, wanted, others)
+    return selection, mismatches(tensors, wanted, others)
 
 
-def selected(paths: list[str], config: dict[str, Any], layout: Callable[[str], str]) -> set[str]:
-    """The linears that `target_modules` selects in one layout, by PEFT's rules."""
-    targets, excluded = config["target_modules"] or [], config.get("exclude_modules") or []
-    return {
-        path
-        for path in paths
-        if is_listed(layout(path), targets)
-        and not is_listed(layout(path), excluded)
-        and not is_saved_in_full(path, config)
-    }
+def named_for_file(adapter: AdapterModule) -> dict[str, nn.Parameter]:
+    return {name + adapter.file_suffix: parameter for name, parameter in adapter.adapter_parameters().items()}
 
 
-def is_listed(path: str, names: str | list[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path, a list holds endings of whole components."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def is_saved_in_full(path: str, config: dict[str, Any]) -> bool:
-    patterns = config.get("modules_to_save") or []
-    return any(
-        re.fullmatch(rf"(.*\.)?({pattern})", layout(path)) for pattern in patterns for layout in LAYOUTS.values()
-    )
-
-
-def closest(candidates: list[set[str]], present: set[str]) -> set[str]:
-    """The candidate that differs least: the layout the adapter was written in."""
-    return min(candidates, key=lambda candidate: len(candidate ^ present))
-
-
-def pattern_value(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the end of the path, as a regular expression."""
-    for key, value in (pattern or {}).items():
-        if any(re.match(rf"(.*\.)?({key})$", layout(path)) for layout in LAYOUTS.values()):
-            return value
-    return default
+def file_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained: `<path>.<name in files>`."""
+    return {f"{path}.{name}": p for path, adapter in adapters(model) for name, p in named_for_file(adapter).items()}

@@ -1,6 +1,6 @@
 """Which base an adapter belongs to: a digest of a few values of every weight, so that another base is noticed.
 
-A merge moves every element of the linears it touches, so a base with an adapter folded into it is another one. Values
+A merge moves every element of the linears it touches, so a base with an adapter merged into it is another one. Values
 count in bf16 and by their names here: fp32 and bf16 files of one checkpoint, in any layout, are the same base.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from finetune.lora import LoRALinear, TrainedInFull
+from finetune.protocol import AdapterModule
 from finetune.quantize import original_sample, sample_of
 
 # What shapes do not tell of a configuration.
@@ -42,8 +42,7 @@ def fingerprint(model: nn.Module) -> str | None:
 def base_weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Name, shape and some values of every weight of the base, whatever stands in its place."""
     for path, module in model.named_modules():
-        base = module.linear if isinstance(module, LoRALinear) else module
-        base = module.base if isinstance(module, TrainedInFull) else base
+        base = module.base_module() if isinstance(module, AdapterModule) else module
         for name, parameter in base.named_parameters(recurse=False):
             shape, sample = tuple(parameter.shape), original_sample(base)
             if name == "weight" and isinstance(base, nn.Linear) and sample is not None:

@@ -1,23 +1,25 @@
 """LoRA by hand (arXiv 2106.09685): W x + scale * B (A x), with W frozen and shared, A and B in fp32.
 
-A `LoRALinear` stands where the `Linear` stood and keeps its weight under the same name, so the base's keys never
-change. There are no merged or disabled states: `eject_lora` puts the plain modules back. Rank-stabilised scaling is
-arXiv 2312.03732. DoRA and PiSSA are not here.
+A `LoRALinear` stands where the `Linear` stood and owns its weight under the same name, so the base's keys never change;
+`remove_lora` puts the plain modules back. What saving, merging and training know of it is in `finetune/protocol.py`.
+Rank-stabilised scaling is arXiv 2312.03732. DoRA and PiSSA are not here.
 
-Axes: B batch, S sequence, r rank.
+Axes: B batch, r rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from finetune.lowrank import FrozenProduct, LowRank
-from finetune.quantize import NF4Linear, dense
+from finetune.dropout import Dropout, feature_keys
+from finetune.lowrank import lora_linear
+from finetune.protocol import METHODS, AdapterModule, AdapterSettings, adapters
+from finetune.quantize import NF4Linear, dense, weight_of
 
 SCOPES = {
     "language": "language_model.model.",
@@ -59,7 +61,12 @@ class LoRAConfig:
     adapter's. null: a new one.
     """
 
+    method: str = "lora"
+    """How targets are adapted: lora, or another method that was registered."""
+
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r}: expected {' or '.join(METHODS)}")
         ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())
         if min(ranks) < 1 or min(alphas) <= 0 or not 0 <= self.dropout < 1:
             raise ValueError(
@@ -67,107 +74,100 @@ class LoRAConfig:
             )
 
 
-class LoRALinear(nn.Module):
-    """x [..., in] -> W x + b + scale * B A dropout(x), [..., out] in the dtype of W x.
+class LoRALinear(AdapterModule):
+    """x [..., in] -> W x + bias + scale * B A dropout(x), [..., out] in the dtype of x.
 
     Attributes:
-        linear: the one it replaces, frozen: plain or NF4. weight, bias: that one's, the same tensors.
+        weight, bias: the base's, frozen; in NF4 `weight` is packed, its state in buffers beside it (`NF4Linear`).
         lora_A: fp32 [r, in], uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5). lora_B: fp32 [out, r], zero, so that
             the network starts as the base, bit for bit.
-        dropout_rows: i64 [B] or None. When set, the dropout mask of a row is a function of its entry and this module's
-            key alone: whatever the batch it sits in, and the same again when the forward pass is recomputed.
+        feature_keys: i32 [in], which make the dropout of this module its own; None without dropout.
     """
 
-    def __init__(
-        self, linear: nn.Linear, rank: int, alpha: float, rslora: bool, dropout: float, key: int, seed: int
-    ) -> None:
-        super().__init__()
-        self._linear = (linear,)  # in a tuple: not a submodule, so base keys stay what they were
-        self.weight, self.bias = linear.weight, linear.bias
-        self.rank, self.alpha, self.rslora, self.dropout, self.key = rank, alpha, rslora, dropout, key
-        self.scale = alpha / (rank**0.5 if rslora else rank)
-        self.dropout_rows: Tensor | None = None
-        # Drawn on the CPU: the same start on every device.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
-        a = torch.empty(rank, linear.in_features).uniform_(-1, 1, generator=generator) * linear.in_features**-0.5
-        self.lora_A = nn.Parameter(a.to(linear.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+    method, file_suffix = "lora", ".weight"
+    feature_keys: Tensor | None
+
+    def __init__(self, linear: nn.Linear, settings: AdapterSettings, key: int, seed: int) -> None:
+        super().__init__(linear, settings)
+        self.in_features, self.out_features, self.key = linear.in_features, linear.out_features, key
+        rank, device = settings.rank, linear.weight.device
+        self.scale = settings.alpha / (rank**0.5 if settings.rslora else rank)
+        if device.type == "meta":  # shapes alone
+            a = torch.empty(rank, linear.in_features, device=device)
+        else:  # drawn on the CPU: the same start on every device
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
+            a = torch.empty(rank, linear.in_features).uniform_(-1, 1, generator=generator) * linear.in_features**-0.5
+        self.lora_A = nn.Parameter(a.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        keys = feature_keys(key, linear.in_features).to(device) if settings.dropout else None
+        self.register_buffer("feature_keys", keys, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = None
-        if self.training and self.dropout > 0:
-            rows = self.dropout_rows
-            if rows is None:
-                rows = torch.randint(2**31, (len(x),)).to(x.device)
-            if len(rows) != len(x):
-                raise ValueError(f"{len(rows)} dropout rows were set for a batch of {len(x)}")
-            rows = rows + self.key
-        flat, update = LowRank.apply(x, self.lora_A, self.lora_B, self.bias, self.scale, rows, self.dropout)
-        output: Tensor = FrozenProduct.apply(update, flat, self.linear)
-        return output.view(*x.shape[:-1], -1)
+        if not self.enabled:
+            output: Tensor = self.base_module()(x)
+            return output
+        return lora_linear(x, weight_of(self), self.bias, self.lora_A, self.lora_B, self.scale, self.dropout_of(x))
 
-    @property
-    def linear(self) -> nn.Linear:
-        return self._linear[0]
+    def dropout_of(self, x: Tensor) -> Dropout | None:
+        """The dropout of the rows of x; None where nothing is dropped.
 
-    def fold(self) -> Tensor:
-        """W + scale * B A, summed in fp32 and cast once; [out, in] in the dtype of W."""
-        weight = dense(self.linear)
+        Raises:
+            ValueError: seeds were set for another number of rows.
+        """
+        if not self.training or self.feature_keys is None:
+            return None
+        seeds = self.dropout_seeds
+        if seeds is None:
+            seeds = torch.randint(-(2**31), 2**31, (len(x),), dtype=torch.int32).to(x.device)
+        if len(seeds) != len(x):
+            raise ValueError(f"{len(seeds)} dropout seeds were set for a batch of {len(x)}")
+        assert self.settings is not None, "LoRALinear is made with settings"
+        return Dropout(self.settings.dropout, seeds, self.feature_keys)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    def merged_weight(self) -> Tensor:
+        """W + scale * B A, summed in fp32 and cast once; [out, in] in the dtype of W, of a packed one in fp32."""
+        weight = dense(weight_of(self), torch.float32)
         return (weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(weight.dtype)
 
     def extra_repr(self) -> str:
-        linear = self.linear
-        return f"{linear.in_features} -> {linear.out_features}, rank={self.rank}, scale={self.scale:g}"
+        rank = len(self.lora_A)
+        return f"{self.in_features} -> {self.out_features}, rank={rank}, scale={self.scale:g}"
 
 
-class TrainedInFull(nn.Module):
-    """Stands where a leaf module stood and trains an fp32 copy of its parameters, under the same names.
+METHODS[LoRALinear.method] = LoRALinear
 
-    In bf16 an update smaller than 1/256 of a weight would round away; the forward pass casts the copy back.
+
+class TrainedInFull(AdapterModule):
+    """Trains an fp32 copy of every parameter of its base, which keeps its own.
+
+    In bf16 an update smaller than 1/256 of a weight would round away; the forward pass casts the copy to the base's
+    dtype. A copy is named `trained_<name>` here, and `<name>` in files, as PEFT has it.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._base = (module,)  # in a tuple: not a submodule, so base keys stay what they were
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, nn.Parameter(parameter.detach().to(torch.float32, copy=True)))
-
-    @property
-    def base(self) -> nn.Module:
-        return self._base[0]
+        super().__init__(module)
+        self.names = tuple(name for name, _ in module.named_parameters(recurse=False))
+        for name in self.names:
+            copied = module.get_parameter(name).detach().to(torch.float32, copy=True)
+            self.register_parameter(f"trained_{name}", nn.Parameter(copied))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = next(self.base.parameters()).dtype
-        cast = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
-        output: Tensor = torch.func.functional_call(self.base, cast, (x.to(dtype),))
+        base = self.base_module()
+        if self.enabled:
+            x = x.to(self.get_parameter(self.names[0]).dtype)
+            output: Tensor = torch.func.functional_call(base, self.merged_parameters(), (x,))
+        else:
+            output = base(x)
         return output
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: self.get_parameter(f"trained_{name}") for name in self.names}
 
-def set_dropout_rows(module: nn.Module, rows: Tensor | None) -> None:
-    """Key the dropout of every adapter below `module` by the rows of the batch to come; None: plain random dropout."""
-    for _, adapter in adapters(module):
-        adapter.dropout_rows = rows
-
-
-def adapters(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Path and module of every LoRALinear."""
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, LoRALinear))
-
-
-def trained_in_full(module: nn.Module) -> Iterator[tuple[str, TrainedInFull]]:
-    """Path and module of every TrainedInFull."""
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, TrainedInFull))
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that adapters train, by its name in the model."""
-    modules: list[tuple[str, nn.Module]] = [*adapters(model), *trained_in_full(model)]
-    return {
-        f"{path}.{name}": parameter
-        for path, module in modules
-        for name, parameter in module.named_parameters(recurse=False)
-        if not isinstance(module, LoRALinear) or name.startswith("lora_")
-    }
+    def merged_parameters(self) -> dict[str, Tensor]:
+        return {name: copy.to(self.get_parameter(name).dtype) for name, copy in self.adapter_parameters().items()}
 
 
 def matches(target: str, path: str) -> bool:
@@ -217,8 +217,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         ValueError: a target or pattern that names nothing, a module named twice, the tied embedding, or adapters
             already in place. The model is untouched then.
     """
-    if any(adapters(model)) or any(trained_in_full(model)):
-        raise ValueError("the model has adapters already: eject_lora(model) first")
+    if any(adapters(model)):
+        raise ValueError("the model has adapters already: remove_lora(model) first")
     linears = select(model, config.targets, (nn.Linear,))
     leaves = tuple({type(module) for module in model.modules() if any(True for _ in module.parameters(recurse=False))})
     full = select(model, config.train_in_full, leaves)
@@ -242,43 +242,44 @@ def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         alpha = [config.alpha, *(alpha for pattern, alpha in config.alpha_pattern.items() if matches(pattern, path))][
             -1
         ]
-        put_adapter(model, path, rank, alpha, config.rslora, config.dropout, seed)
+        put_adapter(model, path, AdapterSettings(rank, alpha, config.rslora, config.dropout), config.method, seed)
     for path in full:
-        model.set_submodule(path, TrainedInFull(model.get_submodule(path)))
+        put_in_full(model, path)
     return linears + full
 
 
 def put_adapter(
-    model: nn.Module, path: str, rank: int, alpha: float, rslora: bool = False, dropout: float = 0.0, seed: int = 0
-) -> LoRALinear:
-    """Replace the linear at `path` by a LoRALinear on the same weight."""
+    model: nn.Module, path: str, settings: AdapterSettings, method: str = "lora", seed: int = 0
+) -> AdapterModule:
+    """Replace the linear at `path` by an adapter on the same weight."""
     linear = model.get_submodule(path)
     assert isinstance(linear, nn.Linear), f"{path} is a {type(linear).__name__}"
-    adapter = LoRALinear(linear, rank, alpha, rslora, dropout, zlib.crc32(path.encode()), seed)
+    adapter = METHODS[method](linear, settings, zlib.crc32(path.encode()), seed)
     model.set_submodule(path, adapter.train(linear.training))
     return adapter
 
 
-def eject_lora(model: nn.Module) -> list[str]:
+def put_in_full(model: nn.Module, path: str) -> None:
+    """Train the module at `path` in full."""
+    module = model.get_submodule(path)
+    model.set_submodule(path, TrainedInFull(module).train(module.training))
+
+
+def remove_lora(model: nn.Module) -> list[str]:
     """Put the plain modules back, weights untouched by the adapters; returns the paths. All stays frozen."""
-    paths = []
-    for path, adapter in list(adapters(model)):
-        adapter.linear.weight, adapter.linear.bias = adapter.weight, adapter.bias  # moved or cast since, perhaps
-        model.set_submodule(path, adapter.linear.train(adapter.training))
-        paths.append(path)
-    for path, module in list(trained_in_full(model)):
-        model.set_submodule(path, module.base)
-        paths.append(path)
-    return paths
+    found = list(adapters(model))
+    for path, adapter in found:
+        model.set_submodule(path, adapter.base_module())
+    return [path for path, _ in found]
 
 
 def adapter_table(model: nn.Module) -> list[tuple[str, str, int, int, int]]:
     """What is trained, per tower: rows of (scope, module name, modules, rank or 0 in full, parameters)."""
     rows: dict[tuple[str, str, int], tuple[int, int]] = {}
-    for path, module in (*adapters(model), *trained_in_full(model)):
+    for path, adapter in adapters(model):
         scope = next(scope for scope, prefix in SCOPES.items() if path.startswith(prefix))
-        rank = module.rank if isinstance(module, LoRALinear) else 0
-        size = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        rank = adapter.settings.rank if adapter.settings else 0
+        size = sum(parameter.numel() for parameter in adapter.adapter_parameters().values())
         count, total = rows.get(key := (scope, path.rsplit(".", 1)[-1], rank), (0, 0))
         rows[key] = (count + 1, total + size)
     return [(scope, name, count, rank, total) for (scope, name, rank), (count, total) in rows.items()]

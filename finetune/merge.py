@@ -1,4 +1,4 @@
-"""Folding adapters into the base weights, and the proof that it was done right.
+"""Merging adapters into the base weights, and the proof that it was done right.
 
 The sum W + scale * B A is taken in fp32 and cast once. The proof is by logits on a seeded probe batch, never by keys:
 the adapter does something; in fp32 the merged network equals base + adapter; in bf16 the two differ by no more than
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from finetune.adapter import load_adapter, trained_on, training_facts
 from finetune.durable import MANIFEST, files_of, occupied, write_whole
 from finetune.generation import store_max_new_tokens
-from finetune.lora import adapters, eject_lora, trained_in_full
-from finetune.quantize import dequantize, open_base, quantization_of
+from finetune.lora import remove_lora
+from finetune.protocol import adapters, merge_into
+from finetune.quantize import dequantize, forget_original, open_base, quantization_of
 from model import PaliGemma, fetch
 
 FP32_TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit where that exceeds 1
@@ -26,27 +27,27 @@ BF16_FACTOR = 2.0  # times the base's own bf16-to-fp32 distance
 
 
 def merge_lora(model: nn.Module) -> list[str]:
-    """Fold every adapter into its base weight, in place, and put the plain modules back; returns the paths.
+    """Merge every adapter into its base weights, in place, and put the plain modules back; returns the paths.
 
     Raises:
-        ValueError: no adapters, an NF4 base, or a folded weight is not finite. The model is untouched then.
+        ValueError: no adapters, an NF4 base, or a merged weight is not finite. The model is untouched then.
     """
     if quantization_of(model):
         raise ValueError("an NF4 base cannot hold merged weights: load the full one, or dequantize(model) first")
-    if not any(adapters(model)) and not any(trained_in_full(model)):
+    if not any(adapters(model)):
         raise ValueError("the model has no adapters to merge: load_adapter(model, directory) first")
     for path, adapter in adapters(model):
-        if not adapter.fold().isfinite().all():
-            raise ValueError(
-                f"{path}: the merged weight is not finite; the adapter is broken, or overflows {adapter.weight.dtype}"
-            )
-    with torch.no_grad():
-        for _, adapter in adapters(model):
-            adapter.weight.copy_(adapter.fold())
-        for _, module in trained_in_full(model):
-            for (_, base), (_, trained) in zip(module.base.named_parameters(), module.named_parameters(), strict=True):
-                base.copy_(trained)
-    return eject_lora(model)
+        for name, value in adapter.merged_parameters().items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"{path}.{name}: merged values are not finite; the adapter is broken, or overflows {value.dtype}"
+                )
+    for _, adapter in adapters(model):
+        merge_into(adapter.base_module(), adapter)
+    paths = remove_lora(model)
+    for path in paths:
+        forget_original(model.get_submodule(path))
+    return paths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 Blocks of 64 weights share a scale of 8 bits, blocks of 256 scales one of 32: 4.127 bits a weight. The decoder's linears
 are quantised, nothing else: the embedding is also the output head, and the vision tower is small. Arithmetic is in the
-dtype the weights had; each product makes its dense matrix for that moment. bitsandbytes is an optional extra, imported
+dtype of the input; each product makes its dense matrix for that moment. bitsandbytes is an optional extra, imported
 where it is needed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,44 +20,97 @@ from finetune.durable import require_whole
 from model import PaliGemma, products
 
 SAMPLE = 64  # values by which a weight is known again
+BLOCK = 64  # weights that share a scale
+NESTED = 256 + 16 + 1  # values of an NF4 weight's state that do not depend on its size
 BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a quantised weight, scales included
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """A weight in NF4: codes u8 [out * in / 2, 1], and what gives them their values, as `NF4Linear` holds them."""
+
+    codes: Tensor
+    absmax: Tensor
+    nested: Tensor
+    shape: tuple[int, int]
 
 
 class NF4Linear(nn.Linear):
     """A frozen linear whose `weight` is packed, two weights a byte: u8 [out * in / 2, 1].
 
-    original: some values of the weight before it was packed (`sample_of`).
+    The quantisation state are buffers of bytes: they move, are copied and are saved with the weight, and no cast of the
+    module's dtype touches them. The dense matrix has the dtype of the input.
+
+    Attributes:
+        weight_absmax: u8 [blocks], the scale of each block of 64 weights, itself quantised.
+        weight_nested: u8 [4 * (NESTED + blocks of scales)], fp32 values as bytes: the codes of the scales, those of the
+            weights, the offset of the scales, the scale of each block of 256 scales.
+        weight_sample: u8 [2 * SAMPLE], some values of the weight before it was packed (`sample_of`) as bytes.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        packed, self.state = library().quantize_4bit(
-            linear.weight.detach().to(device), blocksize=64, compress_statistics=True, quant_type="nf4"
+        packed, state = library().quantize_4bit(
+            linear.weight.detach().to(device), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias, self.original = linear.bias, sample_of(linear.weight)
-
-    def dense(self) -> Tensor:
-        """The matrix that the codes stand for, [out, in] in the dtype it had."""
-        matrix: Tensor = library().dequantize_4bit(self.weight, self.state)
-        return matrix
+        inner = state.state2
+        nested = torch.cat((inner.code, state.code, state.offset.reshape(1), inner.absmax)).float()
+        self.weight, self.bias = nn.Parameter(packed, requires_grad=False), linear.bias
+        self.register_buffer("weight_absmax", state.absmax)
+        self.register_buffer("weight_nested", nested.view(torch.uint8))
+        self.register_buffer("weight_sample", sample_of(linear.weight).view(torch.uint8).to(device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return products.linear(x, self.dense(), self.bias)
+        return products.linear(x, dense(weight_of(self), x.dtype), self.bias)
 
 
-def dense(linear: nn.Linear) -> Tensor:
-    """The weight of a linear as a matrix [out, in], whatever form it is kept in."""
-    return linear.dense() if isinstance(linear, NF4Linear) else linear.weight
+class LinearLike(Protocol):
+    """A linear, or what stands in its place."""
+
+    in_features: int
+    out_features: int
+    _buffers: dict[str, Tensor | None]
+
+    @property
+    def weight(self) -> Tensor: ...
+
+
+def weight_of(linear: LinearLike) -> Tensor | PackedWeight:
+    """The weight of a linear in the form it is kept in."""
+    absmax, nested = (linear._buffers.get(name) for name in ("weight_absmax", "weight_nested"))
+    if absmax is None or nested is None:
+        return linear.weight
+    return PackedWeight(linear.weight, absmax, nested, (linear.out_features, linear.in_features))
+
+
+def dense(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
+    """A weight as a matrix [out, in]: itself where it is plain, else what its codes stand for, in `dtype`."""
+    if isinstance(weight, Tensor):
+        return weight
+    functions, nested = library(), weight.nested.view(torch.float32)
+    inner = functions.QuantState(nested[NESTED:], code=nested[:256], blocksize=256, dtype=torch.float32)
+    state = functions.QuantState(
+        weight.absmax,
+        torch.Size(weight.shape),
+        nested[256:272],
+        BLOCK,
+        "nf4",
+        torch.float32 if dtype == torch.float64 else dtype,
+        nested[272],
+        inner,
+    )
+    matrix: Tensor = functions.dequantize_4bit(weight.codes, state)
+    return matrix.to(dtype)
 
 
 class Dequantized(nn.Linear):
-    """A plain linear with the weight that an `NF4Linear` stood for."""
+    """A plain linear with the weight that an `NF4Linear` stood for; `weight_sample` as there, not part of its state."""
 
-    def __init__(self, packed: NF4Linear) -> None:
+    def __init__(self, packed: NF4Linear, dtype: torch.dtype) -> None:
         super().__init__(packed.in_features, packed.out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(packed.dense(), requires_grad=False)
-        self.bias, self.original = packed.bias, packed.original
+        self.weight = nn.Parameter(dense(weight_of(packed), dtype), requires_grad=False)
+        self.bias = packed.bias
+        self.register_buffer("weight_sample", packed.get_buffer("weight_sample"), persistent=False)
 
 
 def sample_of(weight: Tensor) -> Tensor:
@@ -65,8 +120,15 @@ def sample_of(weight: Tensor) -> Tensor:
 
 
 def original_sample(module: nn.Module) -> Tensor | None:
-    """The values that the weight of a linear had before it was packed; None for what never was."""
-    return module.original if isinstance(module, NF4Linear | Dequantized) else None
+    """The values (`sample_of`) that the weight of a linear had before it was packed; None for what never was."""
+    sample = module._buffers.get("weight_sample")
+    return None if sample is None else sample.cpu().view(torch.bfloat16)
+
+
+def forget_original(module: nn.Module) -> None:
+    """Its weight has changed: it is no longer known by the values before it was packed."""
+    module._buffers.pop("weight_sample", None)
+    module._non_persistent_buffers_set.discard("weight_sample")
 
 
 def library() -> ModuleType:
@@ -100,7 +162,7 @@ def dequantize(model: PaliGemma) -> PaliGemma:
     """Put plain linears with the dense matrices back: the network that NF4 stands for, at its full size."""
     for path, packed in decoder_linears(model).items():
         if isinstance(packed, NF4Linear):
-            model.set_submodule(path, Dequantized(packed))
+            model.set_submodule(path, Dequantized(packed, model.dtype))
     return model
 
 

@@ -6,17 +6,21 @@ for dropout, which is a property of the training alone.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from finetune.adapter import load_adapter, pattern_value, read_adapter
+from finetune.adapter import load_adapter, read_adapter
 from finetune.locate import find_adapter
-from finetune.lora import SCOPES, LoRAConfig, adapters, eject_lora, inject_lora, trained_in_full
+from finetune.lora import SCOPES, LoRAConfig, inject_lora, remove_lora
 from finetune.paths import expand
+from finetune.peft_config import LAYOUTS, pattern_value
+from finetune.protocol import adapters
 
 SHAPE = ("rank", "alpha", "targets", "rslora", "rank_pattern", "alpha_pattern", "train_in_full", "dropout")
+LORA_TENSOR = re.compile(r"\.lora_[AB]\.weight$")
 SHOWN = 3  # contradictions in a message
 
 
@@ -34,11 +38,10 @@ def complete(section: dict[str, Any]) -> dict[str, Any]:
 def shape_of(adapter: Path) -> dict[str, Any]:
     """What an adapter is, as the keys of SHAPE say it: every module by its whole path."""
     config, tensors = read_adapter(adapter)
-    modules = {name.rsplit(".", 1)[0]: name.endswith((".lora_A", ".lora_B")) for name in sorted(tensors)}
-    ranks, alphas = (
-        {path: pattern_value(config.get(pattern), path, config[key]) for path, is_lora in modules.items() if is_lora}
-        for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )
+    adapted = {LORA_TENSOR.sub("", name): None for name in sorted(tensors) if LORA_TENSOR.search(name)}
+    full = {name.rsplit(".", 1)[0]: None for name in sorted(tensors) if not LORA_TENSOR.search(name)}
+    ranks = {path: value_at(config.get("rank_pattern"), path, config["r"]) for path in adapted}
+    alphas = {path: value_at(config.get("alpha_pattern"), path, config["lora_alpha"]) for path in adapted}
     return {
         "rank": config["r"],
         "alpha": config["lora_alpha"],
@@ -46,9 +49,15 @@ def shape_of(adapter: Path) -> dict[str, Any]:
         "rslora": bool(config.get("use_rslora")),
         "rank_pattern": {target_of(path): rank for path, rank in ranks.items() if rank != config["r"]},
         "alpha_pattern": {target_of(path): alpha for path, alpha in alphas.items() if alpha != config["lora_alpha"]},
-        "train_in_full": [target_of(path) for path, is_lora in modules.items() if not is_lora],
+        "train_in_full": [target_of(path) for path in full],
         "dropout": config.get("lora_dropout") or 0.0,
     }
+
+
+def value_at(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of one of PEFT's patterns for one of our paths, whichever layout it was written for."""
+    found = (pattern_value(pattern, layout(path), None) for layout in LAYOUTS.values())
+    return next((value for value in found if value is not None), default)
 
 
 def target_of(path: str) -> str:
@@ -70,9 +79,9 @@ def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
     if config.start_from is None:
         return
     asked = settings_of(model)
-    eject_lora(model)
+    remove_lora(model)
     path = find_adapter(Path(expand(config.start_from)))
-    load_adapter(model, path)
+    load_adapter(model, path, config.dropout)
     there = settings_of(model)
     differences = [
         f"{key} at {module}: {'not' if ours is None else ours}, in the adapter {'not' if theirs is None else theirs}"
@@ -85,16 +94,17 @@ def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
             f"the configuration contradicts the adapter in {path}, which lora.start_from names: leave out what it says "
             "otherwise, and it is taken from the adapter\n  " + "\n  ".join(differences[:SHOWN]) + more
         )
-    for _, adapter in adapters(model):
-        adapter.dropout = config.dropout
 
 
 def settings_of(model: nn.Module) -> dict[tuple[str, str], Any]:
     """What is trained, by the key of the configuration that says so and the module."""
-    found: dict[tuple[str, str], Any] = {("lora.train_in_full", path): "trained" for path, _ in trained_in_full(model)}
+    found: dict[tuple[str, str], Any] = {}
     for path, adapter in adapters(model):
+        if (settings := adapter.settings) is None:
+            found[("lora.train_in_full", path)] = "trained"
+            continue
         found[("lora.targets", path)] = "adapted"
-        found[("lora.rank", path)] = adapter.rank
-        found[("lora.alpha", path)] = float(adapter.alpha)
-        found[("lora.rslora", path)] = adapter.rslora
+        found[("lora.rank", path)] = settings.rank
+        found[("lora.alpha", path)] = float(settings.alpha)
+        found[("lora.rslora", path)] = settings.rslora
     return found

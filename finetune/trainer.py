@@ -29,9 +29,9 @@ from transformers.trainer_utils import TrainOutput
 from finetune import checkpoints, processes, workers
 from finetune.config import RunConfig
 from finetune.device import first_line, free_memory, is_out_of_memory
-from finetune.lora import LoRALinear, set_dropout_rows
 from finetune.offload import Offload
 from finetune.plan import Mode
+from finetune.protocol import check_gradients, set_dropout_seeds, trained_parameters
 from finetune.result import BEST_FILE, Best, Result, judge, last_step
 from finetune.resume import judged_by
 from finetune.steps import Part, Steps
@@ -86,7 +86,8 @@ class LoRATrainer(Trainer):
         self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1
         self.best: Result | None = None
         self.judged_by = judged_by(config) if evaluate else {}
-        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        adapted = trained_parameters(model) or dict(model.named_parameters())
+        self.trained = {name: parameter for name, parameter in adapted.items() if parameter.requires_grad}
         if config.model.dtype != "float32" and any(p.dtype != torch.float32 for p in self.trained.values()):
             raise ValueError(
                 "lora=null trains the base weights themselves, and bfloat16 rounds small updates away: set "
@@ -235,19 +236,19 @@ class LoRATrainer(Trainer):
         """
         texts = self.collate([{name: example[name] for name in TEXTS} for example in part])
         batch = TokenBatch.of(self.network.config.image_token_id, **texts)
-        inputs = {**batch.tensors(), "dropout": self.dropout_keys([example["id"] for example in part])}
+        inputs = {**batch.tensors(), "dropout": self.dropout_seeds([example["id"] for example in part])}
         if images is None:
             pixels = unique_images(part)
             rows = {name: row for row, name in enumerate(pixels)}
-            inputs |= {"pixels": torch.stack(list(pixels.values())), "image_dropout": self.dropout_keys(list(pixels))}
+            inputs |= {"pixels": torch.stack(list(pixels.values())), "image_dropout": self.dropout_seeds(list(pixels))}
         else:
             rows = images.rows
         inputs["image_rows"] = torch.tensor([rows[example["image_id"]] for example in part])
         moved = to_device(inputs, self.args.device)
-        set_dropout_rows(self.network.language_model, moved["dropout"])
+        set_dropout_seeds(self.network.language_model, moved["dropout"])
         if images is None:
-            set_dropout_rows(self.network.vision_tower, moved["image_dropout"])
-            set_dropout_rows(self.network.multi_modal_projector, moved["image_dropout"])
+            set_dropout_seeds(self.network.vision_tower, moved["image_dropout"])
+            set_dropout_seeds(self.network.multi_modal_projector, moved["image_dropout"])
         encoded = self.network.encode_images(moved["pixels"]) if images is None else images.tokens
         batch = dataclasses.replace(batch, **{name: moved[name] for name in batch.tensors()})
         passed = {"batch": batch, "image_features": encoded[moved["image_rows"]]}
@@ -286,10 +287,11 @@ class LoRATrainer(Trainer):
         """Within this context the vision encoder is on the device, also where the plan keeps it in host memory."""
         return self.offload.on_device() if self.offload else contextlib.nullcontext()
 
-    def dropout_keys(self, names: Sequence[str]) -> Tensor:
-        """i64 [B]: what the dropout of each row is drawn from: seed, step and record or picture, nothing else."""
+    def dropout_seeds(self, names: Sequence[str]) -> Tensor:
+        """i32 [B]: what the dropout of each row is drawn from: seed, step and record or image, nothing else."""
         prefix = f"{self.run.train.seed} {self.state.global_step} "
-        return torch.tensor([zlib.crc32((prefix + name).encode()) for name in names])
+        hashes = [zlib.crc32((prefix + name).encode()) - 2**31 for name in names]
+        return torch.tensor(hashes, dtype=torch.int32)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """The network as it is: `training_step` sums the gradients of several processes itself."""
@@ -480,21 +482,3 @@ def cut(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
 def unique_images(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Pixels by image id, each picture once."""
     return {example["image_id"]: example["pixel_values"] for example in examples}
-
-
-def check_gradients(model: nn.Module) -> None:
-    """Every trained parameter has a gradient, and every adapter's B one that is not zero.
-
-    A's is zero in a fresh adapter's first step, as B is; a B without one is an adapter that the loss does not see.
-    """
-    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    adapters = {f"{path}.lora_B": m.lora_B.grad for path, m in model.named_modules() if isinstance(m, LoRALinear)}
-    learning = {name: gradient.any() for name, gradient in adapters.items() if gradient is not None}
-    if learning:
-        seen = torch.stack(list(learning.values())).tolist()  # the device is asked once
-        silent += [name for name, is_seen in zip(learning, seen, strict=True) if not is_seen]
-    if silent:
-        raise RuntimeError(
-            f"{len(silent)} trained parameters got no gradient in the first step, so they would never learn: "
-            f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}"
-        )

@@ -284,7 +284,7 @@ def save(model: PaliGemma, directory: Path) -> None:
     tensors = model.state_dict()
     if problems := mismatches(tensors, expected):
         raise ValueError(
-            f"only a plain PaliGemma can be saved as a checkpoint: eject or merge adapters first\n{problems}"
+            f"only a plain PaliGemma can be saved as a checkpoint: remove or merge adapters first\n{problems}"
         )
     directory.mkdir(parents=True, exist_ok=True)
     if model.source is not None and model.source.resolve() != directory.resolve():

@@ -43,11 +43,11 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune import LoRAConfig, eject_lora, inject_lora, load_adapter, save_adapter
+from finetune import LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
 from finetune.adapter import LAYOUTS, PREFIX
 from finetune.checkpoints import newest_whole, read_moments, read_parameters, write_checkpoint
 from finetune.durable import MANIFEST, write_whole
-from finetune.lora import adapters, trained_parameters
+from finetune.protocol import AdapterModule, adapters, trained_parameters
 from finetune.quantize import open_base
 from finetune.scratch import from_random
 from model import PaliGemma
@@ -139,7 +139,7 @@ class Adapters:
             for parameter in trained_parameters(self.model).values():
                 parameter.add_(torch.randn_like(parameter))
         save_adapter(self.model, directory)
-        self.modules = [path for path, _ in adapters(self.model)]
+        self.modules = {path: adapter.settings is None for path, adapter in adapters(self.model)}
         names = trained_parameters(self.model)
         self.spelled = {
             prefix + layout(name) + end: name
@@ -160,14 +160,14 @@ class Adapters:
             changed += self.empty()
             assert not changed, "not loaded, but the network is another"
             raise
-        declared = {path: (a.rank, a.scale, a.dropout) for path, a in adapters(self.model)}
+        declared = {path: settings_of(a) for path, a in adapters(self.model)}
         snapshot = {"tensors": frozen(trained_parameters(self.model)), "declared": declared}
         self.empty()
         return snapshot
 
     def empty(self) -> list[str]:
         """Take out whatever was put into the network."""
-        taken = eject_lora(self.model)
+        taken = remove_lora(self.model)
         self.model.requires_grad_(True)
         return taken
 
@@ -176,11 +176,17 @@ class Adapters:
         config = json.loads((self.directory / "adapter_config.json").read_text())
         tensors = renamed(values_of(self.directory / "adapter_model.safetensors"), self.spelled)
         return [
-            {"tensors": tensors, "declared": {p: self.declared(config, p, layout(p)) for p in self.modules}}
+            {
+                "tensors": tensors,
+                "declared": {
+                    path: None if in_full else self.declared(config, layout(path))
+                    for path, in_full in self.modules.items()
+                },
+            }
             for layout in LAYOUTS.values()
         ]
 
-    def declared(self, config: dict[str, Any], path: str, spelled: str) -> tuple[int, float, float]:
+    def declared(self, config: dict[str, Any], spelled: str) -> tuple[int, float, float]:
         def of(pattern: str, default: str) -> Any:
             given = config.get(pattern) or {}
             return given.get(get_pattern_key(list(given), spelled), config[default])
@@ -269,6 +275,13 @@ class Checkpoints:
 
     def meanings(self) -> list[Snapshot]:
         return []
+
+
+def settings_of(adapter: AdapterModule) -> tuple[int, float, float] | None:
+    """Rank, scale and dropout; None of a module trained in full."""
+    if (settings := adapter.settings) is None:
+        return None
+    return settings.rank, settings.alpha / settings.rank ** (0.5 if settings.rslora else 1), settings.dropout
 
 
 def tiny_model(directory: Path) -> PaliGemma:

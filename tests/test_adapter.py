@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
-from finetune import LoRAConfig, eject_lora, inject_lora, load_adapter, save_adapter
+from finetune import LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
 from finetune.adapter import LAYOUTS, PREFIX, TrainingFacts, training_facts
-from finetune.lora import trained_parameters
+from finetune.protocol import trained_parameters
 from model import PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name
 from tests import tiny
@@ -108,12 +108,12 @@ def test_an_adapter_saved_here_opens_here(pair: Pair, tmp_path: Path, name: str)
     randomize(ours)
     save_adapter(ours, tmp_path)
     expected, stored = logits(ours), trained_parameters(ours)
-    eject_lora(ours)
+    remove_lora(ours)
     assert sorted(load_adapter(ours, tmp_path)) == sorted(wrapped)
     assert torch.equal(logits(ours), expected)
     assert all(torch.equal(parameter, stored[key]) for key, parameter in trained_parameters(ours).items())
-    trained = {key for key, parameter in ours.named_parameters() if parameter.requires_grad}
-    assert trained == set(stored)
+    trained = {id(parameter) for parameter in ours.parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in trained_parameters(ours).values()}
 
 
 PEFT_CONFIGS: dict[str, dict[str, Any]] = {
@@ -130,6 +130,20 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     "rslora, gaussian": {"target_modules": ["o_proj"], "use_rslora": True, "init_lora_weights": "gaussian"},
     "exclusion": {"target_modules": ["q_proj"], "exclude_modules": r".*vision_tower.*"},
     "modules to save": {"target_modules": ["o_proj"], "modules_to_save": ["multi_modal_projector.linear"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "layers": {"target_modules": ["q_proj", "up_proj", "linear"], "layers_to_transform": [0, 2]},
+    "one layer, pattern": {"target_modules": ["v_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    "layers, patterns": {"target_modules": ["fc1"], "layers_to_transform": [2], "layers_pattern": ["h", "layers"]},
+    "anchored patterns": {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {r"^model\.language_model\.layers\.0\.self_attn\.q_proj$": 2, r"^up_proj$": 7},
+        "alpha_pattern": {"^.*up_proj$": 32},
+    },
+    "exclusions": {"target_modules": ["q_proj", "fc1"], "exclude_modules": ["layers.1.self_attn.q_proj", "fc1"]},
+    "the connector to save": {"target_modules": ["o_proj"], "modules_to_save": ["multi_modal_projector"]},
+    "norms to save": {"target_modules": ["o_proj"], "modules_to_save": ["norm"]},
+    "an MLP to save": {"target_modules": ["q_proj", "up_proj", "fc1"], "modules_to_save": ["layers.1.mlp"]},
+    "biases of what has none": {"target_modules": ["up_proj"], "bias": "lora_only"},
 }
 
 
@@ -159,7 +173,7 @@ def test_all_three_path_layouts_are_read(pair: Pair, tmp_path: Path, layout: str
     tensors = {}
     for key, parameter in trained_parameters(ours).items():
         tensors[f"base_model.model.{LAYOUTS[layout](key)}.weight"] = parameter.detach()
-    eject_lora(ours)
+    remove_lora(ours)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": [LAYOUTS[layout](p) for p in wrapped]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -258,10 +272,13 @@ def setting(key: str, value: Any) -> Spoil:
         (lose_a_module, r"missing \(2\): language_model.model.layers.1.mlp.up_proj.lora_A"),
         (add_a_tensor, r"unexpected \(1\): language_model.model.layers.7.mlp.up_proj.lora_B"),
         (add_vision, r"unexpected \(1\): vision_tower.vision_model.encoder.layers.0.mlp.fc1.lora_A"),
-        (another_rank, r"lora_A \[4, 32\] instead of \[8, 32\]"),
-        (another_base, r"up_proj.lora_B \[96, 4\] instead of \[64, 4\]"),
+        (another_rank, r"lora_A.weight \[4, 32\] instead of \[8, 32\]"),
+        (another_base, r"up_proj.lora_B.weight \[96, 4\] instead of \[64, 4\]"),
         (not_a_number, r"not finite \(1\)"),
-        (dora, "not implemented here: {'use_dora': True}"),
+        (
+            dora,
+            r"not implemented here: {'use_dora': True}.*from_pretrained\(base, adapter\).merge_and_unload",
+        ),
         (pissa, "not implemented here: {'init_lora_weights': 'pissa'}"),
         (prefix_tuning, "not implemented here: {'peft_type': 'PREFIX_TUNING'}"),
         (no_rank, "lacks r: not the configuration of an adapter"),
@@ -276,7 +293,13 @@ def setting(key: str, value: Any) -> Spoil:
         (setting("alpha_pattern", {"q_proj": "8"}), "cannot be used: {'alpha_pattern': "),
         (setting("alpha_pattern", {"(": 8}), "cannot be used: missing \\)"),
         (setting("modules_to_save", "norm"), "cannot be used: {'modules_to_save': "),
-        (setting("modules_to_save", ["mlp"]), r"not to be trained in full \(6\): .*language_model.model.layers.0.mlp"),
+        (setting("modules_to_save", ["mlp"]), r"missing \(21\): .*language_model.model.layers.0.mlp.gate_proj.weight"),
+        (setting("modules_to_save", ["vision_tower"]), r"not to be trained in full \(1\): .*position_embedding"),
+        (setting("layers_to_transform", ["1"]), "cannot be used: {'layers_to_transform': "),
+        (setting("layers_to_transform", -1), "cannot be used: {'layers_to_transform': "),
+        (setting("layers_pattern", 3), "cannot be used: {'layers_pattern': "),
+        (setting("trainable_token_indices", [1]), r"{'trainable_token_indices': \[1\]}.*merge_and_unload"),
+        (setting("r", 10**12), "cannot be used: {'r': "),
         (setting("modules_to_save", ["embed_tokens"]), r"not to be trained in full \(1\): .*embed_tokens"),
         (setting("use_rsloar", True), "not implemented here: {'use_rsloar': True}"),
         (wrong_targets, "does not fit this model and its own adapter_config.json"),
@@ -289,7 +312,7 @@ def test_what_does_not_fit_is_refused_by_name_and_the_model_left_alone(
     before = [(name, type(module)) for name, module in ours.named_modules()]
     inject_lora(ours, LoRAConfig(rank=4))
     save_adapter(ours, tmp_path)
-    eject_lora(ours)
+    remove_lora(ours)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     (tmp_path / "manifest.json").unlink()
@@ -306,7 +329,7 @@ def test_what_does_not_fit_is_refused_by_name_and_the_model_left_alone(
 def test_missing_and_damaged_files_are_named(pair: Pair, tmp_path: Path, name: str, content: bytes | None) -> None:
     inject_lora(pair[1], LoRAConfig(rank=4))
     save_adapter(pair[1], tmp_path)
-    eject_lora(pair[1])
+    remove_lora(pair[1])
     (tmp_path / name).unlink()
     (tmp_path / "manifest.json").unlink()
     if content is not None:
@@ -329,7 +352,7 @@ def test_saving_and_loading_want_a_model_in_the_right_state(pair: Pair, tmp_path
         save_adapter(pair[1], tmp_path)
     inject_lora(pair[1], LoRAConfig(rank=4))
     save_adapter(pair[1], tmp_path)
-    with pytest.raises(ValueError, match="eject_lora"):
+    with pytest.raises(ValueError, match="remove_lora"):
         load_adapter(pair[1], tmp_path)
 
 

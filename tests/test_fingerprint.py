@@ -15,7 +15,7 @@ from safetensors.torch import load
 from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
 from finetune.adapter import serialized
 from finetune.fingerprint import fingerprint
-from finetune.lora import trained_parameters
+from finetune.protocol import trained_parameters
 from finetune.quantize import dequantize, quantize
 from model import PaliGemma
 from tests import tiny
@@ -65,6 +65,19 @@ def test_another_base_has_another_one(base: PaliGemma) -> None:
     other = copy.deepcopy(base)
     other.config = dataclasses.replace(base.config, text=dataclasses.replace(base.config.text, rope_theta=5e5))
     assert fingerprint(other) != found
+
+
+def test_what_is_merged_into_a_dequantised_base_makes_another_one(base: PaliGemma) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = fingerprint(base)
+    plain = dequantize(quantize(base, "cpu"))
+    inject_lora(plain, LoRAConfig(rank=4))
+    with torch.no_grad():
+        for parameter in trained_parameters(plain).values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert fingerprint(plain) == found
+    merge_lora(plain)
+    assert fingerprint(plain) != found
 
 
 def test_an_adapter_of_another_base_is_refused_and_the_model_left_alone(base: PaliGemma, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune import LoRAConfig, LoRALinear, eject_lora, inject_lora
-from finetune.lora import adapter_table, matches, set_dropout_rows, trained_parameters
-from finetune.lowrank import dropped, mix
+from finetune import LoRAConfig, LoRALinear, inject_lora, remove_lora
+from finetune.dropout import Dropout, feature_keys
+from finetune.lora import adapter_table, matches
+from finetune.lowrank import lora_linear, plain_lora_linear
+from finetune.protocol import AdapterSettings, trained_parameters
 from model import PaliGemma
 from tests import tiny
 
@@ -72,7 +74,7 @@ def test_the_adapter_stands_in_the_module_tree_and_is_used(model: PaliGemma, bat
 
 
 def test_a_and_b_are_not_both_zero_and_a_is_kaiming_uniform() -> None:
-    adapter = LoRALinear(nn.Linear(400, 300), rank=64, alpha=64, rslora=False, dropout=0.0, key=7, seed=0)
+    adapter = LoRALinear(nn.Linear(400, 300), AdapterSettings(rank=64, alpha=64), key=7, seed=0)
     bound = 400**-0.5
     assert adapter.lora_A.abs().max() <= bound
     assert adapter.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
@@ -94,12 +96,30 @@ def test_the_start_is_seeded_and_does_not_depend_on_what_else_is_adapted(base: P
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 32 / 16), (True, 32 / 4)])
 def test_scaling(rslora: bool, scale: float) -> None:
     linear = nn.Linear(6, 5)
-    adapter = LoRALinear(linear, rank=16, alpha=32, rslora=rslora, dropout=0.0, key=0, seed=0)
+    adapter = LoRALinear(linear, AdapterSettings(16, 32, rslora), key=0, seed=0)
     nn.init.normal_(adapter.lora_B)
     x = torch.randn(3, 6)
     expected = linear(x) + scale * (x @ adapter.lora_A.T @ adapter.lora_B.T)
     torch.testing.assert_close(adapter(x), expected)
-    torch.testing.assert_close(nn.functional.linear(x, adapter.fold(), linear.bias), expected)
+    torch.testing.assert_close(nn.functional.linear(x, adapter.merged_weight(), linear.bias), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_adapted_linear_is_its_plain_formula_in_fp64(bias: bool, dropped: bool) -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    weight, offset = random(30, 40), random(30) if bias else None
+    inputs = [random(3, 7, 40), random(4, 40), random(30, 4)]
+    dropout = Dropout(0.3, torch.tensor([5, -6, 7], dtype=torch.int32), feature_keys(9, 40)) if dropped else None
+    found = []
+    for function in (lora_linear, plain_lora_linear):
+        x, a, b = (tensor.clone().requires_grad_() for tensor in inputs)
+        output = function(x, weight, offset, a, b, 1.7, dropout)
+        output.square().sum().backward()
+        found.append((output, x.grad, a.grad, b.grad))
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
 def test_base_names_never_change(base: PaliGemma, model: PaliGemma) -> None:
@@ -118,7 +138,7 @@ def test_ejecting_gives_the_base_back(base: PaliGemma, model: PaliGemma, batch: 
         for parameter in trained_parameters(model).values():
             parameter.normal_()
     assert not torch.equal(model(**batch).logits, base(**batch).logits)
-    assert sorted(eject_lora(model)) == sorted(wrapped)
+    assert sorted(remove_lora(model)) == sorted(wrapped)
     assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
     assert model.get_parameter(path) is weight
     assert torch.equal(model(**batch).logits, base(**batch).logits)
@@ -168,9 +188,9 @@ def test_patterns_give_some_targets_another_rank_and_alpha(model: PaliGemma) -> 
     )
     inject_lora(model, config)
     found = {
-        path: (adapter.rank, adapter.alpha)
+        path: (adapter.settings.rank, adapter.settings.alpha)
         for path, adapter in model.named_modules()
-        if isinstance(adapter, LoRALinear)
+        if isinstance(adapter, LoRALinear) and adapter.settings
     }
     layers = "language_model.model.layers"
     assert found[f"{layers}.0.self_attn.q_proj"] == (2, 3)
@@ -206,7 +226,7 @@ def test_what_cannot_be_meant_is_refused_and_the_model_left_alone(
 
 def test_injecting_twice_is_refused(model: PaliGemma) -> None:
     inject_lora(model, LoRAConfig(rank=2))
-    with pytest.raises(ValueError, match="eject_lora"):
+    with pytest.raises(ValueError, match="remove_lora"):
         inject_lora(model, LoRAConfig(rank=2))
 
 
@@ -227,62 +247,3 @@ def test_modules_trained_in_full_are_fp32_and_train(model: PaliGemma, batch: dic
     model(**batch).loss.backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in parameters.values() if parameter.grad is not None)
     assert all(parameter.grad is not None for parameter in parameters.values())
-
-
-@pytest.fixture
-def dropping() -> LoRALinear:
-    adapter = LoRALinear(nn.Linear(64, 8), rank=4, alpha=4, rslora=False, dropout=0.25, key=11, seed=0)
-    nn.init.normal_(adapter.lora_B)
-    return adapter.train()
-
-
-def test_dropout_of_a_row_does_not_depend_on_its_batch(dropping: LoRALinear) -> None:
-    x = torch.randn(3, 10, 64)
-    rows = torch.tensor([5, 9, 2])
-    set_dropout_rows(dropping, rows)
-    together = dropping(x)
-    for i in range(3):
-        set_dropout_rows(dropping, rows[i : i + 1])
-        padded = torch.cat((x[i : i + 1], torch.zeros(1, 4, 64)), dim=1)
-        torch.testing.assert_close(dropping(padded)[0, :10], together[i])
-    with pytest.raises(ValueError, match="1 dropout rows were set for a batch of 3"):
-        dropping(x)
-
-
-def test_dropout_without_rows_differs_at_each_call_and_follows_the_seed(dropping: LoRALinear) -> None:
-    x = torch.randn(3, 10, 64)
-    torch.manual_seed(0)
-    first, second = dropping(x), dropping(x)
-    torch.manual_seed(0)
-    assert torch.equal(dropping(x), first)
-    assert not torch.equal(first, second)
-
-
-def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
-    left = dropped(torch.ones(40, 50, 64), torch.arange(40), 0.25)
-    assert (left == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
-    assert left.mean().item() == pytest.approx(1.0, abs=0.01)
-    masks = (left == 0).flatten(1).float()
-    assert torch.corrcoef(masks).fill_diagonal_(0).abs().max() < 0.08  # rows are independent
-
-
-def test_dropout_differs_between_modules_and_rows_and_is_off_in_evaluation(dropping: LoRALinear) -> None:
-    other = copy.deepcopy(dropping)
-    x = torch.ones(2, 10, 64)
-    for adapter in (dropping, other):
-        set_dropout_rows(adapter, torch.tensor([1, 2]))
-    assert torch.equal(dropping(x), other(x))
-    other.key = 12
-    assert not torch.equal(dropping(x), other(x))
-    first, second = dropping(x)
-    assert not torch.equal(first, second)
-    plain = dropping.eval()(x)
-    set_dropout_rows(dropping, None)
-    assert torch.equal(dropping(x), plain)
-
-
-def test_the_hash_is_even() -> None:
-    bits = mix(torch.arange(100_000))
-    assert bits.unique().numel() == 100_000
-    counts = torch.histc(bits.double(), bins=64, min=0, max=2**32)
-    assert (counts / counts.mean() - 1).abs().max() < 0.1

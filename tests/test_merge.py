@@ -12,8 +12,9 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
 from finetune.durable import write_whole
-from finetune.lora import LoRALinear, adapters, trained_parameters
+from finetune.lora import LoRALinear
 from finetune.merge import MergeReport, merge_checkpoint
+from finetune.protocol import AdapterSettings, adapters, trained_parameters
 from model import PaliGemma
 from tests import tiny
 
@@ -90,11 +91,11 @@ def test_what_is_not_on_the_disk_as_it_was_saved_is_seen(
 def test_the_sum_is_taken_in_fp32_and_cast_once() -> None:
     """Many small parts of an update, each lost in bf16, count when they are summed before the cast."""
     linear = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
-    module = LoRALinear(linear, rank=16, alpha=16, rslora=False, dropout=0.0, key=0, seed=0)
+    module = LoRALinear(linear, AdapterSettings(16, 16), key=0, seed=0)
     torch.nn.init.normal_(module.lora_B, std=0.01)
     exact = linear.weight.double() + module.lora_B.double() @ module.lora_A.double()
     nearest = exact.to(torch.bfloat16)
-    assert (module.fold() == nearest).float().mean() > 0.999  # fp32 may sit on the other side of a tie
+    assert (module.merged_weight() == nearest).float().mean() > 0.999  # fp32 may sit on the other side of a tie
 
 
 def test_an_adapter_without_effect_is_refused(base: Path, tmp_path: Path) -> None:
@@ -111,17 +112,17 @@ def test_a_wrong_merge_is_noticed(
     base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One module of 39 merged with twice its scale."""
-    fold = LoRALinear.fold
+    merged_weight = LoRALinear.merged_weight
 
     def wrong(self: LoRALinear) -> torch.Tensor:
         doubled = copy.copy(self)
         doubled.scale = self.scale * (2 if self.key == first_key else 1)
-        return fold(doubled)
+        return merged_weight(doubled)
 
     model = PaliGemma.from_pretrained(base, dtype=dtype)
     load_adapter(model, adapter)
-    first_key = next(module.key for path, module in adapters(model) if path.endswith("layers.0.mlp.down_proj"))
-    monkeypatch.setattr(LoRALinear, "fold", wrong)
+    first_key = next(m.key for p, m in adapters(model) if isinstance(m, LoRALinear) and p.endswith("0.mlp.down_proj"))
+    monkeypatch.setattr(LoRALinear, "merged_weight", wrong)
     with pytest.raises(ValueError, match="the merge is not to be trusted"):
         merge_checkpoint(base, adapter, tmp_path / "merged", dtype)
     assert not (tmp_path / "merged").exists()
@@ -133,7 +134,7 @@ def test_a_merge_that_is_not_finite_leaves_the_model_alone(base: Path, adapter: 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     *_, (_, last) = adapters(model)
     with torch.no_grad():
-        last.lora_B[0, 0] = torch.inf
+        last.adapter_parameters()["lora_B"][0, 0] = torch.inf
     with pytest.raises(ValueError, match="not finite"):
         merge_lora(model)
     after = model.state_dict()

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.lora import put_adapter
+from finetune.lora import LoRALinear, put_adapter
+from finetune.protocol import AdapterSettings
 from model import products
 from model.products import CPU, Direction, choose
 from tests.test_lean import kept_bytes
@@ -213,7 +214,8 @@ def test_a_convolution_is_rounded_once(on: Callable[[CPU], None]) -> None:
 def test_an_adapted_linear_on_another_cpu(on: Callable[[CPU], None], cpu: CPU) -> None:
     """Output and gradients as near to fp64 as with bf16 kernels: the low-rank products are rounded where those are."""
     module = nn.ModuleDict({"linear": products.Linear(512, 300, bias=False, dtype=BF16)}).requires_grad_(False)
-    adapter = put_adapter(module, "linear", rank=8, alpha=8.0)
+    adapter = put_adapter(module, "linear", AdapterSettings(8, 8.0))
+    assert isinstance(adapter, LoRALinear)
     nn.init.normal_(adapter.lora_B, std=0.05)
     x, grad = torch.randn(2, 20, 512, dtype=BF16).requires_grad_(), torch.randn(2, 20, 300, dtype=BF16)
     inputs = [x, adapter.lora_A, adapter.lora_B]

@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 import evaluate
 import merge_lora as merge_script
 import predict
 import train
 from benchmarks.side_by_side import library_model
-from finetune import LoRAConfig, eject_lora, inject_lora, load_adapter, merge_lora, save_adapter
+from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, remove_lora, save_adapter
 from finetune.adapter import LAYOUTS, trained_on
 from finetune.checkpoints import checkpoints
 from finetune.config import ConfigError, load_config
-from finetune.lora import adapters, trained_parameters
 from finetune.merge import merge_checkpoint
 from finetune.plan import Mode, Planner, kept_bytes
-from finetune.quantize import NF4Linear, decoder_linears, dense, dequantize, open_base, packed_bytes
+from finetune.protocol import adapters, trained_parameters
+from finetune.quantize import NESTED, NF4Linear, decoder_linears, dense, dequantize, open_base, packed_bytes, weight_of
 from model import PaliGemma
 from tests import tiny
 from tests.test_scripts import arguments, base, files  # noqa: F401 (base is a fixture)
@@ -42,8 +42,12 @@ def packed(checkpoint: Path) -> PaliGemma:
 
 
 def library_in_nf4(checkpoint: Path) -> Any:
-    """The documented QLoRA way to open a model, the decoder alone quantised, computing in fp32."""
-    return library_model(checkpoint, torch.float32, torch.device("cpu"), nf4=True)
+    """The documented QLoRA way to open a model, the decoder alone quantised, computing in fp32.
+
+    In training mode: outside of it bitsandbytes repacks weights for CPUs with bf16 instructions, and cannot where a
+    matrix is as narrow as these.
+    """
+    return library_model(checkpoint, torch.float32, torch.device("cpu"), nf4=True).train()
 
 
 def noise(model: nn.Module, std: float = 0.02) -> None:
@@ -72,7 +76,7 @@ def test_codes_and_logits_are_those_of_the_library(checkpoint: Path, packed: Pal
         theirs = library.get_submodule(LAYOUTS["transformers 5"](path)).weight
         dense_theirs = functions.dequantize_4bit(theirs.data, theirs.quant_state)
         assert isinstance(ours, NF4Linear)
-        assert torch.equal(ours.dense(), dense_theirs)
+        assert torch.equal(dense(weight_of(ours), torch.float32), dense_theirs)
     batch = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
     out = packed(**batch)
     expected = library(**batch)
@@ -91,13 +95,13 @@ def test_gradients_are_those_of_peft_on_the_librarys_nf4(checkpoint: Path, packe
     with torch.no_grad():
         for path, adapter in adapters(packed):
             layer = theirs.base_model.model.get_submodule(LAYOUTS["transformers 5"](path))
-            layer.lora_A["default"].weight.copy_(adapter.lora_A)
-            layer.lora_B["default"].weight.copy_(adapter.lora_B)
+            for name, parameter in adapter.adapter_parameters().items():
+                getattr(layer, name)["default"].weight.copy_(parameter)
     theirs(**batch).loss.backward()
     for path, adapter in adapters(packed):
         layer = theirs.base_model.model.get_submodule(LAYOUTS["transformers 5"](path))
-        for ours, other in ((adapter.lora_A, layer.lora_A), (adapter.lora_B, layer.lora_B)):
-            expected = other["default"].weight.grad
+        for name, ours in adapter.adapter_parameters().items():
+            expected = getattr(layer, name)["default"].weight.grad
             assert ours.grad is not None
             assert expected.abs().max() > 0
             assert (ours.grad - expected).norm() <= 1e-4 * expected.norm(), path
@@ -106,8 +110,8 @@ def test_gradients_are_those_of_peft_on_the_librarys_nf4(checkpoint: Path, packe
 def test_a_packed_weight_takes_what_is_planned_and_keeps_nothing_more(checkpoint: Path) -> None:
     linear = nn.Linear(512, 1024, bias=False, dtype=torch.bfloat16)
     packed = NF4Linear(linear, torch.device("cpu"))
-    state = packed.state
-    stored = packed.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    stored = packed.weight.nbytes + sum(packed.get_buffer(f"weight_{name}").nbytes for name in ("absmax", "nested"))
+    stored -= 4 * NESTED
     assert stored == packed_bytes(512 * 1024)
     networks = [open_base(checkpoint, torch.bfloat16, "cpu", kept) for kept in (None, "nf4")]
     for network in networks:
@@ -123,12 +127,14 @@ def test_the_plan_counts_packed_weights(checkpoint: Path) -> None:
     plain, four_bits = (planner.plan(Mode(2), 10**9).components for planner in planners)
     weights = sum(p.nbytes for p in packed.parameters())
     modules = [module for module in packed.modules() if isinstance(module, NF4Linear)]
-    scales = sum(module.state.absmax.nbytes for module in modules)
+    scales = sum(module.get_buffer("weight_absmax").nbytes for module in modules)
     # Blocks of scales are of 256: in matrices this small most of the one scale in fp32 is not used.
     assert abs(four_bits["base weights"] - weights - scales) < 4 * len(modules)
     assert four_bits["activations"] == plain["activations"]
     buffers = "buffers of a layer (estimate)"
-    assert four_bits[buffers] == plain[buffers] + max(module.dense().nbytes for module in modules)
+    assert four_bits[buffers] == plain[buffers] + max(
+        dense(weight_of(module), torch.bfloat16).nbytes for module in modules
+    )
 
 
 def test_ejected_it_is_the_packed_base_again(checkpoint: Path, packed: PaliGemma) -> None:
@@ -138,18 +144,23 @@ def test_ejected_it_is_the_packed_base_again(checkpoint: Path, packed: PaliGemma
     assert torch.equal(packed(**batch).logits, before)
     noise(packed)
     assert not torch.allclose(packed(**batch).logits, before)
-    eject_lora(packed)
+    remove_lora(packed)
     assert torch.equal(packed(**batch).logits, before)
     plain = dequantize(packed)
     assert not any(isinstance(module, NF4Linear) for module in plain.modules())
     assert torch.equal(plain(**batch).logits, before)
 
 
-def test_what_packed_weights_cannot_do_is_refused(packed: PaliGemma, tmp_path: Path) -> None:
+def test_what_packed_weights_cannot_do_is_refused(checkpoint: Path, packed: PaliGemma, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"language_model.*q_proj, which is kept in NF4: packed weights cannot"):
         inject_lora(packed, LoRAConfig(targets=("language.k_proj",), train_in_full=("language.q_proj",)))
     with pytest.raises(ValueError, match="only a plain PaliGemma can be saved"):
         packed.save_pretrained(tmp_path)
+    plain = PaliGemma.from_pretrained(checkpoint, torch.float32)
+    inject_lora(plain, LoRAConfig(targets=("language.k_proj",), train_in_full=("language.0.q_proj",)))
+    save_adapter(plain, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"in NF4, not to be trained in full \(1\): language_model.*q_proj"):
+        load_adapter(packed, tmp_path / "adapter")
     inject_lora(packed, LORA)
     with pytest.raises(ValueError, match="an NF4 base cannot hold merged weights"):
         merge_lora(packed)
@@ -228,8 +239,7 @@ def test_training_the_packed_weights_themselves_is_refused(base: Path, tmp_path:
 
 def test_dense_is_the_weight_itself_where_it_is_plain() -> None:
     linear = nn.Linear(3, 2)
-    same: Tensor = dense(linear)
-    assert same is linear.weight
+    assert dense(weight_of(linear), torch.float32) is linear.weight
 
 
 def test_packed_weights_count_as_what_they_stand_for(

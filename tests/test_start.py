@@ -17,7 +17,7 @@ import train
 from data import shapes
 from finetune import LoRAConfig, inject_lora, save_adapter
 from finetune.config import ConfigError, load_config
-from finetune.lora import trained_parameters
+from finetune.protocol import trained_parameters
 from finetune.start import settings_of, start
 from model import PaliGemma
 from tests import kill_test, tiny

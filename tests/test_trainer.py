@@ -19,13 +19,13 @@ from data import collate
 from finetune import LoRAConfig, durable, inject_lora
 from finetune.checkpoints import checkpoints, keep_newest, newest_whole
 from finetune.config import RunConfig
-from finetune.lora import trained_parameters
 from finetune.plan import Mode
+from finetune.protocol import check_gradients, trained_parameters
 from finetune.result import Result
 from finetune.resume import find_checkpoint, start_run
 from finetune.steps import Steps
 from finetune.tracking import callbacks_for
-from finetune.trainer import LoRATrainer, check_gradients, micro_batches
+from finetune.trainer import LoRATrainer, micro_batches
 from model import PaliGemma
 from tests import tiny
 
@@ -113,9 +113,9 @@ def test_the_gradient_does_not_depend_on_the_cut(
 
 def test_dropout_is_active_and_keyed_by_seed_step_and_record(base: Path, tmp_path: Path) -> None:
     trainer = trainer_of(run_config(base, tmp_path, EVERYWHERE))
-    first = trainer.dropout_keys(["a", "b"]).tolist()
+    first = trainer.dropout_seeds(["a", "b"]).tolist()
     trainer.state.global_step = 1
-    assert len({*first, *trainer.dropout_keys(["a", "b"]).tolist()}) == 4
+    assert len({*first, *trainer.dropout_seeds(["a", "b"]).tolist()}) == 4
     with_dropout = gradients(run_config(base, tmp_path, EVERYWHERE))
     other_seed = gradients(run_config(base, tmp_path, EVERYWHERE, seed=1))
     without = gradients(run_config(base, tmp_path, {**EVERYWHERE, "dropout": 0.0}))
@@ -326,7 +326,7 @@ def test_an_adapter_whose_gradient_is_zero_stops_the_first_step(base: Path) -> N
     inject_lora(model, LoRAConfig(rank=4, targets=("language.q_proj",)))
     for parameter in trained_parameters(model).values():
         parameter.grad = torch.zeros_like(parameter)
-    with pytest.raises(RuntimeError, match=r"3 trained parameters.*q_proj\.lora_B"):
+    with pytest.raises(RuntimeError, match=r"6 trained parameters.*q_proj\.lora_B"):
         check_gradients(model)
 
 

@@ -1,0 +1,156 @@
+"""What is trained: the protocol between a method such as LoRA and everything that saves, merges or trains it.
+
+An `AdapterModule` stands where a module of the base stood. It owns that module's parameters under their own names, so
+the base's keys never change, and adds its own. Saving, loading, merging, fingerprint, memory plan and Trainer know this
+class alone; a method is one subclass, and an entry in METHODS under the name that configurations give it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSettings:
+    """Of one adapted linear, as PEFT counts them; a method uses those that mean something to it."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    rslora: bool = False
+    dropout: float = 0.0
+
+
+class AdapterModule(nn.Module):
+    """A base module with something trained on top.
+
+    A subclass has the constructor `(base, settings, key, seed)`, a `forward` that returns `self.base_module()(x)` where
+    `enabled` is False, `adapter_parameters`, and `merged_weight` (or `merged_parameters`, where merging changes more
+    than `weight`). key: of the module's path. seed: of the run.
+
+    Attributes:
+        method: its name in LoRAConfig.method, in upper case PEFT's `peft_type`; "" for what PEFT keeps as
+            modules_to_save.
+        file_suffix: what the file of an adapter adds to a parameter's name.
+        settings: None for a module that is trained in full.
+        enabled: False: the base's own output, bit for bit.
+        dropout_seeds: i32 [B] or None. When set, what is dropped from a row depends on its entry and this module alone.
+    """
+
+    method: ClassVar[str] = ""
+    file_suffix: ClassVar[str] = ""
+    weight: nn.Parameter  # where the base has them
+    bias: nn.Parameter | None
+
+    def __init__(self, base: nn.Module, settings: AdapterSettings | None = None) -> None:
+        assert not any(True for _ in base.children()), f"{type(base).__name__} has submodules: adapt those"
+        super().__init__()
+        self.settings, self.enabled = settings, True
+        self.dropout_seeds: Tensor | None = None
+        self.base_class = type(base)
+        plain = vars(nn.Module()).keys()
+        self.base_attributes = {name: value for name, value in vars(base).items() if name not in plain}
+        self.base_names = (*base._parameters, *base._buffers)
+        for name, parameter in base._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in base._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in base._non_persistent_buffers_set)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the name that files give it (without `file_suffix`)."""
+        raise NotImplementedError
+
+    def merged_weight(self) -> Tensor:
+        """The base's weight with what was learned, in the base's shape and dtype: summed in fp32 and cast once."""
+        raise NotImplementedError
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        """New values of the base's parameters that merging changes, by name."""
+        return {"weight": self.merged_weight()}
+
+    def base_module(self) -> nn.Module:
+        """The module that stood here, on the same tensors: this module's own."""
+        base: nn.Module = self.base_class.__new__(self.base_class)
+        nn.Module.__init__(base)
+        vars(base).update(self.base_attributes)
+        for name in self.base_names:
+            if name in self._parameters:
+                base.register_parameter(name, self._parameters[name])
+            else:
+                base.register_buffer(name, self._buffers[name], persistent=name not in self._non_persistent_buffers_set)
+        return base.train(self.training)
+
+
+# How a linear can be adapted: (linear, settings, key, seed) -> what stands in its place, by the name of the method.
+METHODS: dict[str, Callable[[nn.Linear, AdapterSettings, int, int], AdapterModule]] = {}
+
+
+def adapters(module: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """Path and module of everything that is trained, in the model's order."""
+    return ((path, child) for path, child in module.named_modules() if isinstance(child, AdapterModule))
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that adapters train: `<path>.<its name in files>`."""
+    return {
+        f"{path}.{name}": parameter
+        for path, adapter in adapters(model)
+        for name, parameter in adapter.adapter_parameters().items()
+    }
+
+
+def set_dropout_seeds(module: nn.Module, seeds: Tensor | None) -> None:
+    """Seeds, i32 [B], of the rows to come, for the dropout of every adapter below `module`; None: at random."""
+    for _, adapter in adapters(module):
+        adapter.dropout_seeds = seeds
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context `model` gives its base's output, bit for bit: the reference of preference training."""
+    before = [(adapter, adapter.enabled) for _, adapter in adapters(model)]
+    for adapter, _ in before:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter, enabled in before:
+            adapter.enabled = enabled
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Every trained parameter has a gradient, and of every adapter one that is not zero.
+
+    Not every parameter's: in a fresh LoRA adapter's first step A's gradient is zero, as B is. An adapter without any is
+    one that the loss does not depend on.
+
+    Raises:
+        RuntimeError: names those without.
+    """
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    learning: dict[str, Tensor] = {}
+    for path, adapter in adapters(model):
+        gradients = {name: p.grad for name, p in adapter.adapter_parameters().items() if p.grad is not None}
+        if gradients:
+            any_of_them = torch.stack([gradient.any() for gradient in gradients.values()]).any()
+            learning |= {f"{path}.{name}": any_of_them for name in gradients}
+    if learning:
+        seen = torch.stack(list(learning.values())).tolist()  # the device is asked once
+        silent += [name for name, is_seen in zip(learning, seen, strict=True) if not is_seen]
+    if silent:
+        raise RuntimeError(
+            f"{len(silent)} trained parameters got no gradient in the first step, so they would never learn: "
+            f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}"
+        )
+
+
+def merge_into(base: nn.Module, adapter: AdapterModule) -> None:
+    """Write an adapter's merged values into the parameters of its base module."""
+    with torch.no_grad():
+        for name, value in adapter.merged_parameters().items():
+            base.get_parameter(name).copy_(value)
