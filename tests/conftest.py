@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread for tiny tensors unless OMP_NUM_THREADS says another number, quiet libraries."""
+"""What all tests share: no network, quiet libraries, one thread for tiny tensors or OMP_NUM_THREADS of them."""
 
 from __future__ import annotations
 

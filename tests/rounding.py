@@ -68,7 +68,7 @@ def assert_exact(ours: Results, theirs: Results) -> None:
 
 
 def assert_as_near(ours: Results, theirs: Results, exact: Results) -> None:
-    """Ours is no farther from `exact` than FARTHER times what theirs is, or than storing the result in fp32 takes it."""
+    """Ours is no farther from `exact` than FARTHER times theirs is, or than fp32 can store `exact` at all."""
     exact = named(exact)
     rounding = norm(exact) * torch.finfo(torch.float32).eps
     ours_off, theirs_off = (distance(result, exact) for result in (ours, theirs))

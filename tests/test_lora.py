@@ -14,7 +14,7 @@ from finetune import LoRAConfig, LoRALinear, eject_lora, inject_lora
 from finetune.lora import adapter_table, matches, set_dropout_rows, trained_parameters
 from finetune.lowrank import dropped, mix
 from model import PaliGemma
-from tests import tiny
+from tests import rounding, tiny
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,18 @@ def test_scaling(rslora: bool, scale: float) -> None:
     adapter = LoRALinear(linear, rank=16, alpha=32, rslora=rslora, dropout=0.0, key=0, seed=0)
     nn.init.normal_(adapter.lora_B)
     x = torch.randn(3, 6)
-    expected = linear(x) + scale * (x @ adapter.lora_A.T @ adapter.lora_B.T)
-    torch.testing.assert_close(adapter(x), expected)
-    torch.testing.assert_close(nn.functional.linear(x, adapter.fold(), linear.bias), expected)
+
+    def by_hand(adapter: LoRALinear) -> Tensor:
+        given = x.to(adapter.weight.dtype)
+        low_rank = given @ adapter.lora_A.T @ adapter.lora_B.T
+        return nn.functional.linear(given, adapter.weight, adapter.bias) + scale * low_rank
+
+    def merged(adapter: LoRALinear) -> Tensor:
+        return nn.functional.linear(x.to(adapter.weight.dtype), adapter.fold(), adapter.bias)
+
+    expected = rounding.computed_by(adapter, by_hand)
+    rounding.assert_same(rounding.computed_by(adapter, lambda module: module(x.to(module.weight.dtype))), expected)
+    rounding.assert_same(rounding.computed_by(adapter, merged), expected)
 
 
 def test_base_names_never_change(base: PaliGemma, model: PaliGemma) -> None:
@@ -237,14 +246,15 @@ def dropping() -> LoRALinear:
 
 
 def test_dropout_of_a_row_does_not_depend_on_its_batch(dropping: LoRALinear) -> None:
-    x = torch.randn(3, 10, 64)
+    x = torch.randn(3, 10, 64, dtype=torch.float64)
+    rounding.in_dtype(dropping, torch.float64)
     rows = torch.tensor([5, 9, 2])
     set_dropout_rows(dropping, rows)
     together = dropping(x)
     for i in range(3):
         set_dropout_rows(dropping, rows[i : i + 1])
-        padded = torch.cat((x[i : i + 1], torch.zeros(1, 4, 64)), dim=1)
-        torch.testing.assert_close(dropping(padded)[0, :10], together[i])
+        padded = torch.cat((x[i : i + 1], x.new_zeros(1, 4, 64)), dim=1)
+        rounding.assert_exact(dropping(padded)[0, :10], together[i])
     with pytest.raises(ValueError, match="1 dropout rows were set for a batch of 3"):
         dropping(x)
 
