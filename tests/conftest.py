@@ -16,8 +16,12 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 
 transformers.utils.logging.disable_progress_bar()
+# How long an example takes says something about the machine, and what else it does, not about what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +64,7 @@ def assert_exact(ours: Results, theirs: Results) -> None:
     assert {tensor.dtype for tensor in (*ours.values(), *theirs.values())} == {torch.float64}
     largest = max(tensor.abs().max().item() for tensor in theirs.values())
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=EXACT * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=EXACT * largest, msg=partial("{}: {}".format, name))
 
 
 def assert_as_near(ours: Results, theirs: Results, exact: Results) -> None:
@@ -104,7 +104,7 @@ def in_dtype(model: Module, dtype: torch.dtype) -> Module:
     but what the library holds as a rounded number, the scale of embeddings, is made anew.
     """
     replaced = [module.base for module in model.modules() if isinstance(module, TrainedInFull)]
-    for parameter in itertools.chain.from_iterable(module.parameters() for module in (model, *replaced)):
+    for parameter in nn.ModuleList([model, *replaced]).parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,14 +30,11 @@ def test_told_to_stop_the_step_is_finished_and_the_command_to_go_on_printed(tmp_
     for split, seed in (("train2014", 1), ("val2014", 2)):
         shapes.write(tmp_path / "data", scenes=8, seed=seed, split=split)
     command = [sys.executable, "train.py", "configs/quickstart.yaml"]
-    overrides = [*kill_test.overrides(tmp_path, tmp_path / "run"), "train.save_every=100", "train.max_steps=400"]
-    process = subprocess.Popen([*command, *overrides], cwd=kill_test.ROOT, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    said = process.communicate()[1]
+    overrides = [*kill_test.overrides(tmp_path, tmp_path / "run"), "train.save_every=10000", "train.max_steps=10000"]
+    with kill_test.running([*command, *overrides]) as process:
+        kill_test.wait_for_steps(process, tmp_path / "run")
+        process.send_signal(number)
+        said = process.communicate()[1]
     assert process.returncode == 75
     assert f"{signal.Signals(number).name}: finishing this step" in said
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]

@@ -67,7 +67,7 @@ def test_gradients_equal_the_library(pair: Any) -> None:
     def gradients(model: Any) -> dict[str, Tensor]:
         model(**batch).loss.backward()
         network = model if isinstance(model, PaliGemma) else model.model
-        return {str(canonical_name(name)): p.grad for name, p in network.named_parameters()}
+        return {str(canonical_name(name)): p.grad for name, p in network.named_parameters() if p.grad is not None}
 
     rounding.assert_same(computed_by(ours, gradients), computed_by(library, gradients))
 
@@ -137,8 +137,12 @@ def moved(ours: PaliGemma, batch: dict[str, Tensor], position: int) -> list[bool
     """For each position, whether its logits move, in fp64, when the token at `position` is another one."""
     edited = {**batch, "input_ids": batch["input_ids"].clone()}
     edited["input_ids"][0, position] += 1
+
+    def logits(given: dict[str, Tensor]) -> Tensor:
+        return computed_by(ours, lambda model: model(**given).logits[0]).exact["0"]
+
     with torch.no_grad():
-        before, after = (computed_by(ours, lambda m, b=b: m(**b).logits[0]).exact["0"] for b in (batch, edited))
+        before, after = logits(batch), logits(edited)
     return ((before - after).abs().amax(-1) > rounding.EXACT * before.abs().max()).tolist()
 
 

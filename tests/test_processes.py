@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -174,16 +173,13 @@ def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, 
     """`accelerate launch` as README shows it, with processes that prepare the examples."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", "configs/accelerate_2cpu.yaml", "train.py", "configs/quickstart.yaml"]
-    changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=400", "train.save_every=400"]
+    changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=10000", "train.save_every=10000"]
     changes += ["train.eval_every=null", "train.learning_rate=1e-3", "train.schedule=constant", "train.warmup=0"]
     changes += ["data.workers=1", *several_processes.CHANGES[-1:]]
-    launcher = subprocess.Popen([*launch, *changes], cwd=kill_test.ROOT, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert launcher.poll() is None
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    told = launcher.communicate()[1]
+    with kill_test.running([*launch, *changes]) as launcher:
+        kill_test.wait_for_steps(launcher, tmp_path / "run")
+        launcher.send_signal(signal.SIGTERM)
+        told = launcher.communicate()[1]
     assert launcher.returncode != 0
     newest, skipped = newest_whole(tmp_path / "run/checkpoints")
     assert newest is not None, told

@@ -357,10 +357,14 @@ def test_out_of_memory_the_step_is_repeated_in_smaller_parts(
             raise error
         return step(self, model, part, *arguments)
 
+    def in_little_memory(dtype: torch.dtype) -> dict[str, Tensor]:
+        calls.clear()
+        return gradients(auto, dtype=dtype, mode=Mode(4))
+
     monkeypatch.setattr(LoRATrainer, "micro_step", small)
     auto = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": "auto"})})
     with pytest.warns(UserWarning, match=rf"step 1 \({said}\): repeated.*micro-batches of 2 instead of 4"):
-        found = rounding.computed(lambda dtype: (calls.clear(), gradients(auto, dtype=dtype, mode=Mode(4)))[1])
+        found = rounding.computed(in_little_memory)
     assert calls == [4, 4, 2, 2, 2, 2, 2]
     rounding.assert_same(found, expected)
     calls.clear()
