@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import sys
 from types import FrameType
@@ -56,3 +57,15 @@ def ignore_interrupts(_worker: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill the worker processes that are left when the main one ends.
+
+    multiprocessing sends them SIGTERM then, and waits for them; as they ignore it, that would be without end.
+    """
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise: a worker was killed
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()

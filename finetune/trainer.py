@@ -9,6 +9,7 @@ fails when one of their signatures moves.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -28,7 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from finetune import checkpoints, processes
 from finetune.config import RunConfig
 from finetune.device import first_line, free_memory, is_out_of_memory
-from finetune.interrupt import ignore_interrupts
+from finetune.interrupt import end_workers, ignore_interrupts
 from finetune.lora import LoRALinear, set_dropout_rows
 from finetune.offload import Offload
 from finetune.plan import Mode
@@ -103,6 +104,7 @@ class LoRATrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Example]:
         workers = self.run.data.workers
         assert self.train_dataset is not None
+        atexit.register(end_workers)
         return DataLoader(
             WithErrors(self.train_dataset),
             batch_sampler=self.part,
