@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 TINY := runs/tiny-base
+NUMERICAL := adapter benchmarks checkpoint evaluate generate lean lora merge paligemma plan probe processes quantize trainer
 
-.PHONY: quickstart test test-transformers-4 fuzz vqav2 vqav2-data tiny-base clean
+.PHONY: quickstart test test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 # Stopped at any moment, the same command goes on; `make clean` starts afresh.
@@ -31,6 +32,17 @@ test: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 	$(BIN)/pytest -n 2
+
+# What depends on rounding, as on other machines: with 1, 2 and 4 threads, each with the kernels that this CPU has, those
+# of an x86 CPU with AVX2, and those of one without; 20 minutes on two cores. Others ignore what names x86.
+test-machines: .venv/.installed-dev
+	@set -e; for threads in 1 2 4; do for cpu in "" avx2,AVX2,AVX2 default,SSE41,SSE4_2; do \
+		echo "$$threads threads, kernels: $${cpu:-as they are}"; \
+		IFS=,; set -- $$cpu; unset IFS; \
+		env OMP_NUM_THREADS=$$threads MKL_NUM_THREADS=$$threads \
+			$${cpu:+ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3} \
+			$(BIN)/pytest -n 2 $(patsubst %,tests/test_%.py,$(NUMERICAL)); \
+	done; done
 
 # Our files in transformers 4.57 and the PEFT of its time, theirs here. The package itself asks for transformers 5, so it
 # is not installed there. Left out: a picture of 1 x 1 pixels, whose three channels 4.57 takes for its width.

@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread for tiny tensors, quiet libraries."""
+"""What all tests share: no network, quiet libraries, one thread for tiny tensors or OMP_NUM_THREADS of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="records-")  # not the person's own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,13 +16,17 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 
 transformers.utils.logging.disable_progress_bar()
+# How long an example takes says something about the machine, and what else it does, not about what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_fixed_seed() -> None:
-    torch.set_num_threads(1)
+def _threads_and_a_fixed_seed() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
 
 

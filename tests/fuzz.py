@@ -55,7 +55,7 @@ from model.config import TextConfig, VisionConfig
 from tests import tiny
 
 OUTCOMES = ("refused", "the same", "as it says", "violation")
-SECONDS, MEMORY = 60, 2**30  # that a case may take, and that it may ask for
+SECONDS, MEMORY = 300, 2**30  # that a case may take, and that it may ask for
 ADAPTER = LoRAConfig(
     rank=4,
     alpha=8,

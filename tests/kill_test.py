@@ -12,15 +12,18 @@ code 1 where anything was not so. Works where processes can be forked (Linux).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -114,6 +117,26 @@ def begin(directory: Path, name: str) -> int:
     except BaseException:
         os._exit(1)
     os._exit(0)
+
+
+@contextmanager
+def running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process whose stderr is read, in a group of its own that is gone afterwards, whatever happens meanwhile."""
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_steps(process: subprocess.Popen[str], output: Path) -> None:
+    """Until a run has logged its first steps; however long that takes, as long as it goes on."""
+    metrics = output / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
 
 
 def wait(child: int) -> int:

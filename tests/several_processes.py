@@ -3,8 +3,9 @@
     python -m tests.several_processes DIRECTORY
 
 A process is forked and told by its environment which one it is, as a launcher does it: so torch is imported once, not
-for each. Leaves `NAME/` as the run wrote it, `NAME.RANK.txt` with what a process said, and their exit codes in
-`codes.json`. A run that hangs is killed, and its exit codes say so.
+for each. All is computed in fp64: sums in another order give the same adapters then, as they would not in fp32. Leaves
+`NAME/` as the run wrote it, `NAME.RANK.txt` with what a process said, and their exit codes in `codes.json`. A run that
+hangs is killed, and its exit codes say so.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ import torch
 import evaluate
 import train
 from data import shapes
-from finetune import cli, durable, processes
+from finetune import cli, device, durable, processes
 from finetune.plan import Mode, Plan
 from finetune.trainer import LoRATrainer
-from tests import kill_test
+from tests import kill_test, rounding
 
-PATIENCE = 120.0  # seconds for a run
+PATIENCE = 600.0  # seconds for a run, which takes two
 TARGETS = "[language.down_proj, connector.linear, vision.fc2]"
 CHANGES = [f"train.{change}" for change in ("max_steps=4", "batch_size=7", "learning_rate=3e-3", "eval_every=2")]
 CHANGES += [f"lora={{rank: 4, dropout: 0.1, targets: {TARGETS}}}"]
@@ -41,6 +42,7 @@ Fault = Callable[[], None]
 def main(argv: Sequence[str]) -> None:
     directory = Path(argv[0])
     torch.set_num_threads(1)  # no threads in this process: it forks
+    compute_in_fp64()
     # Planning takes longer than a run.
     train.plan_run = lambda *_: (None, Plan(Mode(3), {}, 0), "by nobody")  # type: ignore[assignment]
     for split, seed in (("train2014", 1), ("val2014", 2)):
@@ -69,6 +71,19 @@ def main(argv: Sequence[str]) -> None:
         arguments += [*kill_test.overrides(directory, directory / name), *CHANGES]
         codes[f"{name}, evaluated"] = run_processes(directory / f"{name}, evaluated", count, evaluate.main, arguments)
     (directory / "codes.json").write_text(json.dumps(codes), encoding="utf-8")
+
+
+def compute_in_fp64() -> None:
+    """Let float32 mean float64 in this process and those it forks, for base and adapters."""
+    device.DTYPES["float32"] = torch.float64
+    rounding.KeepFP64().__enter__()
+    adapt = train.adapt
+
+    def adapt_in_fp64(model: Any, config: Any) -> None:
+        adapt(model, config)
+        rounding.in_dtype(model, torch.float64)
+
+    train.adapt = adapt_in_fp64
 
 
 def run_processes(

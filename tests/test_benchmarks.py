@@ -22,6 +22,7 @@ from benchmarks import arms, generate, load, side_by_side, train_step
 from model import PaliGemma
 
 QUICK = ["--tiny", "--rounds", "1", "--steps", "1"]
+LAST_DIGIT = 1e-4  # of a loss and of a gradient's norm, as they are printed
 Fault = Callable[[str, Path], None]  # arm and its case, changed in place
 
 
@@ -61,9 +62,9 @@ def test_a_training_step_beside_the_library(in_this_process: object, tmp_path: P
     for kind in (arms.DENSE, [arm for arm in arms.ARMS if arm not in arms.DENSE]):
         for column in zip(*(measured[arm] for arm in kind), strict=True):
             numbers = [float(cell) for cell in column]
-            assert max(numbers) - min(numbers) <= 2e-4 * max(numbers)
+            assert max(numbers) - min(numbers) < 1.5 * LAST_DIGIT
             means.append(statistics.mean(numbers))
-    assert means[:2] != pytest.approx(means[2:], rel=2e-4)  # a base in NF4 is another one
+    assert all(abs(a - b) > 10 * LAST_DIGIT for a, b in zip(means[:2], means[2:], strict=True))  # NF4: another base
     assert len([row for row in body if " / " in row[0]]) == 6 * 6
     assert "--batch 3" in text
     assert "Gate passed" in text

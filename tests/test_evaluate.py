@@ -12,6 +12,7 @@ from data.records import load_records
 from finetune import processes
 from finetune.evaluate import Answer, generate_answers, mean_loss
 from model import PaliGemma
+from tests import rounding
 
 BASE = Path(__file__).parent.parent / "assets/tiny-base"
 
@@ -50,7 +51,10 @@ def test_a_batch_of_several_pictures_answers_as_each_record_alone(records: list[
 
 def test_the_mean_loss_does_not_depend_on_the_batches(records: list[dict[str, object]]) -> None:
     model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
-    assert mean_loss(model, processor, records, 3) == pytest.approx(mean_loss(model, processor, records, 10), rel=1e-5)
+    exact = rounding.in_dtype(model, torch.float64)
+    with rounding.KeepFP64():
+        losses = [torch.tensor(mean_loss(exact, processor, records, size), dtype=torch.float64) for size in (3, 10)]
+    rounding.assert_exact(*losses)
 
 
 def test_processes_share_the_pictures(records: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:

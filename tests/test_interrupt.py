@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,17 +30,34 @@ def test_told_to_stop_the_step_is_finished_and_the_command_to_go_on_printed(tmp_
     for split, seed in (("train2014", 1), ("val2014", 2)):
         shapes.write(tmp_path / "data", scenes=8, seed=seed, split=split)
     command = [sys.executable, "train.py", "configs/quickstart.yaml"]
-    overrides = [*kill_test.overrides(tmp_path, tmp_path / "run"), "train.save_every=100", "train.max_steps=400"]
-    process = subprocess.Popen([*command, *overrides], cwd=kill_test.ROOT, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    said = process.communicate()[1]
+    overrides = [*kill_test.overrides(tmp_path, tmp_path / "run"), "train.save_every=10000", "train.max_steps=10000"]
+    with kill_test.running([*command, *overrides]) as process:
+        kill_test.wait_for_steps(process, tmp_path / "run")
+        process.send_signal(number)
+        said = process.communicate()[1]
     assert process.returncode == 75
     assert f"{signal.Signals(number).name}: finishing this step" in said
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert len(saved) == 1
     assert f"stopped after step {int(saved[0][5:])}; to go on: " in said
     assert "train.py configs/quickstart.yaml 'model=" in said
+
+
+LEFT = """
+from types import SimpleNamespace
+from finetune.trainer import LoRATrainer
+
+data = SimpleNamespace(workers=2)
+trainer = SimpleNamespace(run=SimpleNamespace(data=data), train_dataset=list(range(9)), part=[[0], [1], [2]])
+batches = iter(LoRATrainer.get_train_dataloader(trainer))
+print(next(batches))
+raise ValueError("the run ends here")
+"""
+
+
+def test_workers_that_are_left_do_not_keep_a_process_from_ending() -> None:
+    """At the end of a run that failed something may still refer to them."""
+    command = [sys.executable, "-c", LEFT]
+    ended = subprocess.run(command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert (ended.returncode, ended.stdout) == (1, "[0]\n")
+    assert ended.stderr.endswith("ValueError: the run ends here\n")

@@ -16,7 +16,7 @@ from finetune.lora import adapter_table, matches
 from finetune.lowrank import lora_linear, plain_lora_linear
 from finetune.protocol import AdapterSettings, trained_parameters
 from model import PaliGemma
-from tests import tiny
+from tests import rounding, tiny
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,18 @@ def test_scaling(rslora: bool, scale: float) -> None:
     adapter = LoRALinear(linear, AdapterSettings(16, 32, rslora), key=0, seed=0)
     nn.init.normal_(adapter.lora_B)
     x = torch.randn(3, 6)
-    expected = linear(x) + scale * (x @ adapter.lora_A.T @ adapter.lora_B.T)
-    torch.testing.assert_close(adapter(x), expected)
-    torch.testing.assert_close(nn.functional.linear(x, adapter.merged_weight(), linear.bias), expected)
+
+    def by_hand(adapter: LoRALinear) -> Tensor:
+        given = x.to(adapter.weight.dtype)
+        low_rank = given @ adapter.lora_A.T @ adapter.lora_B.T
+        return nn.functional.linear(given, adapter.weight, adapter.bias) + scale * low_rank
+
+    def merged(adapter: LoRALinear) -> Tensor:
+        return nn.functional.linear(x.to(adapter.weight.dtype), adapter.merged_weight(), adapter.bias)
+
+    expected = rounding.computed_by(adapter, by_hand)
+    rounding.assert_same(rounding.computed_by(adapter, lambda module: module(x.to(module.weight.dtype))), expected)
+    rounding.assert_same(rounding.computed_by(adapter, merged), expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PaliGemmaForConditionalGeneration
 from transformers.models.gemma.configuration_gemma import GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRotaryEmbedding
@@ -20,11 +20,8 @@ from model import PaliGemma, TextConfig, VisionConfig, prefix_lm_mask
 from model.checkpoint import canonical_name
 from model.gemma import GemmaLayer, Sight
 from model.siglip import SiglipLayer
-from tests import tiny
-
-LOGITS_FP32 = 1e-5
-LOSS_FP32 = 1e-6
-TRUE_WIDTH_FP32 = 1e-4
+from tests import rounding, tiny
+from tests.rounding import computed_by
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +35,10 @@ def ours_of(library: PaliGemmaForConditionalGeneration, directory: Path, dtype: 
     return PaliGemma.from_pretrained(tiny.save_library_model(library, directory), dtype=dtype)
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
 def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
@@ -45,8 +46,10 @@ def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def assert_same_logits(library: PaliGemmaForConditionalGeneration, ours: PaliGemma, batch: dict[str, Tensor]) -> None:
     real = batch["attention_mask"].bool()
-    mine = ours(**without_labels(batch)).logits[real]
-    torch.testing.assert_close(mine, library(**batch).logits[real], rtol=0, atol=LOGITS_FP32)
+    rounding.assert_same(
+        computed_by(ours, lambda model: model(**without_labels(batch)).logits[real]),
+        computed_by(library, lambda model: model(**batch).logits[real]),
+    )
 
 
 @pytest.mark.parametrize("prompts", [[7], [5, 9, 3], [1, 1]])
@@ -57,21 +60,16 @@ def test_logits_equal_the_library_at_every_real_position(pair: Any, prompts: lis
     assert_same_logits(library, ours, batch)
 
 
-def test_loss_equals_the_library(pair: Any) -> None:
+def test_gradients_equal_the_library(pair: Any) -> None:
     library, ours = pair
     batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
-    with torch.no_grad():
-        torch.testing.assert_close(ours(**batch).loss, library(**batch).loss, rtol=0, atol=LOSS_FP32)
 
+    def gradients(model: Any) -> dict[str, Tensor]:
+        model(**batch).loss.backward()
+        network = model if isinstance(model, PaliGemma) else model.model
+        return {str(canonical_name(name)): p.grad for name, p in network.named_parameters() if p.grad is not None}
 
-def test_gradients_equal_the_library(pair: Any) -> None:
-    library, ours = (copy.deepcopy(model) for model in pair)
-    batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
-    library(**batch).loss.backward()
-    ours(**batch).loss.backward()
-    theirs = {canonical_name(name): p.grad for name, p in library.model.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    rounding.assert_same(computed_by(ours, gradients), computed_by(library, gradients))
 
 
 @pytest.mark.parametrize("image_size", [448, 896])
@@ -89,7 +87,8 @@ def test_a_vision_layer_of_true_width_equals_the_library() -> None:
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 256, 1152)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x, attention_mask=None), rtol=0, atol=TRUE_WIDTH_FP32)
+        mine = computed_by(ours, lambda layer: layer(x.to(dtype_of(layer))))
+        rounding.assert_same(mine, computed_by(theirs, lambda layer: layer(x.to(dtype_of(layer)), attention_mask=None)))
 
 
 def test_a_decoder_layer_of_true_width_equals_the_library() -> None:
@@ -103,11 +102,20 @@ def test_a_decoder_layer_of_true_width_equals_the_library() -> None:
     position_ids = torch.arange(1, 49)[None]
     types = (torch.arange(48) >= 40).long()[None]
     mask = prefix_lm_mask(torch.ones_like(types), types)
+
+    def run_ours(layer: GemmaLayer) -> Tensor:
+        sight = Sight.of(mask, position_ids, TextConfig(), dtype_of(layer))
+        output: Tensor = layer(x.to(dtype_of(layer)), sight, None)
+        return output
+
+    def run_theirs(layer: GemmaDecoderLayer) -> Tensor:
+        given = x.to(dtype_of(layer))
+        output: Tensor = layer(given, attention_mask=mask, position_embeddings=rotary(given, position_ids))
+        return output
+
+    rotary = GemmaRotaryEmbedding(hf)
     with torch.no_grad():
-        expected = theirs(x, attention_mask=mask, position_embeddings=GemmaRotaryEmbedding(hf)(x, position_ids))
-        sight = Sight.of(mask, position_ids, TextConfig(), x.dtype)
-        actual = ours(x, sight, None)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=TRUE_WIDTH_FP32)
+        rounding.assert_same(computed_by(ours, run_ours), computed_by(theirs, run_theirs))
 
 
 def test_bf16_is_as_close_to_fp32_as_the_librarys(pair: Any, tmp_path: Path) -> None:
@@ -126,11 +134,16 @@ def test_bf16_is_as_close_to_fp32_as_the_librarys(pair: Any, tmp_path: Path) -> 
 
 
 def moved(ours: PaliGemma, batch: dict[str, Tensor], position: int) -> list[bool]:
-    """For each position, whether its logits move when the token at `position` is another one."""
+    """For each position, whether its logits move, in fp64, when the token at `position` is another one."""
     edited = {**batch, "input_ids": batch["input_ids"].clone()}
     edited["input_ids"][0, position] += 1
+
+    def logits(given: dict[str, Tensor]) -> Tensor:
+        return computed_by(ours, lambda model: model(**given).logits[0]).exact["0"]
+
     with torch.no_grad():
-        return ((ours(**batch).logits - ours(**edited).logits).abs().amax(-1)[0] > 1e-6).tolist()
+        before, after = logits(batch), logits(edited)
+    return ((before - after).abs().amax(-1) > rounding.EXACT * before.abs().max()).tolist()
 
 
 def test_an_edit_in_the_prefix_moves_the_first_position(pair: Any) -> None:
@@ -147,13 +160,17 @@ def test_an_edit_in_the_suffix_moves_nothing_before_it(pair: Any, position: int)
 
 
 def test_padding_changes_nothing(pair: Any) -> None:
-    ours = pair[1]
     batch = without_labels(tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1]))
+
+    def together(model: PaliGemma) -> list[Tensor]:
+        logits = model(**batch).logits
+        return [row[mask] for row, mask in zip(logits, batch["attention_mask"].bool(), strict=True)]
+
+    def one_by_one(model: PaliGemma) -> list[Tensor]:
+        return [model(**row).logits[0] for row in tiny.rows_of(batch)]
+
     with torch.no_grad():
-        together = ours(**batch).logits
-        for i, row in enumerate(tiny.rows_of(batch)):
-            alone = ours(**row).logits[0]
-            torch.testing.assert_close(together[i, : len(alone)], alone, rtol=0, atol=LOGITS_FP32)
+        rounding.assert_same(computed_by(pair[1], together), computed_by(pair[1], one_by_one))
 
 
 def test_positions_count_from_one_as_in_the_library(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,23 +191,37 @@ def test_positions_count_from_one_as_in_the_library(pair: Any, monkeypatch: pyte
     assert seen[3].tolist() == [[10], [8]]
 
 
-def test_only_supervised_positions_reach_the_output_head(pair: Any) -> None:
+def test_only_supervised_positions_reach_the_output_head_and_the_loss_equals_the_library(pair: Any) -> None:
     library, ours = pair
     batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
     supervised = batch["labels"][:, 1:] != -100
+
+    def run_ours(model: PaliGemma) -> list[Tensor]:
+        out = model(**batch)
+        assert out.logits.shape == (7, 128)
+        return [out.logits, out.loss]
+
+    def run_theirs(model: PaliGemmaForConditionalGeneration) -> list[Tensor]:
+        out: Any = model(**batch)
+        return [out.logits[:, :-1][supervised], out.loss]
+
     with torch.no_grad():
-        logits = ours(**batch).logits
-        expected = library(**batch).logits[:, :-1][supervised]
-    assert logits.shape == (7, 128)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=LOGITS_FP32)
+        rounding.assert_same(computed_by(ours, run_ours), computed_by(library, run_theirs))
 
 
 def test_loss_is_divided_by_the_tokens_of_the_whole_step(pair: Any) -> None:
     batch = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
+
+    def whole(model: PaliGemma) -> list[Tensor]:
+        out = model(**batch)
+        return [out.logits, out.loss]
+
+    def row_by_row(model: PaliGemma) -> list[Tensor]:
+        outs = [model(**row, num_items_in_batch=6) for row in tiny.rows_of(batch)]
+        return [torch.cat([out.logits for out in outs]), torch.stack([out.loss for out in outs]).sum()]
+
     with torch.no_grad():
-        whole = pair[1](**batch).loss
-        parts = [pair[1](**row, num_items_in_batch=6).loss for row in tiny.rows_of(batch)]
-    torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=0, atol=LOSS_FP32)
+        rounding.assert_same(computed_by(pair[1], row_by_row), computed_by(pair[1], whole))
 
 
 def test_recomputation_changes_no_gradient(pair: Any) -> None:
@@ -202,7 +233,7 @@ def test_recomputation_changes_no_gradient(pair: Any) -> None:
         ours(**batch).loss.backward()
         gradients.append([parameter.grad for parameter in ours.parameters()])
     for recomputed in gradients[1:]:
-        torch.testing.assert_close(recomputed, gradients[0], rtol=0, atol=0)
+        assert all(torch.equal(*both) for both in zip(recomputed, gradients[0], strict=True))
 
 
 def test_image_features_stand_in_for_pixels(pair: Any) -> None:

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from finetune import processes
 from finetune.checkpoints import newest_whole
-from tests import kill_test, several_processes
+from tests import kill_test, rounding, several_processes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs forked processes")
 
-ROUNDING = 1e-5  # of fp32 sums in another order, after four steps
+FP32 = torch.finfo(torch.float32).eps  # runs are computed in fp64 (tests/several_processes.py), and stored in fp32
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,12 @@ def curve(run: Path) -> list[dict[str, float]]:
 
 
 def assert_same_adapter(run: Path, other: Path) -> None:
+    """But for a last digit, where what is stored in fp32 was about to be rounded the other way."""
     ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (run, other))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=ROUNDING, msg=name)
+        exact = rounding.EXACT * theirs[name].abs().max().item()
+        torch.testing.assert_close(tensor, theirs[name], rtol=FP32, atol=exact, msg=name)
 
 
 def test_two_processes_learn_what_one_does(runs: Path) -> None:
@@ -69,7 +71,7 @@ def test_two_processes_learn_what_one_does(runs: Path) -> None:
     assert len([line for line in one if "eval_loss" in line]) == 2
     assert [line.keys() for line in two] == [line.keys() for line in one]
     for ours, theirs in zip(two, one, strict=True):
-        assert ours == pytest.approx(theirs, rel=ROUNDING, abs=ROUNDING)
+        assert ours == pytest.approx(theirs, rel=4 * FP32)  # micro-batches' losses are added up in fp32
     assert_same_adapter(runs / "two", runs / "one")
 
 
@@ -229,16 +231,13 @@ def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, 
     """`accelerate launch` as README shows it, with processes that prepare the examples."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", "configs/accelerate_2cpu.yaml", "train.py", "configs/quickstart.yaml"]
-    changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=400", "train.save_every=400"]
+    changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=10000", "train.save_every=10000"]
     changes += ["train.eval_every=null", "train.learning_rate=1e-3", "train.schedule=constant", "train.warmup=0"]
     changes += ["data.workers=1", *several_processes.CHANGES[-1:]]
-    launcher = subprocess.Popen([*launch, *changes], cwd=kill_test.ROOT, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert launcher.poll() is None
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    told = launcher.communicate()[1]
+    with kill_test.running([*launch, *changes]) as launcher:
+        kill_test.wait_for_steps(launcher, tmp_path / "run")
+        launcher.send_signal(signal.SIGTERM)
+        told = launcher.communicate()[1]
     assert launcher.returncode != 0
     newest, skipped = newest_whole(tmp_path / "run/checkpoints")
     assert newest is not None, told

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
@@ -33,7 +33,7 @@ from tests.reference_vqa import REFERENCE, ReferenceEvaluation, rule_texts
 from tests.test_config import keys
 
 SECOND = 1000  # milliseconds
-steady = settings(derandomize=True, database=None, deadline=20 * SECOND, max_examples=200)
+steady = settings(derandomize=True, database=None, deadline=60 * SECOND, max_examples=200)
 
 ANY_TEXT = st.text(st.characters())  # surrogates included, which st.text() leaves out
 NUMBERS = st.integers() | st.floats() | st.sampled_from([10**30, -(2**63), 1e300])
@@ -201,7 +201,7 @@ def spoilt_pictures(draw: st.DrawFn) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of what is odd in them
-@settings(steady, suppress_health_check=[HealthCheck.too_slow])
+@steady
 @given(content=st.binary() | spoilt_pictures())
 def test_any_bytes_are_a_picture_or_refused(processor: Processor, content: bytes) -> None:
     try:

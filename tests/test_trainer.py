@@ -27,7 +27,8 @@ from finetune.steps import Steps
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer, micro_batches
 from model import PaliGemma
-from tests import tiny
+from tests import rounding, tiny
+from tests.rounding import Computed
 
 ADAPTERS = {"targets": ["language.*"], "rank": 4}
 EVERYWHERE = {"targets": ["language.*", "vision.*"], "rank": 4, "train_in_full": ["connector.linear"], "dropout": 0.3}
@@ -71,12 +72,13 @@ def run_config(base: Path, output: Path, lora: dict[str, Any] | None, **train: A
     )
 
 
-def trainer_of(config: RunConfig, **keywords: Any) -> LoRATrainer:
-    dtype = keywords.pop("dtype", torch.float32)
-    model = PaliGemma.from_pretrained(config.model.path, dtype=dtype).to(keywords.pop("device", "cpu"))
+def trainer_of(
+    config: RunConfig, dtype: torch.dtype = torch.float32, device: str = "cpu", **keywords: Any
+) -> LoRATrainer:
+    model = PaliGemma.from_pretrained(config.model.path, dtype=torch.float32).to(device)
     if config.lora:
         inject_lora(model, config.lora, config.train.seed)
-        model.to(dtype)  # in fp64 the adapters too
+    rounding.in_dtype(model, dtype)
     Path(config.output).mkdir(parents=True, exist_ok=True)
     steps = Steps(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
     keywords = {"save_result": lambda _: None, **keywords}
@@ -87,15 +89,31 @@ def trainer_of(config: RunConfig, **keywords: Any) -> LoRATrainer:
 
 def gradients(config: RunConfig, **keywords: Any) -> dict[str, Tensor]:
     """The gradients of the first step, from adapters that are off their start."""
-    trainer = trainer_of(config, **keywords)
+    return gradients_of(off_its_start(trainer_of(config, **keywords)))
+
+
+def computed_gradients(config: RunConfig, **keywords: Any) -> Computed:
+    """`gradients` in fp64 and in fp32."""
+    return rounding.computed(lambda dtype: gradients(config, dtype=dtype, **keywords))
+
+
+def off_its_start(trainer: LoRATrainer) -> LoRATrainer:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trained_parameters(trainer.network).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return trainer
+
+
+def gradients_of(trainer: LoRATrainer) -> dict[str, Tensor]:
+    """The gradients of the first step."""
     trainer._initial_global_step = 0
-    examples = [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
-    trainer.training_step(trainer.network, examples)
+    trainer.training_step(trainer.network, first_step(trainer))
     return {name: p.grad for name, p in trained_parameters(trainer.network).items() if p.grad is not None}
+
+
+def first_step(trainer: LoRATrainer) -> list[dict[str, Any]]:
+    return [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("lora", [ADAPTERS, EVERYWHERE], ids=["language", "everywhere, with dropout"])
@@ -103,12 +121,9 @@ def gradients(config: RunConfig, **keywords: Any) -> dict[str, Tensor]:
 def test_the_gradient_does_not_depend_on_the_cut(
     base: Path, tmp_path: Path, lora: dict[str, Any], micro_batch: int
 ) -> None:
-    whole = gradients(run_config(base, tmp_path, lora))
-    parts = gradients(run_config(base, tmp_path, lora, micro_batch=micro_batch))
-    assert whole.keys() == parts.keys()
-    largest = max(gradient.abs().max().item() for gradient in whole.values())
-    for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6 * max(1.0, largest), msg=name)
+    whole = computed_gradients(run_config(base, tmp_path, lora))
+    cut = computed_gradients(run_config(base, tmp_path, lora, micro_batch=micro_batch))
+    rounding.assert_same(cut, whole)
 
 
 def test_dropout_is_active_and_keyed_by_seed_step_and_record(base: Path, tmp_path: Path) -> None:
@@ -127,17 +142,24 @@ def test_dropout_is_active_and_keyed_by_seed_step_and_record(base: Path, tmp_pat
 def test_the_gradient_is_that_of_the_mean_over_the_steps_tokens(base: Path, tmp_path: Path) -> None:
     """Against one plain forward and backward pass of the whole batch."""
     config = run_config(base, tmp_path, ADAPTERS, micro_batch=3)
-    trainer = trainer_of(config)
-    trainer._initial_global_step = 0
-    examples = [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
-    loss = trainer.training_step(trainer.network, examples)
-    ours = {name: p.grad.clone() for name, p in trained_parameters(trainer.network).items() if p.grad is not None}
-    trainer.network.zero_grad()
-    reference = trainer.network(**collate(examples, 0)).loss
-    reference.backward()
-    torch.testing.assert_close(loss, reference.detach(), rtol=0, atol=1e-6)
-    for name, parameter in trained_parameters(trainer.network).items():
-        torch.testing.assert_close(ours[name], parameter.grad, rtol=0, atol=1e-6)
+
+    def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+        trainer = off_its_start(trainer_of(config, dtype))
+        trainer.network(**collate(first_step(trainer), 0)).loss.backward()
+        return {name: p.grad for name, p in trained_parameters(trainer.network).items() if p.grad is not None}
+
+    rounding.assert_same(computed_gradients(config), rounding.computed(plain))
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base: Path, tmp_path: Path) -> None:
+    """Of four micro-batches, in fp64: what is left is that their losses are added up in fp32."""
+    trainer = off_its_start(trainer_of(run_config(base, tmp_path, ADAPTERS, micro_batch=3), torch.float64))
+    with rounding.KeepFP64():
+        plain = trainer.network(**collate(first_step(trainer), 0)).loss
+        trainer._initial_global_step = 0
+        loss = trainer.training_step(trainer.network, first_step(trainer))
+    assert plain.dtype == torch.float64
+    assert abs(loss - plain) <= 4 * torch.finfo(torch.float32).eps * plain
 
 
 def test_micro_batches_are_alike_in_length_and_keep_pictures_together() -> None:
@@ -384,7 +406,7 @@ def test_out_of_memory_the_step_is_repeated_in_smaller_parts(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     config = run_config(base, tmp_path, {**ADAPTERS, "dropout": 0.3})
-    expected = gradients(config)
+    expected = computed_gradients(config)
     step, calls = LoRATrainer.micro_step, []
 
     def small(self: LoRATrainer, model: Any, part: Any, *arguments: Any) -> Tensor:
@@ -393,13 +415,16 @@ def test_out_of_memory_the_step_is_repeated_in_smaller_parts(
             raise error
         return step(self, model, part, *arguments)
 
+    def in_little_memory(dtype: torch.dtype) -> dict[str, Tensor]:
+        calls.clear()
+        return gradients(auto, dtype=dtype, mode=Mode(4))
+
     monkeypatch.setattr(LoRATrainer, "micro_step", small)
     auto = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": "auto"})})
     with pytest.warns(UserWarning, match=rf"step 1 \({said}\): repeated.*micro-batches of 2 instead of 4"):
-        found = gradients(auto, mode=Mode(4))
+        found = rounding.computed(in_little_memory)
     assert calls == [4, 4, 2, 2, 2, 2, 2]
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+    rounding.assert_same(found, expected)
     calls.clear()
     with pytest.raises(ValueError, match=r"out of memory in step 1 with micro-batches of 5 .* train.micro_batch=auto"):
         gradients(run_config(base, tmp_path, ADAPTERS, micro_batch=5))
@@ -484,7 +509,8 @@ def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: P
 def test_recomputation_and_the_towers_leave_change_nothing(base: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     config = run_config(base, tmp_path, ADAPTERS)
     kept = gradients(config)
-    torch.testing.assert_close(gradients(config, mode=Mode(10, **how)), kept, rtol=0, atol=0)
+    changed = gradients(config, mode=Mode(10, **how))
+    assert all(torch.equal(changed[name], gradient) for name, gradient in kept.items())
 
 
 def test_warm_up_and_cosine(base: Path, tmp_path: Path) -> None:
