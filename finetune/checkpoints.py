@@ -72,7 +72,7 @@ def read_parameters(path: Path, trained: Mapping[str, nn.Parameter]) -> None:
     if wrong:
         raise ValueError(
             f"{path} is a checkpoint of other parameters ({len(wrong)} differ, e.g. {min(wrong)}): resume with the "
-            "configuration it was made with, or start afresh with --resume none"
+            "configuration it was made with, or start afresh in another output=..."
         )
     with torch.no_grad():
         for name, parameter in trained.items():

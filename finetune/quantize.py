@@ -136,7 +136,7 @@ def library() -> ModuleType:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise ValueError("model.quantize=nf4 needs bitsandbytes: pip install 'bitsandbytes>=0.48'") from error
+        raise ValueError("a base in NF4 needs bitsandbytes: pip install 'bitsandbytes>=0.48'") from error
     functions: ModuleType = bitsandbytes.functional
     return functions
 
