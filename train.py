@@ -447,8 +447,9 @@ def result_directory(config: RunConfig) -> Path:
 def facts_of(config: RunConfig, lengths: TextLengths, result: Result) -> TrainingFacts:
     """How the run trains, as far as the use of its result depends on it."""
     prompt = config.data.prompt if config.data.train.questions else None  # lines have prompts of their own
-    trained_with = {"max_new_tokens": lengths.longest_answer, "max_text_tokens": lengths.longest_text}
-    return dataclasses.replace(result.facts, prompt=prompt, **trained_with)
+    return dataclasses.replace(
+        result.facts, prompt=prompt, max_new_tokens=lengths.longest_answer, max_text_tokens=lengths.longest_text
+    )
 
 
 def save_result(model: PaliGemma, config: RunConfig, lengths: TextLengths, result: Result) -> None:

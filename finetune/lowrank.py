@@ -85,10 +85,11 @@ class LowRank(Function):
         grad_low = grad_of_input(grad, b.to(x.dtype)) * ctx.scale  # (n, r)
         grad_a, grad_b = grad_of_weight(grad_low, left).to(a.dtype), grad_of_weight(grad, low).to(b.dtype)
         total = None
-        if ctx.needs_input_grad[0] and mask is None:
-            total = grad_of_input(grad_low, a.to(x.dtype), onto=grad_x).view_as(x)
-        elif ctx.needs_input_grad[0]:
-            total = grad_of_input(grad_low, a.to(x.dtype)).view_as(x).masked_fill_(mask, 0).add_(grad_x.view_as(x))
+        if ctx.needs_input_grad[0]:
+            if mask is None:
+                total = grad_of_input(grad_low, a.to(x.dtype), onto=grad_x).view_as(x)
+            else:
+                total = grad_of_input(grad_low, a.to(x.dtype)).view_as(x).masked_fill_(mask, 0).add_(grad_x.view_as(x))
         return total, grad_a, grad_b, None, None, None
 
 

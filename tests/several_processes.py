@@ -79,8 +79,8 @@ def compute_in_fp64() -> None:
     rounding.KeepFP64().__enter__()
     adapt = train.adapt
 
-    def adapt_in_fp64(model: Any, config: Any) -> None:
-        adapt(model, config)
+    def adapt_in_fp64(model: Any, config: Any, anew: bool = False) -> None:
+        adapt(model, config, anew)
         rounding.in_dtype(model, torch.float64)
 
     train.adapt = adapt_in_fp64

@@ -145,7 +145,7 @@ def scaled(self: Bench, dtype: torch.dtype, dropout: float = 0.0, whole: Any = B
     model: PaliGemma = whole(self, dtype, dropout)
     if dtype == torch.float32:
         _, adapter = next(adapters(model))
-        adapter.lora_B.data.mul_(1.001)
+        adapter.adapter_parameters()["lora_B"].data.mul_(1.001)
     return model
 
 

@@ -73,7 +73,7 @@ def run_config(base: Path, output: Path, lora: dict[str, Any] | None, **train: A
 
 
 def trainer_of(
-    config: RunConfig, dtype: torch.dtype = torch.float32, device: str = "cpu", **keywords: Any
+    config: RunConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **keywords: Any
 ) -> LoRATrainer:
     model = PaliGemma.from_pretrained(config.model.path, dtype=torch.float32).to(device)
     if config.lora:

@@ -22,7 +22,8 @@ from benchmarks import arms, side_by_side
 from benchmarks.acceptance.card import Card
 from data import collate
 from finetune.adapter import save_adapter
-from finetune.lora import LoRAConfig, inject_lora, trained_parameters
+from finetune.lora import LoRAConfig, inject_lora
+from finetune.protocol import trained_parameters
 from finetune.scratch import init_weights
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name

@@ -22,8 +22,8 @@ from benchmarks.acceptance.training import (
     quiet,
     step_gradients,
 )
-from finetune.lora import trained_parameters
 from finetune.plan import Mode
+from finetune.protocol import trained_parameters
 from finetune.steps import Steps
 
 ROWS = 6

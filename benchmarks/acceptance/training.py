@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from benchmarks.acceptance.bench import Bench, Example, gradients_of
 from data import collate
 from finetune.config import RunConfig
-from finetune.lora import trained_parameters
 from finetune.plan import Mode
+from finetune.protocol import trained_parameters
 from finetune.steps import Steps
 from finetune.trainer import LoRATrainer
 from model import PaliGemma
@@ -88,7 +88,7 @@ def make_trainer(
         Steps(len(examples), size, 0, steps),
         mode,
         partial(collate, pad_id=pad),
-        save_result=lambda: None,
+        save_result=lambda _: None,
         checkpointed="save_every" in settings,
     )
     trainer.losses = []
