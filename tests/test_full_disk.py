@@ -109,6 +109,7 @@ def main(directory: Path) -> list[dict[str, Any]]:
         ("stop", begun + 3 * checkpoint // 2),
         ("stop", begun + 5 * checkpoint // 2 + result),
         ("go_on", begun - PAGE),
+        ("go_on", begun + result // 2),
         ("go_on", begun + result - PAGE),
         ("go_on", begun + checkpoint + 2 * result),
     ]
