@@ -85,8 +85,8 @@ def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
     there = settings_of(model)
     differences = [
         f"{key} at {module}: {'not' if ours is None else ours}, in the adapter {'not' if theirs is None else theirs}"
-        for (key, module) in sorted(asked.keys() | there.keys())
-        if (ours := asked.get((key, module))) != (theirs := there.get((key, module)))
+        for module in sorted(asked.keys() | there.keys())
+        for key, ours, theirs in compared(asked.get(module, {}), there.get(module, {}))
     ]
     if differences:
         more = f"\n  and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
@@ -96,15 +96,20 @@ def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
         )
 
 
-def settings_of(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """What is trained, by the key of the configuration that says so and the module."""
-    found: dict[tuple[str, str], Any] = {}
+def settings_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What is trained of each module, by the keys of the configuration that say so."""
+    found: dict[str, dict[str, Any]] = {}
     for path, adapter in adapters(model):
         if (settings := adapter.settings) is None:
-            found[("lora.train_in_full", path)] = "trained"
-            continue
-        found[("lora.targets", path)] = "adapted"
-        found[("lora.rank", path)] = settings.rank
-        found[("lora.alpha", path)] = float(settings.alpha)
-        found[("lora.rslora", path)] = settings.rslora
+            found[path] = {"lora.train_in_full": "trained"}
+        else:
+            found[path] = {"lora.targets": "adapted", "lora.rank": settings.rank, "lora.alpha": float(settings.alpha)}
+            found[path]["lora.rslora"] = settings.rslora
     return found
+
+
+def compared(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key and both values where they differ; the first key alone where one of the two does not train the module so."""
+    keys = [*dict.fromkeys((*ours, *theirs))]
+    found = [(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]
+    return found if ours.keys() == theirs.keys() else found[:1]

@@ -102,13 +102,14 @@ def main(directory: Path) -> list[dict[str, Any]]:
     assert code == 0, message
     checkpoint, adapter = (on_disk((straight / name).iterdir()) for name in ("checkpoints/step-000004", "adapter"))
     result = adapter + on_disk([straight / "result.json"])
-    begun = on_disk([straight / "config.yaml", straight / "data.json"]) + PAGE  # and a page of metrics.jsonl
+    begun = on_disk([straight / "config.yaml", straight / "data.json"]) + 2 * PAGE  # and metrics.jsonl, run.lock.json
     rooms = [
         ("stop", 0),
         ("stop", begun + checkpoint // 2),
         ("stop", begun + 3 * checkpoint // 2),
         ("stop", begun + 5 * checkpoint // 2 + result),
         ("go_on", begun - PAGE),
+        ("go_on", begun + result // 2),
         ("go_on", begun + result - PAGE),
         ("go_on", begun + checkpoint + 2 * result),
     ]

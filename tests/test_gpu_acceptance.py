@@ -245,7 +245,7 @@ def test_what_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA B200", None),
     ):
-        monkeypatch.setattr(Card, "name", property(lambda self, name=name: name))
+        monkeypatch.setattr(Card, "name", name)
         peak, source = card.peak_flops()
         assert (source == "a large product, measured") == (known is None), name
         assert known is None or peak == known
