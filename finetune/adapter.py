@@ -261,9 +261,9 @@ def other_sizes(model: nn.Module, tensors: dict[str, Tensor]) -> str:
     for tower in ("language_model", "vision_tower"):
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and tower in name]
         widths = {
-            name.rsplit(".", 2)[1]: tensor.shape[-1]
+            name.rsplit(".", 3)[1]: tensor.shape[-1]
             for name, tensor in tensors.items()
-            if name.startswith(tower) and name.endswith(".lora_A") and tensor.ndim == 2
+            if name.startswith(tower) and name.endswith(".lora_A.weight") and tensor.ndim == 2
         }
         for name in linears:
             kind, width = name.rsplit(".", 1)[1], model.get_submodule(name).in_features
