@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.durable import require_whole, settle, write_whole
 from finetune.fingerprint import fingerprint
@@ -261,7 +262,7 @@ def other_sizes(model: nn.Module, tensors: dict[str, Tensor]) -> str:
     for tower in ("language_model", "vision_tower"):
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and tower in name]
         widths = {
-            name.rsplit(".", 3)[1]: tensor.shape[-1]
+            name.split(".")[-3]: tensor.shape[-1]
             for name, tensor in tensors.items()
             if name.startswith(tower) and name.endswith(".lora_A.weight") and tensor.ndim == 2
         }
@@ -312,8 +313,9 @@ def plan_loading(model: nn.Module, config: dict[str, Any], tensors: dict[str, Te
     wanted: dict[str, tuple[int, ...]] = {}
     for path, settings in selection.linears.items():
         linear = modules[path]
-        twin = nn.Linear(int(linear.in_features), int(linear.out_features), device="meta")
-        adapter = METHODS[config["peft_type"].lower()](twin, settings, 0, 0)
+        with FakeTensorMode():  # shapes alone, whatever rank is asked for
+            twin = nn.Linear(int(linear.in_features), int(linear.out_features))
+            adapter = METHODS[config["peft_type"].lower()](twin, settings, 0, 0)
         wanted |= {f"{path}.{name}": tuple(p.shape) for name, p in named_for_file(adapter).items()}
     for path in selection.full:
         wanted |= {f"{path}.{name}": tuple(p.shape) for name, p in modules[path].named_parameters(recurse=False)}

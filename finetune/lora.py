@@ -81,7 +81,7 @@ class LoRALinear(AdapterModule):
         weight, bias: the base's, frozen; in NF4 `weight` is packed, its state in buffers beside it (`NF4Linear`).
         lora_A: fp32 [r, in], uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5). lora_B: fp32 [out, r], zero, so that
             the network starts as the base, bit for bit.
-        feature_keys: i32 [in], which make the dropout of this module its own; None without dropout.
+        feature_keys: i32 [2, in], which make the dropout of this module its own; None without dropout.
     """
 
     method, file_suffix = "lora", ".weight"
@@ -92,11 +92,9 @@ class LoRALinear(AdapterModule):
         self.in_features, self.out_features, self.key = linear.in_features, linear.out_features, key
         rank, device = settings.rank, linear.weight.device
         self.scale = settings.alpha / (rank**0.5 if settings.rslora else rank)
-        if device.type == "meta":  # shapes alone
-            a = torch.empty(rank, linear.in_features, device=device)
-        else:  # drawn on the CPU: the same start on every device
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
-            a = torch.empty(rank, linear.in_features).uniform_(-1, 1, generator=generator) * linear.in_features**-0.5
+        # Drawn on the CPU: the same start on every device.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
+        a = torch.empty(rank, linear.in_features).uniform_(-1, 1, generator=generator) * linear.in_features**-0.5
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
         keys = feature_keys(key, linear.in_features).to(device) if settings.dropout else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -70,6 +71,14 @@ def test_dropout_differs_between_modules_and_rows_and_is_off_in_evaluation(dropp
     assert torch.equal(dropping(x), plain)
 
 
+SEEDS = {  # i32, alike in one way or another
+    "near": torch.arange(-5, 27),
+    "bits": 2 ** torch.arange(31),
+    "high": 2**26 * torch.arange(-15, 16),
+    "random": torch.tensor([zlib.crc32(f"0 7 {record}".encode()) - 2**31 for record in range(32)]),
+}
+
+
 def masks(p: float, seeds: Tensor, positions: int = 33, features: int = 2048, key: int = 7) -> Tensor:
     """fp64 [B * S, F], 1 where an element is dropped."""
     drawn = Dropout(p, seeds, feature_keys(key, features)).mask(torch.empty(len(seeds), positions, features))
@@ -83,15 +92,14 @@ def correlations(variables: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
-@pytest.mark.parametrize(
-    "seeds", [torch.arange(32), torch.tensor([2**k for k in range(31)] + [0])], ids=["near", "bits"]
-)
-def test_masks_have_their_mean_and_are_independent(p: float, seeds: Tensor) -> None:
+@pytest.mark.parametrize("key", [7, 3_000_000_000])
+@pytest.mark.parametrize("seeds", SEEDS.values(), ids=SEEDS)
+def test_masks_have_their_mean_and_are_independent(p: float, key: int, seeds: Tensor) -> None:
     """Of rows and positions, of features, and of modules, also for seeds that are alike. Of the half or two million
     pairs, the largest correlation of independent masks is about five standard deviations; those of rare drops have a
     longer tail.
     """
-    drawn, other = (masks(p, seeds.int(), key=key) for key in (7, 8))
+    drawn, other = (masks(p, seeds.int(), key=key) for key in (key, key + 1))
     deviation = math.sqrt(p * (1 - p))
     for found in (drawn, other):
         assert abs(found.mean().item() - p) < 4 * deviation / math.sqrt(found.numel())
@@ -101,7 +109,7 @@ def test_masks_have_their_mean_and_are_independent(p: float, seeds: Tensor) -> N
             assert shares.abs().max() < 6
             pairs = correlations(variables)
             assert pairs.std().item() == pytest.approx(1, abs=0.02)
-            assert pairs.abs().max() < 9
+            assert pairs.abs().max() < (7 if p == 0.5 else 9)
     for dim in (0, 1):
         between = ((drawn - p) * (other - p)).mean(dim) / deviation**2 * math.sqrt(drawn.shape[dim])
         assert between.std().item() == pytest.approx(1, abs=0.1)
@@ -109,15 +117,15 @@ def test_masks_have_their_mean_and_are_independent(p: float, seeds: Tensor) -> N
 
 
 def test_features_have_keys_of_their_own() -> None:
-    keys = torch.stack([feature_keys(key, 16384) for key in (0, 1, 2**32 - 1)])
-    assert keys.unique().numel() == keys.numel()
+    keys = torch.cat([feature_keys(key, 16384) for key in (0, 1, 2**32 - 1)], dim=1)
+    assert len(keys.t().unique(dim=0)) == 3 * 16384
     counts = torch.histc(keys.double(), bins=64, min=-(2**31), max=2**31)
     assert (counts / counts.mean() - 1).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-def test_dropout_adds_eleven_kernels_to_a_linear_whatever_its_rows(dropping: LoRALinear, rows: int) -> None:
-    """And thirteen to its backward pass, where the mask is used twice and one product is not fused with a sum."""
+def test_dropout_adds_ten_kernels_to_a_linear_whatever_its_rows(dropping: LoRALinear, rows: int) -> None:
+    """And twelve to its backward pass, where the mask is used twice and one product is not fused with a sum."""
     x, grad = torch.randn(rows, 10, 64).requires_grad_(), torch.randn(rows, 10, 8)
     set_dropout_seeds(dropping, torch.arange(rows, dtype=torch.int32))
 
@@ -131,4 +139,4 @@ def test_dropout_adds_eleven_kernels_to_a_linear_whatever_its_rows(dropping: LoR
     with_dropout = kernels()
     dropping.eval()
     without = kernels()
-    assert [some - fewer for some, fewer in zip(with_dropout, without, strict=True)] == [11, 13]
+    assert [some - fewer for some, fewer in zip(with_dropout, without, strict=True)] == [10, 12]
