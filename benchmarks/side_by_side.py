@@ -39,6 +39,7 @@ from finetune.paths import path_argument
 from finetune.protocol import adapters
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from model.checkpoint import MappedFile, canonical_name, stored_tensors
+from model.products import this_cpu
 
 Results = dict[str, list[dict[str, Any]]]  # arm -> what it measured, one entry a round
 
@@ -343,7 +344,7 @@ def compared(results: Results, weighed: dict[str, str], others: dict[str, str]) 
 
 
 def machine() -> str:
-    """CPU, threads, bfloat16 instructions, versions and GPU, in one line."""
+    """CPU, threads, bfloat16 instructions, kernels in use, versions and GPU, in one line."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.exists() else ""
     model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
@@ -351,9 +352,12 @@ def machine() -> str:
     name = model[1] if model else "unknown CPU"
     fast = "yes" if "avx512_bf16" in text else "no"
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, avx512_bf16 {fast}; {versions}; GPU {card}"
+    # What torch makes use of, which environment variables may hold below what the CPU has.
+    kernels = (
+        f"{torch.backends.cpu.get_cpu_capability()} kernels, bf16 by oneDNN {'yes' if this_cpu().onednn_bf16 else 'no'}"
     )
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {threads}, avx512_bf16 {fast}, {kernels}; {versions}; GPU {card}"
 
 
 def version(package: str) -> str:

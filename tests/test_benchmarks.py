@@ -69,6 +69,7 @@ def test_a_training_step_beside_the_library(in_this_process: object, tmp_path: P
     assert "--batch 3" in text
     assert "Gate passed" in text
     assert "avx512_bf16" in text
+    assert "kernels, bf16 by oneDNN" in text
 
 
 @pytest.mark.parametrize("arm", ["ours", "tuned"])
