@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     for note in notes:
         show(note)
     directory = fetch(config.model.path, config.model.revision)
-    _, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
+    planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory))
     processor = Processor.from_pretrained(directory, config.data.max_text_tokens)
     left_out = cli.leave_out(config, "train")
     records = cli.open_records(config, "train", left_out)
@@ -89,6 +89,8 @@ def main(argv: Sequence[str]) -> None:
     model = open_model(directory, config)
     steps = plan_steps(config, len(dataset))
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
+    if warning := spill_warning(planner.device):
+        show(f"warning: {warning}")
     adapt(model, config)
     show_trained(model)
     processes.once(partial(start_run, config))
@@ -100,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         plan.mode,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config),
-        evaluate=evaluation_of(config, model, processor, asked),
+        evaluate=evaluation_of(planned_evaluation(config, planner, plan), model, processor, asked),
         callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
     if checkpoint and checkpoint.name == f"step-{steps.total:06d}":
@@ -291,6 +293,8 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     work = planner.work(plan.mode, shape.pictures / shape.examples)
     of_run = f", {work * shape.examples * steps.total:,.1f} for the run" if steps else ""
     show(f"{work:.3g} TFLOP an example in rows that long{of_run}")
+    if config.data.validation is not None:
+        planned_evaluation(config, planner, plan)
     if warning := spill_warning(planner.device):
         show(f"warning: {warning}")
     require_fit(config, plan, whose)
@@ -382,6 +386,18 @@ def asked_in_training(config: RunConfig) -> Any:
     if config.evaluation.count is not None and config.evaluation.count < len(records):
         records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
     return decodable(records, left_out)
+
+
+def planned_evaluation(config: RunConfig, planner: Planner, plan: Plan) -> RunConfig:
+    """The run, with as many questions at once in its evaluations as fit the budget; said where they are fewer."""
+    asked, new_tokens = config.evaluation.batch_size, config.evaluation.max_new_tokens
+    size = planner.evaluation_batch(asked, new_tokens, plan.budget)
+    if size < asked and config.data.validation is not None and config.train.eval_every is not None:
+        show(
+            f"evaluations answer {size} questions at once, not {asked}: those would take "
+            f"{planner.evaluation(asked, new_tokens) / GIB:.2f} of {plan.budget / GIB:.2f} GiB"
+        )
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": size})})
 
 
 def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any) -> Any:
