@@ -97,10 +97,10 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
     if examples.left_out.reasons:
         skipped = examples.left_out
         show(f"{len(skipped.reasons):,} records cannot be used, others take their places: see {skipped.file}")
-    _, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
+    planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.left_out)
     require_fit(config, plan, whose)
-    asked = asked_in_training(config, processor)
+    asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
     model = open_model(directory, config)
     steps = plan_steps(config, len(dataset))
     if checkpoint and step_of(checkpoint) > steps.total:
@@ -109,6 +109,8 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
             "(train.max_steps, train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
         )
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
+    if warning := spill_warning(planner.device):
+        show(f"warning: {warning}")
     adapt(model, config, anew=checkpoint is not None)
     show_trained(model)
     processes.once(partial(start_run, config))
@@ -120,7 +122,9 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
         plan.mode,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config, examples.lengths),
-        evaluate=evaluation_of(config, model, processor, asked, max_new_tokens(config, examples.lengths)),
+        evaluate=evaluation_of(
+            planned_evaluation(config, planner, plan, new_tokens), model, processor, asked, new_tokens
+        ),
         callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
     if checkpoint and step_of(checkpoint) == steps.total:
@@ -325,6 +329,10 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     work = planner.mean_work(plan.mode, shape.tokens, shape.supervised, shape.pictures / shape.examples)
     of_run = f", {work * shape.examples * steps.total:,.1f} for the run" if steps else ""
     show(f"{work:.3g} TFLOP an example in rows of {shape.tokens} tokens, answers of {shape.supervised}{of_run}")
+    if config.data.validation is not None:
+        planned_evaluation(
+            config, planner, plan, max_new_tokens(config, examples.lengths) if examples else planner.supervised
+        )
     if warning := spill_warning(planner.device):
         show(f"warning: {warning}")
     require_fit(config, plan, whose)
@@ -420,6 +428,18 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Any:
     if config.evaluation.count is not None and config.evaluation.count < len(records):
         records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
     return decodable(records, left_out)
+
+
+def planned_evaluation(config: RunConfig, planner: Planner, plan: Plan, new_tokens: int) -> RunConfig:
+    """The run, with as many questions at once in its evaluations as fit the budget; said where they are fewer."""
+    asked = config.evaluation.batch_size
+    size = planner.evaluation_batch(asked, new_tokens, plan.budget)
+    if size < asked and config.data.validation is not None and config.train.eval_every is not None:
+        show(
+            f"evaluations answer {size} questions at once, not {asked}: those would take "
+            f"{planner.evaluation(asked, new_tokens) / GIB:.2f} of {plan.budget / GIB:.2f} GiB"
+        )
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": size})})
 
 
 def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any, new_tokens: int) -> Any:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from finetune import processes, terminal
 from finetune.adapter import trained_on
+from finetune.allocator import use_expandable_segments
 from finetune.terminal import visible
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     A launcher of several processes ends them all once one has failed, with an exit code of its own.
     """
     terminal.keep_all_output()
+    use_expandable_segments()
     try:
         with terminal.plain_warnings():
             main(sys.argv[1:])

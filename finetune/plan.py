@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import processes
+from finetune.allocator import cublas_workspaces, expandable_segments, is_wsl_or_windows, reserved_bytes
 from finetune.config import DataConfig, RunConfig
 from finetune.device import pick_device, pick_dtype
 from finetune.lora import LoRAConfig, inject_lora
@@ -31,7 +31,8 @@ from model.gemma import Sight
 GIB = 2**30
 TERA = 10**12
 CONTEXT = int(0.45 * GIB)  # estimate: the libraries' own memory, on a card the CUDA context
-SPARE = 0.1  # estimate: share of what comes and goes in a step that is lost between allocations
+# Estimates: share of what comes and goes in a step that is lost between allocations, in segments that grow or do not.
+SPARE, SPARE_FIXED = 0.1, 0.2
 LAUNCH_TOKENS = 64  # estimate: a product costs as much as this many tokens before the first one is computed
 
 
@@ -140,6 +141,7 @@ class Planner:
         self.batch_size, self.device = batch_size, device
         with FakeTensorMode():
             self.model = empty(config, dtype)
+            self.model.language_model.model.fold_heads = device.type == "cpu"  # as it will be there
             linears = [linear.weight for linear in decoder_linears(self.model).values()]
             if lora is not None:
                 inject_lora(self.model, lora)
@@ -152,7 +154,10 @@ class Planner:
         self.frozen = sum(p.nbytes for p in self.model.parameters()) - self.trained
         self.tower = sum(p.nbytes for p in self.model.vision_tower.parameters())
         self.dense = 0  # bytes of the largest matrix that is made dense for a product
+        self.sizes = {name: p.nbytes for name, p in self.model.named_parameters()}
         if quantize:
+            packed = {id(weight): packed_bytes(weight.numel()) for weight in linears}
+            self.sizes |= {name: packed[id(p)] for name, p in self.model.named_parameters() if id(p) in packed}
             self.frozen -= sum(weight.nbytes - packed_bytes(weight.numel()) for weight in linears)
             self.dense = max(weight.nbytes for weight in linears)
 
@@ -171,6 +176,42 @@ class Planner:
         layers = self.kept.layers["layer"][:again] + self.kept.layers[rest][again:]
         return mode.micro_batch * (sum(layers) + self.kept.besides)
 
+    def rounding(self, offload_vision: bool) -> int:
+        """Bytes by which the segments of weights, gradients and optimizer state exceed them, on a card."""
+        if self.device.type != "cuda":
+            return 0
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        stays = {n: size for n, size in self.sizes.items() if not (offload_vision and n.startswith("vision_tower."))}
+        sizes = [*stays.values(), *(self.sizes[name] for name in trained for _ in range(3))]
+        return reserved_bytes(sizes, expandable_segments()) - sum(sizes)
+
+    def attention_backward(self, rows: int) -> int:
+        """Bytes of the gradients of q, k and v of all heads, and of the fp32 sums that CUDA's kernels keep of them."""
+        text = self.config.text
+        return 3 * rows * self.tokens * text.num_attention_heads * text.head_dim * (self.dtype.itemsize + 4)
+
+    def evaluation(self, batch_size: int, new_tokens: int) -> int:
+        """Bytes that answering so many questions at once takes, between the steps of a training, at their longest."""
+        text, vision, e = self.config.text, self.config.vision, self.dtype.itemsize
+        encoding = vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * e
+        prefill = self.tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * e
+        slots = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * e  # of a token in the cache
+        logits = max(1, self.supervised) * text.vocab_size * (e + 8)  # the loss's; generation has those of one token
+        row = max(encoding, prefill + logits) + slots * (self.tokens + new_tokens)
+        row += 2 * vision.num_patches * text.hidden_size * e  # image tokens, and those of the rows
+        passing = int((1 + self.spare) * batch_size * row) + self.dense
+        on_card = cublas_workspaces(self.device) if self.device.type == "cuda" else 0
+        return self.frozen + 4 * self.trained + self.rounding(False) + passing + on_card + CONTEXT
+
+    def evaluation_batch(self, batch_size: int, new_tokens: int, budget: int) -> int:
+        """The most questions at once, `batch_size` at most, whose evaluation is within `budget`; 1 where none is."""
+        fits = (size for size in range(batch_size, 1, -1) if self.evaluation(size, new_tokens) <= budget)
+        return next(fits, 1)
+
+    @property
+    def spare(self) -> float:
+        return SPARE if self.device.type != "cuda" or expandable_segments() else SPARE_FIXED
+
     def plan(self, mode: Mode, budget: int) -> Plan:
         """What a mode takes, by component."""
         rows, e = mode.micro_batch, self.dtype.itemsize
@@ -187,6 +228,9 @@ class Planner:
             "logits": rows * self.supervised * text.vocab_size * (2 * e + 8),  # in e and fp32, with their gradients
             "buffers of a layer (estimate)": workspace,
         }
+        if self.device.type == "cuda":
+            # Another moment of the same layer: only what it takes beyond the MLP's counts.
+            decoder["attention's backward beyond that (estimate)"] = max(0, self.attention_backward(rows) - workspace)
         tower_at_work = rows * vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * e
         # Pictures are encoded first; then the decoder works, with or without the tower beside it.
         before = self.tower + tower_at_work if mode.offload_vision else tower_at_work
@@ -199,9 +243,12 @@ class Planner:
             "optimizer": 2 * self.trained,
             "image tokens of a step": image_tokens,
             **decoder,
-            "between allocations (estimate)": int(SPARE * sum(decoder.values())),
+            "between allocations (estimate)": int(self.spare * sum(decoder.values())),
             "context (estimate)": CONTEXT,
         }
+        if self.device.type == "cuda":
+            components["weights rounded to segments"] = self.rounding(mode.offload_vision)
+            components["cuBLAS workspaces (estimate)"] = cublas_workspaces(self.device)
         return Plan(mode, components, budget)
 
     def choose(self, budget: int, micro_batch: int | None = None, recompute: tuple[int, bool] | None = None) -> Plan:
@@ -416,7 +463,7 @@ def budget_of(device: torch.device, budget_gib: float | None) -> tuple[int, str]
 
 def spill_warning(device: torch.device) -> str | None:
     """What a person on Windows or WSL must know, or None."""
-    if device.type == "cuda" and (platform.system() == "Windows" or "microsoft" in platform.release().lower()):
+    if device.type == "cuda" and is_wsl_or_windows():
         return (
             "on Windows and WSL the driver moves what does not fit into host memory instead of failing, and training "
             "becomes many times slower: in the NVIDIA control panel set 'CUDA - Sysmem Fallback Policy' to 'Prefer No "

@@ -55,27 +55,34 @@ class Sight:
 
     Attributes:
         cos, sin: of the rotary angles (arXiv 2104.09864), [B, 1, S, d] in the activations' dtype.
-        bias: [B, 1, S * h/g, T], 0 at keys that a query may look at, -inf elsewhere. In memory its rows have a multiple
-            of ALIGNED elements: of any other bias CUDA's kernels make, and keep, a copy in every layer.
+        bias: 0 at keys that a query may look at, -inf elsewhere; [B, 1, S * h/g, T] where heads are folded, and
+            [B, 1, S, T] for all heads where they are not. In memory its rows have a multiple of ALIGNED elements: of
+            any other bias CUDA's kernels make, and keep, a copy in every layer.
+        folded: the form that attention takes, see `grouped_attention`.
     """
 
     cos: Tensor
     sin: Tensor
     bias: Tensor
+    folded: bool
 
     @classmethod
-    def of(cls, mask: Tensor, position_ids: Tensor, config: TextConfig, dtype: torch.dtype) -> Sight:
-        """From a bool mask [B, 1, S, T] and positions i64 [B, S]."""
+    def of(
+        cls, mask: Tensor, position_ids: Tensor, config: TextConfig, dtype: torch.dtype, folded: bool | None = None
+    ) -> Sight:
+        """From a bool mask [B, 1, S, T] and positions i64 [B, S]; folded on a CPU alone, unless told otherwise."""
+        folded = mask.device.type == "cpu" if folded is None else folded
         # Made anew for each pass: a buffer would be cast along with the model and lose the frequencies' precision.
         powers = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
         frequencies = 1.0 / config.rope_theta**powers
         angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, S, d/2)
         angles = torch.cat((angles, angles), dim=-1)
         *shape, keys = mask.shape
-        shape += [config.num_attention_heads // config.num_key_value_heads, -(-keys // ALIGNED) * ALIGNED]
+        group = config.num_attention_heads // config.num_key_value_heads if folded else 1
+        shape += [group, -(-keys // ALIGNED) * ALIGNED]
         bias = torch.zeros(shape, dtype=dtype, device=mask.device)[..., :keys]
         bias.masked_fill_(~mask[..., None, :], float("-inf"))
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype), bias.flatten(2, 3))
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype), bias.flatten(2, 3), folded)
 
     def rotate(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=-1)  # half-split, not interleaved
@@ -119,14 +126,12 @@ class GemmaRMSNorm(nn.Module):
 
 
 class GemmaAttention(nn.Module):
-    """Grouped-query attention. The heads of a group are more query rows of its one key/value head: keys and values are
-    never repeated.
-    """
+    """Grouped-query attention: g key/value heads for h query heads."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim, self.key_heads = config.head_dim, config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
@@ -150,11 +155,28 @@ class GemmaAttention(nn.Module):
         q, k = seeing.rotate(q), sight.rotate(k)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        q = q.unflatten(1, (self.key_heads, -1)).transpose(2, 3)  # (B, g, U, h/g, d)
-        attended = attention(q.flatten(2, 3), k, v, seeing.bias)
-        attended = attended.unflatten(2, q.shape[2:4]).transpose(1, 2)  # (B, U, g, h/g, d)
-        output: Tensor = self.o_proj(attended.flatten(2))  # (B, U, D)
+        output: Tensor = self.o_proj(grouped_attention(q, k, v, seeing))  # (B, U, D)
         return output
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    """q [B, h, U, d], k and v [B, g, T, d] -> what each head attends to, side by side, [B, U, h * d].
+
+    Folded, the heads of a group are more query rows of its one key/value head: the least memory, and on CPUs the least
+    time (benchmarks/LOG.md). Unfolded, each head sees its group's keys through a view (for g = 1; otherwise a copy).
+    On a card that gives the kernels, which share out their work by head and row of the batch, h times as many blocks,
+    and the bias has no copy for each head. Known of torch's CUDA kernels, from its sdp_utils.cpp and attention.cpp:
+    flash attention takes no bias; memory-efficient attention takes keys expanded over heads without a copy, does not
+    group heads by itself, and reads a bias whose rows are aligned as it is, expanded over heads. Assumed: that it is
+    faster so, and that the kernel of plain products (math) is never chosen.
+    """
+    if sight.folded:
+        q = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3)  # (B, g, U, h/g, d)
+        attended = attention(q.flatten(2, 3), k, v, sight.bias)
+        return attended.unflatten(2, q.shape[2:4]).transpose(1, 2).flatten(2)
+    group = q.shape[1] // k.shape[1]
+    k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))  # (B, h, T, d)
+    return attention(q, k, v, sight.bias).transpose(1, 2).flatten(2)
 
 
 class GemmaMLP(nn.Module):
@@ -217,11 +239,15 @@ def pick(x: Tensor, positions: Tensor | None) -> Tensor:
 
 
 class GemmaModel(nn.Module):
-    """Embedding, layers, final norm."""
+    """Embedding, layers, final norm.
+
+    fold_heads: the form of attention, see `grouped_attention`; None takes what the device is better at.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
+        self.fold_heads: bool | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GemmaLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -255,9 +281,10 @@ class GemmaModel(nn.Module):
 
         mask: bool [B, 1, S, T], True where a query may look at a key. position_ids: i64 [B, S].
         """
-        sight, seeing = Sight.of(mask, position_ids, self.config, x.dtype), None
+        sight_of = partial(Sight.of, config=self.config, dtype=x.dtype, folded=self.fold_heads)
+        sight, seeing = sight_of(mask, position_ids), None
         if used is not None:
-            seeing = Sight.of(pick(mask[:, 0], used)[:, None], position_ids.gather(1, used), self.config, x.dtype)
+            seeing = sight_of(pick(mask[:, 0], used)[:, None], position_ids.gather(1, used))
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, sight, cache)

@@ -63,7 +63,7 @@ def generate(
 
     decoder, config = model.language_model, model.config
     batch, prompt_length = input_ids.shape
-    generator = torch.Generator(input_ids.device).manual_seed(seed)
+    generator = torch.Generator(input_ids.device).manual_seed(seed) if temperature else None
     cache = KVCache(config.text, batch, prompt_length + max_new_tokens - 1, model.dtype, input_ids.device)
 
     x = model.embed(input_ids, image_features)
@@ -87,7 +87,7 @@ def generate(
         hidden = decoder.model(x, visible[:, None, None, :], positions, cache)[:, 0]
 
 
-def pick_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+def pick_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """Logits [B, V] -> next tokens i64 [B]: the most likely, or sampled (nucleus sampling, arXiv 1904.09751)."""
     if temperature == 0:
         return logits.float().argmax(dim=-1)

@@ -124,6 +124,8 @@ class Card(TorchDispatchMode):
         makes = is_card(asked)
         if not on_card and not makes:
             return func(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            return self.decomposed(func, args, kwargs)  # inference mode does not take such operations apart
         self.check(func, args, kwargs, tensors)
         onto_host = func is aten.copy_.default and not isinstance(args[0], CardTensor)
         leaves = onto_host or (asked is not None and not makes)
@@ -135,6 +137,13 @@ class Card(TorchDispatchMode):
             return args[0] if onto_host else result
         with torch.inference_mode(False):  # a view of an ordinary tensor is one, in that mode too
             return self.wrapped(func, args, kwargs, tensors, result)
+
+    def decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        super().__enter__()
+        try:
+            return func.decompose(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def wrapped(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], result: Any) -> Any:
         """The result of an operation on the card: views share the storage of what they are views of."""

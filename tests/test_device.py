@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import TrainingArguments
 
+from data import Processor
 from finetune import transfer
 from finetune.device import first_line, is_out_of_memory
+from finetune.evaluate import generate_answers, mean_loss
 from finetune.plan import Mode
 from finetune.trainer import LoRATrainer
+from model import PaliGemma
 from tests import tiny
 from tests.card import DEVICE, Card, CardTensor
 from tests.test_trainer import ADAPTERS, EVERYWHERE, run_config, trainer_of
 
+TINY_BASE = Path(__file__).parent.parent / "assets/tiny-base"
 MODES = [Mode(4), Mode(4, recompute_layers=2), Mode(4, recompute_gate_up=True), Mode(4, offload_vision=True)]
 DROPOUT = {**ADAPTERS, "dropout": 0.3}
 CASES = [
@@ -41,6 +46,8 @@ def standing_in() -> Iterator[Card]:
     with pytest.MonkeyPatch.context() as patch, Card() as card:
         patch.setattr(transfer, "page_locked", card.page_locked)
         patch.setattr(TrainingArguments, "device", property(lambda self: DEVICE))
+        generator = torch.Generator
+        patch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))  # there are none of `meta`
         yield card
 
 
@@ -169,6 +176,28 @@ def test_without_page_locked_memory_it_goes_on_and_says_so(base: Path, tmp_path:
             found = step(off_their_start(trainer_of(config, mode=Mode(4, offload_vision=True), device=DEVICE)))
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert any("transfer.py" in place for place in card.waits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_and_loss_on_a_card_are_those_on_the_cpu(temperature: float) -> None:
+    """Through evaluation: rows of different lengths, images shared by some, batches of two."""
+    processor, model = Processor.from_pretrained(TINY_BASE), PaliGemma.from_pretrained(TINY_BASE, torch.float64)
+    images = [Image.effect_noise((40, 40), sigma).convert("RGB") for sigma in (20, 90)]
+    prompts = ["caption en", "caption en red", "answer en how many red shapes are there?"]
+    records = [
+        {"id": f"{i}", "image_id": f"{i % 2}", "image": images[i % 2], "prefix": prompts[i % 3], "answer": "a circle"}
+        for i in range(5)
+    ]
+    keywords: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 6, "temperature": temperature}
+    expected, loss = generate_answers(model, processor, records, **keywords), mean_loss(model, processor, records, 2)
+    with standing_in() as card:
+        there = model.to(DEVICE)
+        card.waits.clear()
+        assert generate_answers(there, processor, records, **keywords) == expected
+        tokens = sum("generate.py" in place and "finished" in place for place in card.waits)
+        assert tokens <= 3 * 6, "the host asks once a token and batch whether all rows have ended"
+        assert mean_loss(there, processor, records, 2) == pytest.approx(loss, rel=1e-12)
+    assert len(set(expected.values())) > 1
 
 
 SAID = [

@@ -10,7 +10,7 @@ import torch
 from data import Processor, shapes
 from data.records import load_records
 from finetune import processes
-from finetune.evaluate import Answer, generate_answers, mean_loss
+from finetune.evaluate import Answer, Batches, generate_answers, mean_loss
 from model import PaliGemma
 from tests import rounding
 
@@ -55,6 +55,55 @@ def test_the_mean_loss_does_not_depend_on_the_batches(records: list[dict[str, ob
     with rounding.KeepFP64():
         losses = [torch.tensor(mean_loss(exact, processor, records, size), dtype=torch.float64) for size in (3, 10)]
     rounding.assert_exact(*losses)
+
+
+@pytest.mark.parametrize("where", ["language_model", "vision_tower"])
+def test_out_of_memory_the_batch_is_repeated_in_halves(records: list[dict[str, object]], where: str) -> None:
+    """No answer is lost or given twice, and the smaller batches are kept; the loss likewise."""
+    model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
+    expected, loss = generate_answers(model, processor, records, 8, 4), mean_loss(model, processor, records, 8)
+    most = 2 if where == "language_model" else 1  # five images, ten questions
+    sizes: list[int] = []
+
+    def small(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > most:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+
+    part = model.language_model.model if where == "language_model" else model.vision_tower
+    part.register_forward_pre_hook(small)
+    with pytest.warns(UserWarning, match="out of memory with 8 questions at once"):
+        found = generate_answers(model, processor, records, 8, 4)
+    assert found == expected
+    assert sizes[0] > most >= max(sizes[4:])
+    with pytest.warns(UserWarning, match=r"\(CUDA error: out of memory\): repeated, and from here on 4 at once"):
+        assert mean_loss(model, processor, records, 8) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("fails", [(), (0,), (1,), (2,), (0, 1), (0, 1, 2, 3), (2, 3)])
+def test_batches_give_each_index_once(fails: tuple[int, ...]) -> None:
+    """Whichever attempts run out of memory."""
+    batches, done = Batches(list(range(21)), 8), list[int]()
+    for attempt, batch in enumerate(batches):
+        if attempt in fails and len(batch) > 1:
+            with pytest.warns(UserWarning, match=f"with {len(batch)} questions at once .why.: repeated"):
+                batches.halve("why")
+        else:
+            done += batch
+    assert done == list(range(21))
+
+
+def test_one_question_that_does_not_fit_and_other_errors_are_raised(records: list[dict[str, object]]) -> None:
+    model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: device-side assert")):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        handle = model.vision_tower.register_forward_pre_hook(fail)
+        with pytest.raises(type(error), match="CUDA"):
+            generate_answers(model, processor, records, 1)
+        handle.remove()
 
 
 def test_processes_share_the_pictures(records: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,10 +264,11 @@ def test_a_layer_keeps_its_two_inputs_what_attention_reads_and_gate_and_up(narro
 def test_what_attention_adds_is_aligned(narrow: TextConfig, keys: int) -> None:
     """A multiple of 8 elements from row to row; what is between them is no key."""
     mask = torch.rand(2, 1, 5, keys) < 0.5
-    bias = Sight.of(mask, torch.arange(5).expand(2, -1), narrow, torch.float32).bias
-    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
-    assert torch.equal(bias == 0, mask.repeat_interleave(4, dim=2))
-    assert torch.equal(bias == float("-inf"), ~mask.repeat_interleave(4, dim=2))
+    for folded, copies in ((True, 4), (False, 1)):
+        bias = Sight.of(mask, torch.arange(5).expand(2, -1), narrow, torch.float32, folded).bias
+        assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+        assert torch.equal(bias == 0, mask.repeat_interleave(copies, dim=2))
+        assert torch.equal(bias == float("-inf"), ~mask.repeat_interleave(copies, dim=2))
 
 
 def test_a_checkpointed_layer_does_not_compute_its_last_product_again(narrow: TextConfig) -> None:

@@ -18,7 +18,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from model import PaliGemma, TextConfig, VisionConfig, prefix_lm_mask
 from model.checkpoint import canonical_name
-from model.gemma import GemmaLayer, Sight
+from model.gemma import GemmaLayer, GemmaModel, KVCache, Sight
 from model.siglip import SiglipLayer
 from tests import rounding, tiny
 from tests.rounding import computed_by
@@ -173,14 +173,39 @@ def test_padding_changes_nothing(pair: Any) -> None:
         rounding.assert_same(computed_by(pair[1], together), computed_by(pair[1], one_by_one))
 
 
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_heads_folded_and_unfolded_are_the_same_attention(key_heads: int) -> None:
+    """In fp64: forward and gradients, of all positions, of those that are used, and through a cache."""
+    decoder = GemmaModel(TextConfig(32, 64, 2, 4, key_heads, head_dim=16, vocab_size=64)).double()
+    tiny.randomize(decoder)
+    mask = torch.tensor([[1] * 11, [1] * 8 + [0] * 3])
+    types = (torch.arange(11) >= 7).long().expand(2, -1)
+    positions, used = torch.arange(1, 12).expand(2, -1), torch.tensor([[6, 7, 9], [6, 7, 1]])
+    allowed, later = prefix_lm_mask(mask, types), torch.ones(2, 1, 1, 12, dtype=torch.bool)
+
+    def outcome(folded: bool) -> list[Tensor]:
+        decoder.fold_heads = folded
+        x = torch.randn(2, 11, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        whole, few = decoder(x, allowed, positions), decoder(x, allowed, positions, used=used)
+        gradients = torch.autograd.grad(whole.pow(2).sum() + few.pow(3).sum(), [x, *decoder.layers.parameters()])
+        with torch.no_grad():
+            cache = KVCache(decoder.config, 2, 12, torch.float64, x.device)
+            first = decoder(x, allowed, positions, cache, used=used[:, :1])
+            second = decoder(x[:, :1], later, torch.full((2, 1), 12), cache)
+        return [whole, few, first, second, *gradients]
+
+    for one, other in zip(outcome(folded=True), outcome(folded=False), strict=True):
+        assert (one - other).abs().max() <= 1e-12 * one.abs().max()
+
+
 def test_positions_count_from_one_as_in_the_library(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotary attention sees differences only, so the logits would hardly tell."""
     seen: list[Tensor] = []
     of = Sight.of
 
-    def recorded(mask: Tensor, position_ids: Tensor, config: TextConfig, dtype: torch.dtype) -> Sight:
+    def recorded(mask: Tensor, position_ids: Tensor, **settings: Any) -> Sight:
         seen.append(position_ids)
-        return of(mask, position_ids, config, dtype)
+        return of(mask, position_ids, **settings)
 
     monkeypatch.setattr(Sight, "of", recorded)
     pair[1](**without_labels(tiny.batch(tiny.CONFIG, [5], [2])))

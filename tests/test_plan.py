@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from finetune import LoRAConfig, inject_lora, processes
+from finetune.allocator import VARIABLES, expandable_segments, reserved_bytes, use_expandable_segments
 from finetune.config import load_config
 from finetune.plan import GIB, TERA, Mode, Planner, assumed, counting, kept_bytes, plan_run, require_fit, spill_warning
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
@@ -47,6 +49,7 @@ def test_planned_activations_are_what_saved_tensor_hooks_count(
     inject_lora(model, TARGETS[targets])
     model.train()
     model.language_model.model.set_recompute(mode.recompute_layers, mode.recompute_gate_up)
+    model.language_model.model.fold_heads = False  # as on the card that is planned for
     made = planner(TARGETS[targets], tokens, supervised)
     counted = sum(kept_bytes(model, tokens, supervised, made.vision_trains, rows))
     planned = made.activations(dataclasses.replace(mode, micro_batch=rows))
@@ -56,6 +59,7 @@ def test_planned_activations_are_what_saved_tensor_hooks_count(
 def test_a_real_step_keeps_what_was_planned() -> None:
     """Through `forward`, padding and labels, in a network of the published proportions of gate and up."""
     model = PaliGemma(NARROW).to(torch.bfloat16)
+    model.language_model.model.fold_heads = False  # as on the card that is planned for
     inject_lora(model, TARGETS["language"])
     model.train()
     hf = NARROW.to_hf(torch.bfloat16)
@@ -101,7 +105,8 @@ def test_planned_work_is_what_is_counted_in_a_real_step(targets: str, prompt: in
     assert made.work(mode) == pytest.approx(counted, rel=1e-9 if exact else 0.02)
 
 
-def test_the_chosen_mode_fits_and_less_memory_means_more_work() -> None:
+def test_the_chosen_mode_fits_and_less_memory_means_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.plan.reserved_bytes", lambda sizes, _: sum(sizes))  # one segment holds it all
     made = planner(TARGETS["language"])
     free = made.plan(Mode(8), 10**12)
     assert made.choose(10**12).mode == Mode(8)
@@ -159,16 +164,23 @@ def test_the_work_of_the_published_3b_by_hand() -> None:
     assert made.work(Mode(1, 5)) - made.work(Mode(1)) == pytest.approx(5 * again, rel=0.03)
 
 
-def test_what_the_configuration_says_of_itself_is_what_the_plan_finds() -> None:
+def test_what_the_configuration_says_of_itself_is_what_the_plan_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     """GiB and rows with and without a card, TFLOP an example: in the comments of configs/vqav2_8gb.yaml."""
     path = Path(__file__).parent.parent / "configs/vqav2_8gb.yaml"
     said = " ".join(path.read_text().replace("#", "").split())
+    monkeypatch.setattr("finetune.plan.expandable_segments", lambda: True)
     run = load_config(path, ["model.device=cpu", "memory.budget_gib=7.4"])
     made, without, _ = plan_run(run, PaliGemmaConfig(), assumed(run.data))
-    made.device = torch.device("cuda")
-    on_a_card = made.choose(without.budget)
+    on_cuda = load_config(path, ["model.device=cuda", "memory.budget_gib=7.4"])
+    there, on_a_card, _ = plan_run(on_cuda, PaliGemmaConfig(), assumed(run.data))
     assert without.mode == Mode(2)
     assert on_a_card.mode == Mode(4, offload_vision=True)
+    asked = run.evaluation.batch_size
+    assert there.evaluation_batch(asked, there.supervised, on_a_card.budget) == asked
+    monkeypatch.setattr("finetune.plan.expandable_segments", lambda: False)
+    fixed = there.choose(on_a_card.budget)
+    assert fixed.mode == Mode(3, offload_vision=True)
+    assert f"three rows in {fixed.total / GIB:.2f} GiB" in said
     for plan, rows in ((without, "two rows"), (on_a_card, "four rows")):
         base, activations = (plan.components[name] / GIB for name in ("base weights", "activations"))
         for number in (f"{plan.total / GIB:.2f} GiB", f"base weights {base:.2f}", rows, f" {activations:.2f}"):
@@ -234,6 +246,80 @@ def test_what_does_not_fit_is_told_what_helps(change: str, mend: str) -> None:
     with pytest.raises(ValueError, match="does not fit") as found:
         require_fit(plainly, plan, whose)
     assert mend not in str(found.value) or "budget" in mend
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fixed", "expandable"),
+    [
+        ([1], 2 * MIB, 2 * MIB),
+        ([MIB] * 3, 4 * MIB, 4 * MIB),
+        ([MIB + 1], 20 * MIB, 20 * MIB),
+        ([8 * MIB] * 4, 40 * MIB, 40 * MIB),  # two in a segment, and 4 MiB of each are left
+        ([8 * MIB] * 5, 60 * MIB, 40 * MIB),
+        ([8 * MIB, 8 * MIB, 4 * MIB], 20 * MIB, 20 * MIB),
+        ([64 * MIB] * 2, 128 * MIB, 140 * MIB),
+        ([64 * MIB - 512], 64 * MIB, 80 * MIB),
+        ([10 * MIB + 1, 1], 14 * MIB, 22 * MIB),
+        ([513] * 2048, 2 * MIB, 2 * MIB),
+        ([513] * 2049, 4 * MIB, 4 * MIB),
+    ],
+)
+def test_what_the_allocator_reserves(sizes: list[int], fixed: int, expandable: int) -> None:
+    assert reserved_bytes(sizes, expandable=False) == fixed
+    assert reserved_bytes(sizes, expandable=True) == expandable
+
+
+def test_segments_expand_where_they_can_unless_a_person_has_set_the_allocator_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def after(system: str, release: str, **variables: str) -> tuple[str | None, bool]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("platform.system", lambda: system)
+            patch.setattr("platform.release", lambda: release)
+            for name in VARIABLES:
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            before = expandable_segments()
+            use_expandable_segments()
+            found = os.environ.get("PYTORCH_ALLOC_CONF")
+            os.environ.pop("PYTORCH_ALLOC_CONF", None)
+            return found, before
+
+    assert after("Linux", "6.8.0-45-generic") == ("expandable_segments:True", True)
+    assert after("Linux", "5.15.90.1-microsoft-standard-WSL2") == (None, False)
+    assert after("Windows", "11") == (None, False)
+    theirs = "max_split_size_mb:64"
+    assert after("Linux", "6.8", PYTORCH_ALLOC_CONF=theirs) == (theirs, False)
+    assert after("Linux", "6.8", PYTORCH_CUDA_ALLOC_CONF=theirs) == (None, False)
+    assert after("Windows", "11", PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") == (None, True)
+
+
+def test_a_card_that_grows_no_segments_is_planned_for_with_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.plan.expandable_segments", lambda: True)
+    made = Planner(PaliGemmaConfig(), LoRAConfig(rank=8), torch.bfloat16, 289, 8, 64, torch.device("cuda"))
+    grown = made.plan(Mode(2), 0)
+    monkeypatch.setattr("finetune.plan.expandable_segments", lambda: False)
+    fixed = made.plan(Mode(2), 0)
+    rounded = "weights rounded to segments"
+    assert grown.components[rounded] < 22 * MIB
+    assert 80 * MIB < fixed.components[rounded] < 130 * MIB
+    assert fixed.components["between allocations (estimate)"] > 1.9 * grown.components["between allocations (estimate)"]
+    on_cpu = Planner(NARROW, TARGETS["language"], torch.bfloat16, 40, 3, 8, torch.device("cpu")).plan(Mode(2), 0)
+    assert not [name for name in on_cpu.components if "segments" in name or "cuBLAS" in name or "attention" in name]
+
+
+def test_an_evaluation_is_cut_to_the_budget() -> None:
+    made = Planner(PaliGemmaConfig(), LoRAConfig(rank=8), torch.bfloat16, 289, 8, 64, torch.device("cuda"))
+    takes = [made.evaluation(size, 16) for size in (1, 2, 8, 16)]
+    assert takes == sorted(takes)
+    assert takes[0] > 2 * 2_923_466_480
+    assert made.evaluation_batch(16, 16, takes[-1]) == 16
+    assert made.evaluation_batch(16, 16, takes[2]) == 8
+    assert made.evaluation_batch(16, 16, takes[0] - 1) == 1
 
 
 def test_windows_and_wsl_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:
