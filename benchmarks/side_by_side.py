@@ -346,13 +346,20 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.exists() else ""
     model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     name = model[1] if model else "unknown CPU"
     fast = "yes" if "avx512_bf16" in text else "no"
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, avx512_bf16 {fast}; {versions}; GPU {card}"
     )
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def report(module: str, argv: Sequence[str], output: Path | None, parts: Sequence[str]) -> None:
