@@ -35,7 +35,7 @@ from benchmarks.acceptance.findings import Report, run_part, summary
 from finetune import cli
 
 NAME = "benchmarks.gpu_acceptance"
-PARTS = ("correctness",)
+PARTS = ("correctness", "memory", "speed")
 BUDGET = 540  # seconds
 
 

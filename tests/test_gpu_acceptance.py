@@ -14,9 +14,9 @@ import torch
 
 from benchmarks import generate, gpu_acceptance
 from benchmarks.acceptance import card as card_module
-from benchmarks.acceptance import correctness, correctness_training
+from benchmarks.acceptance import correctness, correctness_training, memory, speed
 from benchmarks.acceptance.bench import Bench
-from benchmarks.acceptance.card import Card, covered
+from benchmarks.acceptance.card import Card, Memory, covered
 from benchmarks.acceptance.findings import Check, Finding, Part, Report, SkippedError, at_most, run_part
 from finetune import trainer
 from finetune.lora import adapters
@@ -24,7 +24,13 @@ from finetune.trainer import LoRATrainer
 from model import IGNORE_INDEX, PaliGemma
 
 ON_A_CPU = ["--device", "cpu", "--size", "tiny"]
-NEEDS_A_GPU = {"correctness.syncs"}  # skipped on a CPU
+NEEDS_A_GPU = {"correctness.syncs", "memory.phases", "memory.offload"}  # skipped on a CPU
+NEEDS_A_GPU |= {
+    *(f"speed.batch-{rows}.ours/{other}" for rows in speed.ROWS for other in ("documented", "tuned")),
+    *(f"speed.batch-{rows}.ours-recompute/tuned-checkpointing" for rows in speed.ROWS),
+    "speed.nf4.ours/documented",
+    "speed.liger",  # needs another package, too
+}
 
 
 @pytest.fixture
@@ -222,6 +228,83 @@ def test_a_run_that_forgets_its_optimizer_fails(bench: Bench, monkeypatch: pytes
 def test_another_optimizer_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correctness_training, "BETAS", (0.9, 0.99))  # PEFT's
     assert "steps.losses.peft" in failed(run({"steps": correctness_training.steps}, bench))
+
+
+def test_a_host_that_waits_fails_and_says_where(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two synchronisations in each micro-batch, which torch tells as warnings."""
+    whole = LoRATrainer.micro_step
+
+    def waits(self: LoRATrainer, *inputs: Any) -> torch.Tensor:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return whole(self, *inputs)
+
+    monkeypatch.setattr(LoRATrainer, "micro_step", waits)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    bench.card.is_cuda = True
+    found = run({"syncs": correctness_training.synchronisations}, bench)
+    assert found["syncs"].status == "FAIL"
+    assert found["syncs"].figure == "2 per micro-batch"
+    assert [(line.partition(":")[0], count) for line, count in found["syncs"].details["lines"].items()] == [
+        ("tests/test_gpu_acceptance.py", 16)
+    ]
+
+
+def test_a_step_repeated_on_top_of_its_failed_attempt_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PaliGemma, "zero_grad", lambda self, set_to_none=True: None)
+    hidden = Card.require_room
+    calls = 0
+
+    def late(self: Card, rows: int) -> None:  # of the second attempt the first micro-batch has room, the other none
+        nonlocal calls
+        calls += 1
+        if calls != 2:
+            hidden(self, rows)
+
+    monkeypatch.setattr(Card, "require_room", late)
+    assert failed(run({"recovers": memory.recovers}, bench)) == {"recovers.gradient"}
+
+
+def test_a_contender_with_more_room_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuned recipe fits nine rows, ours five."""
+
+    def attempt(bench: Bench, make: object, rows: int) -> dict[str, Any] | None:
+        limit = 9 if make is memory.CONTENDERS["tuned"] else 5
+        return {"seconds": 1.0} if rows <= limit else None
+
+    monkeypatch.setattr(memory, "attempt", attempt)
+    found = run({"largest": memory.largest}, bench)
+    assert failed(found) == {"largest.tuned"}
+    assert found["largest.tuned"].figure.startswith("9 rows")
+
+
+@pytest.mark.parametrize(("reserved", "status"), [(6.0, "PASS"), (6.5, "PASS"), (6.7, "FAIL"), (5.3, "FAIL")])
+def test_a_plan_that_is_off_by_more_than_a_tenth_fails(reserved: float, status: str) -> None:
+    assert memory.planned_beside("step", 6 * 2**30, Memory(1.0, reserved, 9.0)).status == status
+
+
+def test_the_phases_of_a_step_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mark takes the peak since the one before; a phase that comes again keeps its highest."""
+    peaks = iter([Memory(1, 5, 7), Memory(2, 5, 7), Memory(4, 4, 8)])
+    monkeypatch.setattr(Card, "memory", lambda self: next(peaks))
+    meter = memory.Meter(Card("cpu"))
+    for phase in ("forward", "backward", "forward"):
+        meter.mark(phase)
+    assert meter.phases == {"forward": Memory(4, 5, 8), "backward": Memory(2, 5, 7)}
+
+
+def test_a_step_that_is_slower_fails_on_a_gpu_alone(bench: Bench) -> None:
+    times = {"ours": [2.0, 2.0, 1.0], "tuned": [1.0, 1.5, 2.0]}
+    (*_, on_a_cpu) = speed.told(bench, "batch", times, 4, [("ours", "tuned")])
+    bench.card.is_cuda = True
+    (*told, on_a_gpu) = speed.told(bench, "batch", times, 4, [("ours", "tuned")])
+    assert (on_a_cpu.status, on_a_gpu.status) == ("SKIP", "FAIL")
+    assert [finding.figure for finding in told] == [
+        "2.0000 (1.0000..2.0000) s/step, 2.00 samples/s",
+        "1.5000 (1.0000..2.0000) s/step, 2.67 samples/s",
+    ]
+    assert on_a_gpu.figure == "1.333 (0.500..2.000)"
 
 
 def test_synchronisations_are_counted_by_source_line() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import side_by_side
 from benchmarks.side_by_side import GIB
@@ -34,6 +34,7 @@ PEAKS = {
     "RTX 3080": 59.5,
     "RTX 3070": 40.6,
 }
+ROOM = 5  # rows
 VARIANTS = re.compile(r"\b(Ti|SUPER|Laptop|Max-Q|D|NVL)\b", re.IGNORECASE)  # other cards than the table's
 SYNC = re.compile(r"called a synchronizing (CUDA )?operation", re.IGNORECASE)  # torch's words for a warning
 ATTENTION = re.compile(r"::_scaled_dot_product_(\w+?)(_backward)?$")  # an operator's name
@@ -46,6 +47,11 @@ class Memory:
     allocated: float
     reserved: float
     driver: float
+
+    def highest(self, other: Memory) -> Memory:
+        """Field by field."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Memory(*(max(pair) for pair in pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +120,24 @@ class Card:
             yield
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    def allocated(self) -> float:
+        """GiB of tensors now; on a CPU of the process."""
+        return torch.cuda.memory_allocated(self.device) / GIB if self.is_cuda else side_by_side.status_gib("VmRSS")
+
+    def require_room(self, rows: int) -> None:
+        """On a CPU, the end of memory for batches above ROOM rows; a GPU finds its own."""
+        if not self.is_cuda and rows > ROOM:
+            raise torch.OutOfMemoryError(f"{rows} rows where {ROOM} are played to fit")
+
+    @contextlib.contextmanager
+    def little_room(self, decoder: nn.Module) -> Iterator[None]:
+        """On a CPU, a decoder that finds no room for more than ROOM rows; on a GPU the cap sees to that."""
+        hook = decoder.register_forward_pre_hook(lambda _, inputs: self.require_room(len(inputs[0])))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     # Synchronisations.
 

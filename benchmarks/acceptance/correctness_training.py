@@ -39,8 +39,8 @@ def modes(layers: int) -> dict[str, Mode]:
         "recompute_gate_up": Mode(ROWS, 0, recompute_gate_up=True),
         "recompute_half": Mode(ROWS, layers // 2),
         "recompute_all": Mode(ROWS, layers),
-        "offload_vision": Mode(ROWS, 0, False, True),
-        "all_together": Mode(2, layers, False, True),
+        "offload_vision": Mode(ROWS, offload_vision=True),
+        "all_together": Mode(2, layers, offload_vision=True),
     }
 
 
