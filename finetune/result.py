@@ -35,8 +35,8 @@ class Result:
 
     def __str__(self) -> str:
         figures = {self.metric: self.metric_value, "validation loss": self.validation_loss}
-        said = "".join(f"{name} {value:.4g}, " for name, value in figures.items() if value is not None)
-        return f"step {self.step}: {said}{self.why}"
+        said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
+        return f"step {self.step}" + (f", {said}" if said else "") + f" ({self.why})"
 
     @property
     def rank(self) -> tuple[float, float]:
