@@ -13,6 +13,7 @@ Axes: B rows, S positions, F features.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import torch
 from torch import Tensor
@@ -21,12 +22,20 @@ GOLDEN = 0x9E3779B9 - 2**32  # 2**32 over the golden ratio, as i32
 MIX = 0x7FEB352D  # odd, of the hash lowbias32
 
 
+def seed_of(*parts: object) -> int:
+    """An i32 seed for `Dropout`, a random function of all parts: seeds that follow a pattern make masks that depend on
+    each other, as those of CRC-32 may.
+    """
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Dropout:
     """Drops an element with probability `p`.
 
     Attributes:
-        seeds: i32 [B], one for each row.
+        seeds: i32 [B], one for each row, as `seed_of` gives them.
         features: i32 [2, F] of the module, `feature_keys`.
     """
 

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import traceback
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers.trainer_utils import TrainOutput
 from finetune import checkpoints, processes, workers
 from finetune.config import RunConfig
 from finetune.device import first_line, free_memory, is_out_of_memory
+from finetune.dropout import seed_of
 from finetune.offload import Offload
 from finetune.plan import Mode
 from finetune.protocol import check_gradients, set_dropout_seeds, trained_parameters
@@ -289,9 +289,8 @@ class LoRATrainer(Trainer):
 
     def dropout_seeds(self, names: Sequence[str]) -> Tensor:
         """i32 [B]: what the dropout of each row is drawn from: seed, step and record or image, nothing else."""
-        prefix = f"{self.run.train.seed} {self.state.global_step} "
-        hashes = [zlib.crc32((prefix + name).encode()) - 2**31 for name in names]
-        return torch.tensor(hashes, dtype=torch.int32)
+        seed, step = self.run.train.seed, self.state.global_step
+        return torch.tensor([seed_of(seed, step, name) for name in names], dtype=torch.int32)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """The network as it is: `training_step` sums the gradients of several processes itself."""
