@@ -128,7 +128,9 @@ def running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
 
 
 def wait_for_steps(process: subprocess.Popen[str], output: Path) -> None:
