@@ -11,8 +11,8 @@ Each case spoils one file of a whole directory. It must end in one of three ways
                  changed: nobody can know that from the file, but what was loaded is what the changed files mean, by the
                  reader written here and PEFT's rule for patterns
 
-Under a manifest, every change of a listed file must be refused. Anything else, another exception, a minute without an
-answer or a gigabyte asked for, is a violation, is printed with its seed, and makes the exit code 1.
+Under a manifest, every change of a listed file must be refused. Anything else, another exception, five minutes without
+an answer or a gigabyte asked for, is a violation, is printed with its seed, and makes the exit code 1.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_what_got_no_turn_is_listed(bench: Bench, tmp_path: Path) -> None:
             time.sleep(0.02)
         yield at_most("second", 0.0, 1.0)
 
-    found = run({"slow": slow, "passes": passes}, bench, 0.3, tmp_path / "found.json")
+    found = run({"slow": slow, "passes": passes}, bench, 2.0, tmp_path / "found.json")
     assert {name: finding.status for name, finding in found.items()} == {
         "first": "PASS",
         "slow": "SKIP",

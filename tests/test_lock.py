@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,10 +68,8 @@ def test_its_death_releases_it_although_its_workers_live(tmp_path: Path) -> None
     with holder(lock_file, "and fork") as (process, child):
         process.kill()
         process.wait()
-        os.kill(child, 0)  # it is there
-        start = time.monotonic()
         with locked(lock_file, tmp_path, "training"):
-            assert time.monotonic() - start < 1
+            os.kill(child, 0)  # it is still there
 
 
 def test_nothing_is_left_of_a_lock(tmp_path: Path) -> None:

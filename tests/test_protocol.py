@@ -29,7 +29,7 @@ from finetune.protocol import (
 )
 from finetune.quantize import NF4Linear, dense, quantize, weight_of
 from model import PaliGemma
-from tests import tiny
+from tests import rounding, tiny
 from tests.test_scripts import arguments, base  # noqa: F401 (a fixture)
 
 FORMS = ["plain", "nf4"]
@@ -51,13 +51,19 @@ def adapted(linear: nn.Linear) -> LoRALinear:
 
 
 def update(adapter: LoRALinear, x: Tensor) -> Tensor:
-    return adapter.scale * F.linear(F.linear(x, adapter.lora_A), adapter.lora_B)
+    return adapter.scale * F.linear(F.linear(x, adapter.lora_A.to(x.dtype)), adapter.lora_B.to(x.dtype))
 
 
-def assert_computes(adapter: LoRALinear, linear: nn.Linear, x: Tensor, tolerance: float = 1e-5) -> None:
+def in_fp64(adapter: LoRALinear, linear: nn.Linear, x: Tensor) -> Tensor:
+    """What `linear` and the low-rank update give without rounding; from its codes where it is in NF4."""
+    bias = None if linear.bias is None else linear.bias.double()
+    return F.linear(x.double(), dense(weight_of(linear), x.dtype).double(), bias) + update(adapter, x.double())
+
+
+def assert_computes(adapter: LoRALinear, linear: nn.Linear, x: Tensor) -> None:
     """`linear` and the low-rank update, at both of `adapter`'s states, and nothing of another weight."""
     expected = linear(x)
-    torch.testing.assert_close(adapter(x), expected + update(adapter, x), rtol=tolerance, atol=tolerance)
+    rounding.assert_as_near(adapter(x), expected + update(adapter, x), in_fp64(adapter, linear, x))
     adapter.enabled = False
     assert torch.equal(adapter(x), expected)
     adapter.enabled = True
@@ -72,8 +78,11 @@ def test_an_assigned_weight_is_the_one_that_is_used(form: str) -> None:
     assert (sorted(result.missing_keys), result.unexpected_keys) == (["lora_A", "lora_B"], [])
     assert_computes(adapter, other, torch.randn(3, 5, 64))
     x = torch.randn(3, 5, 64).requires_grad_()
-    expected = torch.autograd.grad((other(x) + update(adapter, x)).square().sum(), x)[0]
-    torch.testing.assert_close(torch.autograd.grad(adapter(x).square().sum(), x)[0], expected, rtol=1e-4, atol=1e-4)
+    found, plain, exact = (
+        torch.autograd.grad(output.square().sum(), x)[0]
+        for output in (adapter(x), other(x) + update(adapter, x), in_fp64(adapter, other, x))
+    )
+    rounding.assert_as_near(found, plain, exact)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -81,7 +90,7 @@ def test_a_cast_reaches_the_one_weight(form: str) -> None:
     linear = linear_in(form)
     matrix = dense(weight_of(linear), torch.float32).clone()
     adapter = adapted(copy.deepcopy(linear)).to(torch.bfloat16)
-    assert_computes(adapter, linear.to(torch.bfloat16), torch.randn(3, 5, 64, dtype=torch.bfloat16), 0.1)
+    assert_computes(adapter, linear.to(torch.bfloat16), torch.randn(3, 5, 64, dtype=torch.bfloat16))
     assert adapter.weight.dtype == (torch.bfloat16 if form == "plain" else torch.uint8)
     if form == "nf4":  # whose codes and scales a cast does not round
         assert torch.equal(dense(weight_of(adapter), torch.float32), matrix)

@@ -31,7 +31,7 @@ from tests import kill_test
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="worker processes are forked")
 
-PATIENCE = 120.0  # seconds; what hangs is ended
+PATIENCE = 600.0  # seconds; what hangs is ended
 SIZE = 64  # examples in a batch, as by default
 SIDE = 64  # pixels: a batch is 3 MiB
 SHM = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
