@@ -75,10 +75,10 @@ def run_config(base: Path, output: Path, lora: dict[str, Any] | None, **train: A
 def trainer_of(
     config: RunConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **keywords: Any
 ) -> LoRATrainer:
-    model = PaliGemma.from_pretrained(config.model.path, dtype=torch.float32).to(device)
+    model = PaliGemma.from_pretrained(config.model.path, dtype=torch.float32)
     if config.lora:
         inject_lora(model, config.lora, config.train.seed)
-    rounding.in_dtype(model, dtype)
+    rounding.in_dtype(model, dtype).to(device)
     Path(config.output).mkdir(parents=True, exist_ok=True)
     steps = Steps(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
     keywords = {"save_result": lambda _: None, **keywords}
