@@ -61,7 +61,8 @@ def test_the_mean_loss_does_not_depend_on_the_batches(records: list[dict[str, ob
 def test_out_of_memory_the_batch_is_repeated_in_halves(records: list[dict[str, object]], where: str) -> None:
     """No answer is lost or given twice, and the smaller batches are kept; the loss likewise."""
     model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
-    expected, loss = generate_answers(model, processor, records, 8, 4), mean_loss(model, processor, records, 8)
+    expected = generate_answers(model, processor, records, max_new_tokens=4, batch_size=8)
+    loss = mean_loss(model, processor, records, batch_size=8)
     most = 2 if where == "language_model" else 1  # five images, ten questions
     sizes: list[int] = []
 
@@ -73,7 +74,7 @@ def test_out_of_memory_the_batch_is_repeated_in_halves(records: list[dict[str, o
     part = model.language_model.model if where == "language_model" else model.vision_tower
     part.register_forward_pre_hook(small)
     with pytest.warns(UserWarning, match="out of memory with 8 questions at once"):
-        found = generate_answers(model, processor, records, 8, 4)
+        found = generate_answers(model, processor, records, max_new_tokens=4, batch_size=8)
     assert found == expected
     assert sizes[0] > most >= max(sizes[4:])
     with pytest.warns(UserWarning, match=r"\(CUDA error: out of memory\): repeated, and from here on 4 at once"):
@@ -102,7 +103,7 @@ def test_one_question_that_does_not_fit_and_other_errors_are_raised(records: lis
 
         handle = model.vision_tower.register_forward_pre_hook(fail)
         with pytest.raises(type(error), match="CUDA"):
-            generate_answers(model, processor, records, 1)
+            generate_answers(model, processor, records, max_new_tokens=4, batch_size=1)
         handle.remove()
 
 
