@@ -4,17 +4,20 @@
     python -m benchmarks.gpu_acceptance --part memory --output acceptance-memory.json
     python -m benchmarks.gpu_acceptance --part speed --output acceptance-speed.json
 
-Each part takes at most nine minutes on an H100. For each check there is a line, PASS, FAIL or SKIP, with the figure and
-its bound, and the JSON file is written anew, so that a run that is killed leaves what it found. The exit code is 1 if
-anything failed. Networks of PaliGemma 3B's dimensions get random weights on the device: no network connection, no
-checkpoint, 40 GiB of its memory (`--size small`: two layers of each tower, 16 GiB; `--size tiny`: to try the checks).
+Each part takes at most nine minutes on an H100, and its checks come in the order of their importance: what got no turn
+is listed. For each finding there is a line, PASS, FAIL or SKIP, with the figure and its bound, and the JSON file is
+written anew, so that a run that is killed leaves what it found. The exit code is 1 if anything failed.
 
-It needs what requirements a training has (torch, transformers, accelerate, safetensors, tokenizers, pillow, pydantic,
-pyyaml) and PEFT; bitsandbytes and liger-kernel where they are installed. What a package is missing for is skipped, with
-its name. For a machine without network, fetch wheels elsewhere and bring them along:
+Networks of PaliGemma 3B's dimensions get random weights on the device: nothing is downloaded, and at most 2 GB are
+written, to the temporary directory. `correctness` takes 60 GiB of the device's memory, `speed` 45, `memory` 8;
+`--size small`, which has two layers of each tower, a quarter of it. `--device cpu --size tiny` tries the checks.
+
+It needs torch, transformers, PEFT, accelerate, safetensors, tokenizers and pillow, for the trainer and the plan pydantic
+and pyyaml; bitsandbytes and liger-kernel have checks of their own. Checks that lack a package are skipped with its name.
+For a machine without network, fetch wheels for its Python elsewhere and bring them along:
 
     pip download --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --no-deps -d wheels \\
-        pydantic pydantic-core annotated-types typing-inspection bitsandbytes liger-kernel
+        pydantic pydantic-core annotated-types typing-inspection bitsandbytes liger-kernel psutil rich tqdm
     pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site
 """
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -12,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate, gpu_acceptance
+from benchmarks import generate, gpu_acceptance, side_by_side
 from benchmarks.acceptance import card as card_module
-from benchmarks.acceptance import correctness, correctness_training, memory, speed
+from benchmarks.acceptance import correctness, correctness_training, memory, memory_training, speed
 from benchmarks.acceptance.bench import Bench
 from benchmarks.acceptance.card import Card, Memory, covered
 from benchmarks.acceptance.findings import Check, Finding, Part, Report, SkippedError, at_most, run_part
-from finetune import trainer
+from finetune import evaluate, trainer
 from finetune.lora import adapters
 from finetune.trainer import LoRATrainer
 from model import IGNORE_INDEX, PaliGemma
@@ -263,7 +265,7 @@ def test_a_step_repeated_on_top_of_its_failed_attempt_fails(bench: Bench, monkey
             hidden(self, rows)
 
     monkeypatch.setattr(Card, "require_room", late)
-    assert failed(run({"recovers": memory.recovers}, bench)) == {"recovers.gradient"}
+    assert failed(run({"recovers": memory_training.recovers}, bench)) == {"recovers.gradient"}
 
 
 def test_a_contender_with_more_room_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,14 +283,14 @@ def test_a_contender_with_more_room_fails(bench: Bench, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("reserved", "status"), [(6.0, "PASS"), (6.5, "PASS"), (6.7, "FAIL"), (5.3, "FAIL")])
 def test_a_plan_that_is_off_by_more_than_a_tenth_fails(reserved: float, status: str) -> None:
-    assert memory.planned_beside("step", 6 * 2**30, Memory(1.0, reserved, 9.0)).status == status
+    assert memory_training.planned_beside("step", 6 * 2**30, Memory(1.0, reserved, 9.0)).status == status
 
 
 def test_the_phases_of_a_step_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mark takes the peak since the one before; a phase that comes again keeps its highest."""
     peaks = iter([Memory(1, 5, 7), Memory(2, 5, 7), Memory(4, 4, 8)])
     monkeypatch.setattr(Card, "memory", lambda self: next(peaks))
-    meter = memory.Meter(Card("cpu"))
+    meter = memory_training.Meter(Card("cpu"))
     for phase in ("forward", "backward", "forward"):
         meter.mark(phase)
     assert meter.phases == {"forward": Memory(4, 5, 8), "backward": Memory(2, 5, 7)}
@@ -345,6 +347,39 @@ def test_a_profile_on_a_cpu() -> None:
     assert profile.launches == 5
     assert 0 < profile.busy <= 1
     assert list(profile.kernels) == ["aten::matmul"]
+
+
+def test_a_batch_of_questions_that_is_lost_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halved, but gone on with behind the batch that found no room."""
+
+    def forgets(self: Any, reason: str) -> None:
+        self.size = self.last // 2
+        warnings.warn(f"out of memory: {reason}", stacklevel=1)
+
+    monkeypatch.setattr(evaluate.Batches, "halve", forgets)
+    found = run({"evaluation": memory_training.evaluation_recovers}, bench)
+    assert failed(found) == {"recovers.evaluation"}
+    assert "0 of 64 answered" in found["recovers.evaluation"].figure
+
+
+def test_without_pydantic_what_needs_none_is_checked(tmp_path: Path) -> None:
+    """A machine that cannot install it: the comparisons with the library go on, the rest is skipped by name."""
+    code = (
+        "import sys\n"
+        "for name in 'pydantic datasets rich yaml wandb bitsandbytes'.split():\n"
+        "    sys.modules[name] = None\n"
+        "from benchmarks import gpu_acceptance\n"
+        "gpu_acceptance.main(sys.argv[1:])\n"
+    )
+    output = tmp_path / "found.json"
+    command = [sys.executable, "-c", code, *ON_A_CPU, "--output", str(output)]
+    subprocess.run(command, cwd=side_by_side.ROOT, check=True, capture_output=True)
+    found = json.loads(output.read_text(encoding="utf-8"))["findings"]
+    passed = {entry["name"] for entry in found if entry["status"] == "PASS"}
+    wanted = {"correctness.fp32.gradients", "correctness.generation", "memory.largest.ours", "speed.batch-4.tuned"}
+    assert wanted <= passed
+    skipped = {entry["name"]: entry["figure"] for entry in found if entry["status"] == "SKIP"}
+    assert all("pydantic" in skipped[name] for name in ("correctness.steps", "memory.phases", "speed.dropout"))
 
 
 def test_facts_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:

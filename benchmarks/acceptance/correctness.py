@@ -7,7 +7,6 @@ it, too, is asked for with an absolute bound.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import arms, generate
 from benchmarks.acceptance.bench import Bench, gradients_of
-from benchmarks.acceptance.findings import Check, Finding, Part, at_most, judged
+from benchmarks.acceptance.findings import Finding, Part, at_most, imported, judged
 from benchmarks.acceptance.rounding import NEAR, beside, distance, joined, worst
 
 BF16_LIMIT = 1.2  # times the library's own distance in bf16
@@ -86,6 +85,7 @@ def bf16(bench: Bench) -> Iterator[Finding]:
         return joined(gradients_of(trained))
 
     kinds = (torch.bfloat16, torch.float32)
+    bench.keep_only(torch.float32)
     mine, theirs = (distance(*(logits(make, kind) for kind in kinds)) for make in (bench.ours, bench.library))
     yield beside("bf16.logits", mine, theirs, "the library's", BF16_LIMIT, floor=0.0)
     mine, theirs = (distance(*(make(kind) for kind in kinds)) for make in (ours, library))
@@ -142,26 +142,16 @@ def nf4(bench: Bench) -> Iterator[Finding]:
     yield at_most("nf4.dense", distance(dense_here, dense), 2**-8)
 
 
-def of_trainer(name: str) -> Check:
-    """A check of correctness_training.py, which is imported in its turn: it needs more packages than the rest."""
-
-    def check(bench: Bench) -> Iterator[Finding]:
-        module = importlib.import_module("benchmarks.acceptance.correctness_training")
-        yield from getattr(module, name)(bench)
-
-    return check
-
-
 CHECKS: Part = {
     "no_tf32": no_tf32,
     "fp32": fp32,
     "attention": attention,
-    "step": of_trainer("cuts"),
-    "syncs": of_trainer("synchronisations"),
-    "dropout": of_trainer("dropout"),
+    "step": imported("correctness_training", "cuts"),
+    "syncs": imported("correctness_training", "synchronisations"),
+    "dropout": imported("correctness_training", "dropout"),
     "bf16": bf16,
     "generation": generation,
-    "steps": of_trainer("steps"),
-    "resume": of_trainer("resume"),
+    "steps": imported("correctness_training", "steps"),
+    "resume": imported("correctness_training", "resume"),
     "nf4": nf4,
 }

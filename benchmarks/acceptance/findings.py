@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -47,6 +48,9 @@ Check = Callable[[Bench], Iterator[Finding]]
 Part = dict[str, Check]  # by name, the most important first
 
 
+NO_BOUND = "no bound"
+
+
 class SkippedError(Exception):
     """A check cannot be made here; says why."""
 
@@ -64,6 +68,15 @@ def at_most(name: str, value: float, limit: float, unit: str = "", **details: An
     """PASS where a value is no number above the limit."""
     unit = f" {unit}" if unit else ""
     return judged(name, value <= limit, f"{value:.3g}{unit}", f"<= {limit:.3g}{unit}", **details, value=value)
+
+
+def imported(module: str, name: str) -> Check:
+    """A check of another module, which is imported in the check's turn: for modules that need more packages."""
+
+    def check(bench: Bench) -> Iterator[Finding]:
+        yield from getattr(importlib.import_module(f"benchmarks.acceptance.{module}"), name)(bench)
+
+    return check
 
 
 class Report:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks import arms, side_by_side
 from benchmarks.acceptance.bench import Bench, gradients_of
-from benchmarks.acceptance.findings import Check, Finding, Part, SkippedError, at_most, judged
-from benchmarks.acceptance.memory import CONTENDERS, NO_BOUND
+from benchmarks.acceptance.contenders import CONTENDERS
+from benchmarks.acceptance.findings import NO_BOUND, Check, Finding, Part, SkippedError, at_most, judged
 from finetune.lora import LoRAConfig, inject_lora
-from finetune.plan import TERA, Mode, Planner
 from finetune.protocol import trained_parameters
 from finetune.quantize import quantize
 
@@ -26,6 +25,7 @@ ROUNDS, STEPS = 5, 3  # turns of each contender; steps timed in a turn
 ROWS = (4, 16)  # of a step: where launches count, and where products do
 DROPOUT = 0.05
 SAME_LOSS = 0.02  # relative: bf16 and recipes that round in other places
+TERA = 10**12
 TOP = 5  # kernels that are named
 Times = dict[str, list[float]]  # contender -> seconds of a step, one a round
 Step = Callable[..., Any]  # takes a step; with True it says loss and gradient
@@ -105,18 +105,25 @@ def profile(bench: Bench) -> Iterator[Finding]:
         yield judged(f"kernel.{place}", True, figure, NO_BOUND)
     yield judged("busy", True, f"{found.busy:.1%} of a profiled step", NO_BOUND, kernels=kernels[:40])
     yield judged("launches", True, f"{found.launches} a step", NO_BOUND)
-    images, prefix, suffix = bench.config.vision.num_patches, arms.PREFIX_TOKENS, arms.SUFFIX_TOKENS
+    work = flops(bench, rows)
+    used = work / seconds / peak
+    yield judged("mfu", True, f"{used:.1%}: {work / TERA:.3g} TFLOP in {seconds:.4f} s", NO_BOUND, peak=peak)
+
+
+def flops(bench: Bench, rows: int) -> float:
+    """Floating-point operations of a step's products, by our count."""
+    from finetune.plan import Mode, Planner
+
+    tokens = bench.config.vision.num_patches + arms.PREFIX_TOKENS + arms.SUFFIX_TOKENS
     lora = LoRAConfig(rank=arms.RANK, alpha=arms.RANK)
-    tokens = images + prefix + suffix
-    planner = Planner(bench.config, lora, torch.bfloat16, tokens, suffix, rows, bench.device)
-    work = planner.work(Mode(rows)) * rows
-    used = work * TERA / seconds / peak
-    yield judged("mfu", True, f"{used:.1%}: {work:.3g} TFLOP in {seconds:.4f} s", NO_BOUND, peak=peak)
+    planner = Planner(bench.config, lora, torch.bfloat16, tokens, arms.SUFFIX_TOKENS, rows, bench.device)
+    return planner.work(Mode(rows)) * rows * TERA
 
 
 def dropout(bench: Bench) -> Iterator[Finding]:
     """A step of the trainer, with dropout and without."""
     from benchmarks.acceptance.training import make_trainer
+    from finetune.plan import Mode
 
     bench.keep_only(torch.bfloat16)
     rows = ROWS[0]
