@@ -119,7 +119,8 @@ class LoRATrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint)
         except BaseException as error:
-            # The frames of the loop hold the workers, which ignore SIGTERM and would keep the process from ending.
+            # An error that nobody catches holds the loop's frames, and these the workers, which ignore SIGTERM: the
+            # process would wait for them at its exit without end.
             traceback.clear_frames(error.__traceback__)
             if isinstance(error, RuntimeError | OSError) and (message := workers.explain(error)):
                 raise ValueError(message) from error

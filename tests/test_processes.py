@@ -154,6 +154,13 @@ def test_a_worker_that_dies_in_one_process_ends_all(runs: Path) -> None:
     assert (newest.name, skipped) == ("step-000002", [])
 
 
+def test_a_workers_death_is_not_taken_for_that_of_another_process() -> None:
+    with pytest.raises(RuntimeError, match="^DataLoader worker"), processes.others():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(processes.ElsewhereError, match="another process of the run has ended"), processes.others():
+        raise RuntimeError("Connection closed by peer")
+
+
 def test_more_processes_than_examples_are_refused(runs: Path) -> None:
     assert codes(runs, "too many") == [2, 2]
     assert "error: train.batch_size=1 for 2 processes" in said(runs, "too many", 0)

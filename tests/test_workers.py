@@ -107,12 +107,14 @@ def test_a_batch_that_cannot_be_sent_ends_its_worker() -> None:
     assert "error: a worker process that prepares examples has ended" in ran.stderr
 
 
-@pytest.mark.parametrize(("fault", "code"), [("killed", cli.MISTAKE), ("not finite", cli.NOT_FINITE), ("no", 0)])
+@pytest.mark.parametrize(
+    ("fault", "code"), [("killed", cli.MISTAKE), ("not finite", cli.NOT_FINITE), ("a bug", 1), ("no", 0)]
+)
 def test_a_run_with_workers_ends_when_it_has_to(tmp_path: Path, fault: str, code: int) -> None:
     """Also the process ends, although workers ignore the signal that would end them."""
     ran = program("train", str(tmp_path), fault)
     assert ran.returncode == code, ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert ("Traceback" in ran.stderr) == (fault == "a bug")
     if fault == "killed":
         assert "error: a worker process that prepares examples has ended, often because the machine is" in ran.stderr
         assert "killed by signal: Killed" in ran.stderr
@@ -170,6 +172,8 @@ def train_with(directory: Path, fault: str) -> None:
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         elif self.state.global_step == 2 and fault == "not finite":
             next(iter(self.gradients())).fill_(torch.inf)
+        elif self.state.global_step == 2 and fault == "a bug":
+            raise KeyError(fault)
         return total
 
     LoRATrainer.cut_step = faulty  # type: ignore[method-assign, assignment]
