@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -185,10 +185,10 @@ class Planner:
         sizes = [*stays.values(), *(self.sizes[name] for name in trained for _ in range(3))]
         return reserved_bytes(sizes, expandable_segments()) - sum(sizes)
 
-    def attention_backward(self, rows: int) -> int:
+    def attention_backward(self, positions: int) -> int:
         """Bytes of the gradients of q, k and v of all heads, and of the fp32 sums that CUDA's kernels keep of them."""
         text = self.config.text
-        return 3 * rows * self.tokens * text.num_attention_heads * text.head_dim * (self.dtype.itemsize + 4)
+        return 3 * positions * text.num_attention_heads * text.head_dim * (self.dtype.itemsize + 4)
 
     def evaluation(self, batch_size: int, new_tokens: int) -> int:
         """Bytes that answering so many questions at once takes, between the steps of a training, at their longest."""
@@ -212,25 +212,42 @@ class Planner:
     def spare(self) -> float:
         return SPARE if self.device.type != "cuda" or expandable_segments() else SPARE_FIXED
 
+    def backward_peak(self, mode: Mode, gradients: Callable[[int], int]) -> int:
+        """Bytes at most while the backward pass of a micro-batch works in a decoder layer: what that layer and those
+        before it keep, what it recomputes, and its gradients: bytes of a row by its positions.
+        """
+        again, rest = mode.recompute_layers, "gate_up" if mode.recompute_gate_up else "nothing"
+        kept = self.kept.layers["layer"][:again] + self.kept.layers[rest][again:]
+        norms = 2 * self.config.text.hidden_size * self.dtype.itemsize  # outputs of a position, kept where recomputed
+        peak, before = 0, 0
+        for layer, (bytes_kept, bytes_of_all) in enumerate(zip(kept, self.kept.layers["nothing"], strict=True)):
+            positions = self.tokens if layer < len(kept) - 1 else self.supervised
+            recomputed = bytes_of_all - bytes_kept + positions * norms if bytes_kept < bytes_of_all else 0
+            before += bytes_kept
+            peak = max(peak, before + recomputed + gradients(positions))
+        return mode.micro_batch * (self.kept.besides + peak) + self.dense
+
+    def mlp_backward(self, positions: int) -> int:
+        """Bytes of the gradients of gate, up and their product (on a CPU in bf16, these may be summed in fp32), and of
+        the layer's input and output (an estimate).
+        """
+        widths = 5 if self.device.type == "cpu" and self.dtype == torch.bfloat16 else 3
+        text = self.config.text
+        return positions * (widths * text.intermediate_size + 2 * text.hidden_size) * self.dtype.itemsize
+
     def plan(self, mode: Mode, budget: int) -> Plan:
         """What a mode takes, by component."""
         rows, e = mode.micro_batch, self.dtype.itemsize
         text, vision = self.config.text, self.config.vision
-        # One layer at work in the backward pass: gradients of gate, up and their product, the two made again; and all
-        # that a recomputed layer keeps for that moment, its norms' outputs too.
-        workspace = rows * self.tokens * 5 * text.intermediate_size * e + self.dense
-        if mode.recompute_layers:
-            workspace += rows * (max(self.kept.layers["nothing"]) + self.tokens * 2 * text.hidden_size * e)
-        elif mode.recompute_gate_up:
-            workspace += rows * self.tokens * 2 * text.intermediate_size * e
-        decoder = {
-            "activations": self.activations(mode),
-            "logits": rows * self.supervised * text.vocab_size * (2 * e + 8),  # in e and fp32, with their gradients
-            "buffers of a layer (estimate)": workspace,
-        }
+        # Of a logit three numbers in fp32: its log-probability, and the gradients of that and of itself.
+        decoder = {"activations": self.activations(mode), "logits": rows * self.supervised * text.vocab_size * 12}
+        # The backward pass frees the logits before it enters the layers, and what a layer keeps before it enters the
+        # next; within a layer the MLP's moment is another than attention's.
+        moments = {"buffers of a layer beyond that (estimate)": self.mlp_backward}
         if self.device.type == "cuda":
-            # Another moment of the same layer: only what it takes beyond the MLP's counts.
-            decoder["attention's backward beyond that (estimate)"] = max(0, self.attention_backward(rows) - workspace)
+            moments["attention's backward beyond that (estimate)"] = self.attention_backward
+        for name, gradients in moments.items():
+            decoder[name] = max(0, self.backward_peak(mode, gradients) - sum(decoder.values()))
         tower_at_work = rows * vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * e
         # Pictures are encoded first; then the decoder works, with or without the tower beside it.
         before = self.tower + tower_at_work if mode.offload_vision else tower_at_work

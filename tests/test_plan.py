@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd.profiler import profile
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
@@ -23,6 +26,12 @@ from tests import tiny
 
 NARROW = PaliGemmaConfig(
     VisionConfig(48, 96, 2, 4, image_size=56), TextConfig(64, 256, 4, 4, 1, 32, vocab_size=512), image_token_id=500
+)
+MIDDLE = PaliGemmaConfig(
+    VisionConfig(48, 96, 2, 4, image_size=112), TextConfig(256, 1024, 4, 4, 1, 64, vocab_size=8192), image_token_id=8000
+)
+LONG_ROWS = PaliGemmaConfig(
+    VisionConfig(48, 96, 2, 4, image_size=224), TextConfig(128, 1024, 4, 4, 1, 32, vocab_size=8192), image_token_id=8000
 )
 TARGETS = {
     "language": LoRAConfig(rank=4),
@@ -82,6 +91,43 @@ def test_a_real_step_keeps_what_was_planned() -> None:
     assert planned.activations(Mode(3)) == pytest.approx(kept - logits, rel=0.03)
 
 
+def measured_peak(step: Callable[[], object]) -> int:
+    """Bytes that the allocator had given out at most during a step, beyond what it had before."""
+    with profile(use_kineto=True, profile_memory=True) as profiled:
+        step()
+    assert profiled.kineto_results is not None
+    events = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("layers", [0, 2, 4])
+@pytest.mark.parametrize(("rows", "text", "answer"), [(4, 24, 3), (4, 140, 127), (1, 140, 127), (4, 140, 40)])
+@pytest.mark.parametrize("config", [MIDDLE, LONG_ROWS], ids=["short rows", "long rows"])
+def test_the_planned_peak_is_what_the_allocator_gives(
+    config: PaliGemmaConfig, rows: int, text: int, answer: int, layers: int
+) -> None:
+    """Within 10%, for short and for long answers, of what comes and goes in a step; in fp32 on the CPU."""
+    mode = Mode(rows, recompute_layers=layers)
+    model = PaliGemma(config)
+    inject_lora(model, TARGETS["language"])
+    model.train().language_model.model.set_recompute(layers)
+    batch = tiny.batch(config.to_hf(torch.float32), [1 + text - answer] * rows, [answer] * rows)
+    features = model.encode_images(batch.pop("pixel_values")).detach()
+
+    def step() -> None:
+        loss = model(**batch, image_features=features).loss
+        assert loss is not None
+        loss.backward()
+
+    step()  # makes the gradients
+    tokens = config.vision.num_patches + 1 + text
+    made = Planner(config, TARGETS["language"], torch.float32, tokens, answer, rows, torch.device("cpu"))
+    planned = made.plan(mode, 10**12).components
+    names = ("activations", "logits", "buffers of a layer beyond that (estimate)")
+    assert sum(planned[name] for name in names) == pytest.approx(measured_peak(step), rel=0.1)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize(("prompt", "answer"), [(17, 3), (4, 127)])
 @pytest.mark.parametrize("targets", [*TARGETS, "no adapters"])
@@ -112,7 +158,9 @@ def test_the_chosen_mode_fits_and_less_memory_means_more_work(monkeypatch: pytes
     assert made.choose(10**12).mode == Mode(8)
     least = made.choose(0)
     assert not least.fits
-    assert least.mode == Mode(1, recompute_layers=4, offload_vision=True)
+    assert least.total == min(made.plan(mode, 0).total for mode in made.modes(None, None))
+    assert (least.mode.micro_batch, least.mode.offload_vision) == (1, True)
+    assert least.mode.recompute_layers > 0
     costs = []
     for budget in torch.linspace(least.total, free.total, 12).long().tolist():
         plan = made.choose(budget)
