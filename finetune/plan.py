@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -185,12 +185,10 @@ class Planner:
         sizes = [*stays.values(), *(self.sizes[name] for name in trained for _ in range(3))]
         return reserved_bytes(sizes, expandable_segments()) - sum(sizes)
 
-    def attention_backward(self) -> int:
-        """Bytes, for a row, of the gradients of q, k and v of all heads, and of the fp32 sums that CUDA's kernels
-        keep of them.
-        """
+    def attention_backward(self, positions: int) -> int:
+        """Bytes of the gradients of q, k and v of all heads, and of the fp32 sums that CUDA's kernels keep of them."""
         text = self.config.text
-        return 3 * self.tokens * text.num_attention_heads * text.head_dim * (self.dtype.itemsize + 4)
+        return 3 * positions * text.num_attention_heads * text.head_dim * (self.dtype.itemsize + 4)
 
     def evaluation(self, batch_size: int, new_tokens: int) -> int:
         """Bytes that answering so many questions at once takes, between the steps of a training, at their longest."""
@@ -214,26 +212,28 @@ class Planner:
     def spare(self) -> float:
         return SPARE if self.device.type != "cuda" or expandable_segments() else SPARE_FIXED
 
-    def backward_peak(self, mode: Mode, in_attention: bool = False) -> int:
+    def backward_peak(self, mode: Mode, gradients: Callable[[int], int]) -> int:
         """Bytes at most while the backward pass of a micro-batch works in a decoder layer: what that layer and those
-        before it keep, what it recomputes, and its gradients (an estimate): of the MLP, or of attention.
+        before it keep, what it recomputes, and its gradients: bytes of a row by its positions.
         """
-        text, e = self.config.text, self.dtype.itemsize
         again, rest = mode.recompute_layers, "gate_up" if mode.recompute_gate_up else "nothing"
         kept = self.kept.layers["layer"][:again] + self.kept.layers[rest][again:]
-        # Gradients of gate, up and their product; on a CPU bf16 products may be summed in fp32.
-        gradients = 5 if self.device.type == "cpu" and self.dtype == torch.bfloat16 else 3
+        norms = 2 * self.config.text.hidden_size * self.dtype.itemsize  # outputs of a position, kept where recomputed
         peak, before = 0, 0
         for layer, (bytes_kept, bytes_of_all) in enumerate(zip(kept, self.kept.layers["nothing"], strict=True)):
             positions = self.tokens if layer < len(kept) - 1 else self.supervised
-            work = positions * (gradients * text.intermediate_size + 2 * text.hidden_size) * e
-            if in_attention:
-                work = self.attention_backward()
-            if bytes_kept < bytes_of_all:  # with the outputs of its norms, which are kept within a recomputed layer
-                work += bytes_of_all - bytes_kept + positions * 2 * text.hidden_size * e
+            recomputed = bytes_of_all - bytes_kept + positions * norms if bytes_kept < bytes_of_all else 0
             before += bytes_kept
-            peak = max(peak, before + work)
+            peak = max(peak, before + recomputed + gradients(positions))
         return mode.micro_batch * (self.kept.besides + peak) + self.dense
+
+    def mlp_backward(self, positions: int) -> int:
+        """Bytes of the gradients of gate, up and their product (on a CPU in bf16, these may be summed in fp32), and of
+        the layer's input and output (an estimate).
+        """
+        widths = 5 if self.device.type == "cpu" and self.dtype == torch.bfloat16 else 3
+        text = self.config.text
+        return positions * (widths * text.intermediate_size + 2 * text.hidden_size) * self.dtype.itemsize
 
     def plan(self, mode: Mode, budget: int) -> Plan:
         """What a mode takes, by component."""
@@ -241,12 +241,13 @@ class Planner:
         text, vision = self.config.text, self.config.vision
         # Of a logit three numbers in fp32: its log-probability, and the gradients of that and of itself.
         decoder = {"activations": self.activations(mode), "logits": rows * self.supervised * text.vocab_size * 12}
-        # The backward pass frees the logits before it enters the layers, and a layer before it enters the next.
-        in_layers = self.backward_peak(mode)
-        decoder["buffers of a layer beyond that (estimate)"] = max(0, in_layers - sum(decoder.values()))
+        # The backward pass frees the logits before it enters the layers, and what a layer keeps before it enters the
+        # next; within a layer the MLP's moment is another than attention's.
+        moments = {"buffers of a layer beyond that (estimate)": self.mlp_backward}
         if self.device.type == "cuda":
-            in_attention = self.backward_peak(mode, in_attention=True)
-            decoder["attention's backward beyond that (estimate)"] = max(0, in_attention - sum(decoder.values()))
+            moments["attention's backward beyond that (estimate)"] = self.attention_backward
+        for name, gradients in moments.items():
+            decoder[name] = max(0, self.backward_peak(mode, gradients) - sum(decoder.values()))
         tower_at_work = rows * vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * e
         # Pictures are encoded first; then the decoder works, with or without the tower beside it.
         before = self.tower + tower_at_work if mode.offload_vision else tower_at_work
