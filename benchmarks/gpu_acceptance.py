@@ -12,9 +12,9 @@ Networks of PaliGemma 3B's dimensions get random weights on the device: nothing 
 written, to the temporary directory. `correctness` takes 60 GiB of the device's memory, `speed` 45, `memory` 8;
 `--size small`, which has two layers of each tower, a quarter of it. `--device cpu --size tiny` tries the checks.
 
-It needs torch, transformers, PEFT, accelerate, safetensors, tokenizers and pillow, for the trainer and the plan pydantic
-and pyyaml; bitsandbytes and liger-kernel have checks of their own. Checks that lack a package are skipped with its name.
-For a machine without network, fetch wheels for its Python elsewhere and bring them along:
+It needs torch, transformers, PEFT, accelerate, safetensors, tokenizers and pillow, and for the trainer and the plan
+pydantic and pyyaml; bitsandbytes and liger-kernel have checks of their own. A check that lacks a package is skipped
+with its name. For a machine without network, fetch wheels for its Python elsewhere and bring them along:
 
     pip download --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --no-deps -d wheels \\
         pydantic pydantic-core annotated-types typing-inspection bitsandbytes liger-kernel psutil rich tqdm

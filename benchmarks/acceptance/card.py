@@ -34,7 +34,7 @@ PEAKS = {
     "RTX 3080": 59.5,
     "RTX 3070": 40.6,
 }
-ROOM = 5  # rows
+ROOM = 3  # rows
 VARIANTS = re.compile(r"\b(Ti|SUPER|Laptop|Max-Q|D|NVL)\b", re.IGNORECASE)  # other cards than the table's
 SYNC = re.compile(r"called a synchronizing (CUDA )?operation", re.IGNORECASE)  # torch's words for a warning
 ATTENTION = re.compile(r"::_scaled_dot_product_(\w+?)(_backward)?$")  # an operator's name
