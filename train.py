@@ -109,7 +109,7 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
             "(train.max_steps, train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
         )
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
-    if warning := spill_warning(planner.device):
+    if warning := spill_warning(model.device):
         show(f"warning: {warning}")
     adapt(model, config, anew=checkpoint is not None)
     show_trained(model)

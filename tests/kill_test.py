@@ -39,6 +39,13 @@ ROOT = Path(__file__).parent.parent
 STEPS = 6
 
 
+class Unplanned:
+    """Stands for the planner, where planning would take longer than the run."""
+
+    def evaluation_batch(self, batch_size: int, *_: int) -> int:
+        return batch_size
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.kill_test", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=100, help="how many times to kill")

@@ -155,7 +155,7 @@ def test_a_worker_that_dies_in_one_process_ends_all(runs: Path) -> None:
 
 
 def test_a_workers_death_is_not_taken_for_that_of_another_process() -> None:
-    with pytest.raises(RuntimeError, match="^DataLoader worker"), processes.others():
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"), processes.others():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     with pytest.raises(processes.ElsewhereError, match="another process of the run has ended"), processes.others():
         raise RuntimeError("Connection closed by peer")

@@ -78,7 +78,9 @@ def test_shape_and_values_are_the_adapters(base: Path, tmp_path: Path, name: str
     start(model, config, seed=3)
     assert settings_of(model) == settings_of(expected)
     assert config.dropout == SHAPES[name].dropout
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == values.keys()
+    trained = {id(parameter) for parameter in trained_parameters(model).values()}
+    assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == trained
+    assert trained_parameters(model).keys() == values.keys()
     for key, parameter in trained_parameters(model).items():
         assert torch.equal(parameter, values[key]), key
     fresh = network(base)

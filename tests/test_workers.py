@@ -161,7 +161,7 @@ def main(what: str, *arguments: str) -> None:
 
 def train_with(directory: Path, fault: str) -> None:
     """A run with two workers, and a fault in its third step."""
-    train.plan_run = lambda *_: (None, Plan(Mode(3), {}, 0), "by nobody")  # type: ignore[assignment]
+    train.plan_run = lambda *_: (kill_test.Unplanned(), Plan(Mode(3), {}, 0), "by nobody")  # type: ignore[assignment]
     for split, seed in (("train2014", 1), ("val2014", 2)):
         shapes.write(directory / "data", scenes=8, seed=seed, split=split)
     cut_step = LoRATrainer.cut_step
