@@ -162,7 +162,7 @@ def test_the_chosen_mode_fits_and_less_memory_means_more_work(monkeypatch: pytes
     assert (least.mode.micro_batch, least.mode.offload_vision) == (1, True)
     assert least.mode.recompute_layers > 0
     costs = []
-    for budget in torch.linspace(least.total, free.total, 12).long().tolist():
+    for budget in torch.linspace(least.total, free.total, 12, dtype=torch.float64).ceil().long().tolist():
         plan = made.choose(budget)
         assert plan.fits
         costs.append(made.cost(plan.mode))
