@@ -166,7 +166,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dry-run", action="store_true", help="say what the run would take and whether it fits, and stop"
     )
     instead.add_argument(
-        "--check", action="store_true", help="decode every picture, list every record that cannot be used, and stop"
+        "--check", action="store_true", help="decode every image, list every record that cannot be used, and stop"
     )
     instead.add_argument(
         "--inspect", action="store_true", help="show the first examples, check them for leaks, and stop"
@@ -371,7 +371,7 @@ def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, step
     pad_id, micro_batch = model.config.pad_token_id, plan.mode.micro_batch
     pace = probe(config, model, plan.mode, shape, partial(collate, pad_id=pad_id))
     parts = {
-        f"{micro_batch} pictures": pace.pictures,
+        f"{micro_batch} images": pace.pictures,
         f"{micro_batch} rows forward and backward": pace.rows,
         "an update": pace.update,
         "moving the vision tower": pace.move,
@@ -383,13 +383,13 @@ def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, step
         show(f"at most {pace.peak / GIB:.2f} GiB were reserved, the context aside; planned were {plan.total / GIB:.2f}")
     seconds = pace.seconds(shape, micro_batch)
     show(
-        f"a step of {shape.examples} examples with {shape.pictures:.1f} pictures: {seconds:.2f} s, "
+        f"a step of {shape.examples} examples with {shape.pictures:.1f} images: {seconds:.2f} s, "
         f"{pace.speed(shape, micro_batch):.3g} TFLOP/s"
     )
     if steps:
         show(
             f"{steps.total:,} steps: {steps.total * seconds / 3600:.2f} hours, without evaluations, checkpoints, and "
-            "waiting for pictures"
+            "waiting for images"
         )
 
 

@@ -5,6 +5,7 @@ grey is scaled to 8 bits (not clipped), every other mode becomes RGB, and the pi
 says. Not here: colour management (the reference processors ignore ICC profiles too), resizing (data/processor.py).
 """
 
+import errno
 import io
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -22,6 +23,8 @@ if "avif" in features.modules and features.check("avif"):  # from Pillow 11.3 on
     FORMATS += ("AVIF",)
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), start=2)}  # EXIF 2.32, tag 0x0112
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 T = TypeVar("T")
 ImageSource = str | PathLike[str] | bytes | Mapping[str, Any] | Image.Image
@@ -51,8 +54,15 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
         with Image.open(file, formats=FORMATS) as image:
             return use(image)
     except Exception as error:  # decoders raise all kinds of errors on broken files
-        mend = f"give a whole 8-bit one of at most {MAX_PIXELS:,} pixels ({', '.join(FORMATS)}), or leave it out"
-        raise ValueError(f"{name} cannot be used: {error}; {mend}") from error
+        if is_exhausted(error):
+            raise
+        fix = f"give a whole 8-bit one of at most {MAX_PIXELS:,} pixels ({', '.join(FORMATS)}), or leave it out"
+        raise ValueError(f"{name} cannot be used: {error}; {fix}") from error
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether an error says that the machine has run out of memory or file handles: the image is not at fault."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in EXHAUSTED)
 
 
 def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:
@@ -62,9 +72,9 @@ def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:
     value = source if isinstance(source, Mapping) else {"bytes" if isinstance(source, bytes) else "path": source}
     path, content = value.get("path"), value.get("bytes")
     if isinstance(content, bytes):
-        return f"picture {path}" if path else f"picture of {len(content):,} bytes", io.BytesIO(content)
+        return f"image {path}" if path else f"image of {len(content):,} bytes", io.BytesIO(content)
     if isinstance(path, str | PathLike) and str(path):
-        return f"picture {path}", Path(path)
+        return f"image {path}", Path(path)
     raise ValueError(f"expected a path, bytes, a PIL image or {{path, bytes}} with one of them, got {source!r:.200}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.images import check_header, open_image
+from data.images import check_header, is_exhausted, open_image
 
 AT_ONCE = 64  # pictures that a thread takes
 Sound = dict[str, list[int]]  # name -> size, time of change in ns, 1 if all of it was decoded
@@ -37,7 +37,7 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
     home = None if root is None else Path(os.path.realpath(root))
     faults: dict[str, str] = {}
     count = sum(map(len, folders.values()))
-    with ThreadPoolExecutor() as pool, tqdm(total=count, desc="looking at pictures", leave=False, delay=3) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=count, desc="looking at images", leave=False, delay=3) as bar:
         for folder, names in folders.items():
             kept = cache_dir / f"pictures-{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
             look = Look(folder, home, decode, _read(kept))
@@ -65,7 +65,9 @@ class Look:
             try:
                 self._look(path, name)
             except OSError as error:
-                faults[path] = f"picture {path} cannot be used: {error.strerror}"
+                if is_exhausted(error):
+                    raise
+                faults[path] = f"image {path} cannot be used: {error.strerror}"
             except ValueError as error:
                 faults[path] = str(error)
         return faults
@@ -77,7 +79,7 @@ class Look:
         else:
             is_within = self.is_within
         if not is_within:
-            raise ValueError(f"picture {path} leads out of its folder by a link; put a copy there, or name its folder")
+            raise ValueError(f"image {path} leads out of its folder by a link; put a copy there, or name its folder")
         size, changed, depth = self.sound.get(name, (-1, -1, 0))
         if (size, changed) != (status.st_size, status.st_mtime_ns) or depth < self.depth:
             self.open(path)

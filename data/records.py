@@ -147,7 +147,7 @@ def choose(
     if fraction is None and count is None:
         return list(range(len(image_ids)))
     if count is not None and count > len(image_ids):
-        raise ValueError(f"count is {count:,}; there are only {len(image_ids):,} questions")
+        raise ValueError(f"count is {count:,}; there are only {len(image_ids):,} examples")
     groups: dict[Hashable, list[int]] = {}
     for position, image_id in enumerate(image_ids):
         groups.setdefault(image_id if sample_by == "image" else position, []).append(position)

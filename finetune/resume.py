@@ -56,9 +56,9 @@ def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False
     result = changed.get("result", [])
     if result and not accept_changes:
         raise ValueError(
-            f"{output} holds checkpoints of a configuration that leads to another result; go on with its own, "
-            f"{output}/config.yaml, choose another output=..., or accept with --accept-changes:\n  "
-            + "\n  ".join(result)
+            f"{output} holds checkpoints of a configuration that leads to another result; resume what was begun "
+            f"({output}/config.yaml, and the data as they were), choose another output=..., or accept what changed "
+            "with --accept-changes:\n  " + "\n  ".join(result)
         )
     notes = [f"skipped {line}" for line in skipped]
     notes += [f"changed since, accepted: {line}" for line in result]
@@ -86,7 +86,7 @@ def start_run(config: RunConfig) -> None:
         write_text_whole(output / "config.yaml", dump_config(config))
         write_text_whole(output / DATA_FILE, json.dumps(contents(config), indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"{output} cannot be written: {error}\nmend that and start the same command again") from error
+        raise ValueError(f"{output} cannot be written: {error}\nfix that and start the same command again") from error
 
 
 def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:

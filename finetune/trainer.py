@@ -139,7 +139,9 @@ class LoRATrainer(Trainer):
             RuntimeError: in the first step, a trained parameter got no gradient.
             ValueError: an example cannot be made; or out of memory, and nothing smaller to try.
         """
-        if error := next((example for example in inputs if isinstance(example, ValueError)), None):
+        if error := next((example for example in inputs if isinstance(example, Exception)), None):
+            if isinstance(error, MemoryError):
+                raise ValueError("the machine has no memory left to prepare examples: lower data.workers") from error
             raise error
         model.train()
         tokens = int(processes.total(supervised(inputs)))

@@ -43,7 +43,7 @@ class WithErrors(Dataset[Any]):
     def __getitem__(self, key: Any) -> Any:
         try:
             return self.examples[key]
-        except ValueError as error:
+        except (ValueError, OSError, MemoryError) as error:
             return error
 
 

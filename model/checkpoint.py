@@ -185,7 +185,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = {} if packed else _layout(path, header, 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise ValueError(
-            f"{path} is damaged or no safetensors file of floats ({error!r}): download it again"
+            f"{path} is damaged or no safetensors file of floats ({error!r}): copy or download it again"
         ) from error
     if packed:
         name, dtype = next(iter(packed.items()))

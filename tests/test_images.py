@@ -1,5 +1,6 @@
 """Every kind of picture becomes upright, opaque RGB; every broken one an error that names it."""
 
+import errno
 import io
 import struct
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from data.images import FORMATS, MAX_PIXELS, check_header, open_image
+from data.pictures import unusable
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -227,3 +229,20 @@ def test_the_source_image_is_left_alone() -> None:
     source = photograph()
     open_image(source).paste(RED, (0, 0, 40, 24))
     assert source.tobytes() == photograph().tobytes()
+
+
+@pytest.mark.parametrize("kind", ["header", "pixels", "data set"])
+def test_a_machine_without_handles_or_memory_is_no_fault_of_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Such an error is raised as it is: as one of the image's it would skip good records."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", exhausted)
+    look = {"header": check_header, "pixels": open_image, "data set": lambda p: unusable([str(p)], tmp_path)}[kind]
+    with pytest.raises(OSError, match="Too many open files"):
+        look(path)

@@ -81,7 +81,7 @@ def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
     file = write(tmp_path, line(), pictures=("pictures/a.jpg",))
     record = load_records(jsonl=file, images=tmp_path / "pictures", cache_dir=tmp_path)[0]
     assert record["image"]["path"] == str(tmp_path / "pictures" / "a.jpg")
-    with pytest.raises(ValueError, match=r"1 of 1 records cannot be used.*\n  1: picture .*a\.jpg .*No such file"):
+    with pytest.raises(ValueError, match=r"1 of 1 records cannot be used.*\n  1: image .*a\.jpg .*No such file"):
         load_records(jsonl=file, cache_dir=tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Pat
     file = write(inside, line(image="link/a.jpg"))
     write(outside, line())
     (inside / "link").symlink_to(outside)
-    with pytest.raises(ValueError, match=r"1: picture .*link/a\.jpg leads out of its folder by a link"):
+    with pytest.raises(ValueError, match=r"1: image .*link/a\.jpg leads out of its folder by a link"):
         load_records(jsonl=file, cache_dir=tmp_path)
     absolute = write(inside, line(image=str(inside / "a.jpg")))
     with pytest.raises(ValueError, match=r"line 1: image .* is an absolute path; give one relative to"):

@@ -103,7 +103,7 @@ def test_records_of_broken_pictures_are_left_out_up_to_a_share(folder: Path, tmp
     lines = [{"image": Path(path).name, "prefix": "caption en", "suffix": "x"} for path in paths(folder)]
     file.write_text("\n".join(map(json.dumps, lines)))
     source: dict[str, Any] = {"jsonl": file, "images": folder, "cache_dir": tmp_path / "cache"}
-    with pytest.raises(ValueError, match=r"(?s)2 of 7 records .*\n  6: picture .*nothing.*\n  7: picture .*no\.jpg"):
+    with pytest.raises(ValueError, match=r"(?s)2 of 7 records .*\n  6: image .*nothing.*\n  7: image .*no\.jpg"):
         load_records(**source)
     left_out = LeftOut(tmp_path / "left_out.jsonl", share=0.5)
     records = load_records(**source, left_out=left_out)

@@ -175,7 +175,7 @@ def test_without_data_a_step_is_timed_at_its_longest(tmp_path: Path, capsys: pyt
     train.main([*argv, *more, "--dry-run", "--probe"])
     out = " ".join(capsys.readouterr().out.split())
     assert "in rows of 49 tokens, 8 of them supervised" in out
-    assert "a step of 2 examples with 2.0 pictures" in out
+    assert "a step of 2 examples with 2.0 images" in out
     assert "TFLOP an example in rows of 49 tokens, answers of 8 it fits" in out
     assert "hours" not in out
 

@@ -209,7 +209,7 @@ def test_any_bytes_are_a_picture_or_refused(processor: Processor, content: bytes
     except ValueError as refusal:
         pixels, message = None, str(refusal)
     if pixels is None:
-        assert f"picture of {len(content):,} bytes" in message
+        assert f"image of {len(content):,} bytes" in message
     else:
         assert pixels.shape == (3, processor.image_size, processor.image_size)
         assert pixels.dtype == torch.float32

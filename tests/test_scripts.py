@@ -552,7 +552,7 @@ def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(
         predict.main([*asked, pictures[0], str(broken), pictures[1]])
     said = capsys.readouterr()
     assert [line.split("\t")[0] for line in said.out.splitlines()] == pictures[:2]
-    assert f"error: picture {broken} cannot be used: cannot identify" in said.err
+    assert f"error: image {broken} cannot be used: cannot identify" in said.err
     with pytest.raises(ValueError, match="no image is left to ask about"):
         predict.main([*asked, str(broken), str(tmp_path / "gone.png")])
 
@@ -620,7 +620,7 @@ def test_a_picture_that_breaks_off_ends_a_run_by_name(odd: Path, base: Path) -> 
     (odd / "examples.jsonl").write_text("\n".join(map(json.dumps, lines[7:8])))
     settings = overrides(odd, odd / "run", f"model.path={base}", "data.workers=1", "train.eval_every=null")
     source = f"data.train={{jsonl: {odd}/examples.jsonl, images: {odd}/data/images}}"
-    with pytest.raises(ValueError, match=r"^1 of 1 records cannot be used; .*\n  1: picture .* truncated") as caught:
+    with pytest.raises(ValueError, match=r"^1 of 1 records cannot be used; .*\n  1: image .* truncated") as caught:
         train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source])
     assert "Traceback" not in str(caught.value)
 
@@ -635,7 +635,7 @@ def test_check_decodes_every_picture_and_lists_what_cannot_be_used(
         train.main(config)
     shown = capsys.readouterr().out
     assert shown.count("truncated") + shown.count("cannot identify") == shown.count("\n  ")
-    assert len({line.split(" cannot be used")[0].split()[-1] for line in shown.splitlines() if "picture" in line}) == 4
+    assert len({line.split(" cannot be used")[0].split()[-1] for line in shown.splitlines() if "image" in line}) == 4
     assert not (odd / "run").exists()
     train.main([*arguments(base, run), "--check"])
     assert "0 cannot" in capsys.readouterr().out

@@ -274,7 +274,7 @@ def test_records_without_pictures_are_counted_and_the_first_named(tmp_path: Path
     for image_id in (101, 102, 103, 105):
         (tmp_path / "images" / f"COCO_val2014_{image_id:012d}.jpg").unlink()
     with pytest.raises(
-        ValueError, match=r"12 of 18 records .*\n  101000: picture .*COCO_val2014_000000000101\.jpg .*No such file"
+        ValueError, match=r"12 of 18 records .*\n  101000: image .*COCO_val2014_000000000101\.jpg .*No such file"
     ):
         load_records(**arguments)
     with pytest.raises(ValueError, match=r"no_such\.json does not exist"):
@@ -324,7 +324,7 @@ def test_single_questions_touch_many_more_images(tmp_path: Path) -> None:
         ({"fraction": 0.0}, "fraction is 0.0; expected above 0, at most 1"),
         ({"fraction": 1.5}, "fraction is 1.5"),
         ({"count": 0}, "count is 0"),
-        ({"count": 19}, "count is 19; there are only 18 questions"),
+        ({"count": 19}, "count is 19; there are only 18 examples"),
         ({"count": 3, "fraction": 0.5}, "count is 3, fraction 0.5; expected a count from 1, or a fraction"),
         ({"sample_by": "picture"}, "sample_by is 'picture'"),
     ],
