@@ -133,8 +133,8 @@ def arms_of(given: argparse.Namespace, config: RunConfig) -> dict[str, tuple[str
     if not trained.exists():
         command = cli.command("train.py", given.config, *given.overrides)
         raise ValueError(
-            f"{trained} does not exist: nothing was trained yet. Train it ({command}), or evaluate something else with "
-            "--arm base"
+            f"{trained} does not exist: the run has no result yet. Train it to its end ({command}), or evaluate "
+            "something else with --arm base"
         )
     return arms
 

@@ -101,13 +101,18 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.left_out)
     require_fit(config, plan, whose)
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
-    model = open_model(directory, config)
     steps = plan_steps(config, len(dataset))
+    if checkpoint and step_of(checkpoint) == steps.total and not arguments.accept_changes:
+        result = Result.read(Path(config.output))
+        if result and result.finished and result_directory(config).exists():
+            show(f"{config.output} is finished: nothing is left to train; kept {result}")
+            return
     if checkpoint and step_of(checkpoint) > steps.total:
         raise ValueError(
             f"{checkpoint} is beyond the {steps.total:,} steps of this configuration: make the run longer "
             "(train.max_steps, train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
         )
+    model = open_model(directory, config)
     show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
     if warning := spill_warning(model.device):
         show(f"warning: {warning}")
@@ -128,7 +133,7 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
         callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
     if checkpoint and step_of(checkpoint) == steps.total:
-        show(f"{config.output} is finished: nothing is left to train")
+        show(f"{config.output}: all steps are trained, the result is left to be kept")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopping and trainer.state.global_step < steps.total:
         again = cli.command("train.py", arguments.config, *arguments.overrides)
@@ -287,8 +292,8 @@ def overfit(config: RunConfig, count: int) -> None:
     )
     if not trial.learned:
         raise ValueError(
-            f"it does not learn: {found}. Look at train.learning_rate ({config.train.learning_rate}), at lora.targets "
-            "(what is trained is listed above), and with --inspect at the examples"
+            f"it has not learned them: {found}. Look at train.learning_rate ({config.train.learning_rate}), at "
+            "lora.targets (what is trained is listed above), and with --inspect at the examples"
         )
     show(f"it learns: {found}")
 

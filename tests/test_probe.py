@@ -158,7 +158,7 @@ def test_hours_are_steps_times_seconds(
     assert shape.examples == 40
     assert 20 < shape.pictures < 40  # of 40 pictures with about 5 questions each
     seconds = 0.125 + 2 * 0.5 + 2 * 2.0 + 0.25
-    assert f"a step of 40 examples with {shape.pictures:.1f} pictures: {seconds:.2f} s" in out
+    assert f"a step of 40 examples with {shape.pictures:.1f} images: {seconds:.2f} s" in out
     assert f"1,000 steps: {1000 * seconds / 3600:.2f} hours" in out
     assert f"{(2 * 3.0 + 2 * 10.0) / seconds:.3g} TFLOP/s" in out
     work = re.search(r"([\d.]+) TFLOP an example in rows of \d+ tokens, answers of \d+, ([\d.,]+) for the run", out)
@@ -239,7 +239,9 @@ def test_what_does_not_learn_is_said_not_to(
     saved: list[Any] = []
     monkeypatch.setattr(LoRATrainer, "_save_checkpoint", lambda *given: saved.append(given))
     argv = [*arguments(scenes, tmp_path / "run", "train.learning_rate=1e-9", "train.save_every=10"), "--overfit", "3"]
-    with pytest.raises(ValueError, match=r"it does not learn: 0 of 3 .* after 100 steps, .*learning_rate \(1e-09\)"):
+    with pytest.raises(
+        ValueError, match=r"it has not learned them: 0 of 3 .* after 100 steps, .*learning_rate \(1e-09\)"
+    ):
         train.main(argv)
     assert saved == []
     assert list(tmp_path.iterdir()) == []

@@ -209,7 +209,7 @@ def test_a_run_that_trained_nothing_yet_is_not_evaluated_unless_asked(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     never = [*arguments(base, tmp_path / "never"), "--limit", "2"]
-    with pytest.raises(ValueError, match=r"never/adapter does not exist: nothing was trained yet\..*--arm base"):
+    with pytest.raises(ValueError, match=r"never/adapter does not exist: the run has no result yet\..*--arm base"):
         evaluate.main(never)
     with pytest.raises(ValueError, match=r"--arm adapter: .*never has base; train it first"):
         evaluate.main([*never, "--arm", "base", "--arm", "adapter"])
@@ -356,11 +356,18 @@ def test_a_checkpoint_is_evaluated_without_a_config(base: Path, run: Path, tmp_p
     assert json.loads((tmp_path / "metrics.json").read_text())["prompt"] == "answer en {question}"
 
 
-def test_a_finished_run_is_not_trained_again(base: Path, run: Path) -> None:
-    before = load_file(run / "adapter/adapter_model.safetensors")
+def test_a_finished_run_is_not_trained_again(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command changes no byte of it: neither result nor figures. A lost adapter comes back."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/adapter")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     train.main(arguments(base, run))
-    after = load_file(run / "adapter/adapter_model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert "is finished: nothing is left to train; kept step" in capsys.readouterr().out
+    train.main(arguments(base, tmp_path / "run"))
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
