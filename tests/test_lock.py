@@ -28,7 +28,12 @@ import os, sys, time
 from pathlib import Path
 from finetune.lock import locked
 with locked(Path(sys.argv[1]), Path(sys.argv[1]).parent, "training"):
+    ready, tell = os.pipe()
     child = os.fork() if sys.argv[2:] else 1  # as workers are forked
+    if child == 0:
+        os.write(tell, b"x")  # what a fork does in the child is done
+    elif child > 1:
+        os.read(ready, 1)
     if child:
         print(child, flush=True)
     time.sleep(300)
