@@ -39,7 +39,7 @@ test-machines: .venv/.installed-dev
 	@set -e; for threads in 1 2 4; do for cpu in "" avx2,AVX2,AVX2 default,SSE41,SSE4_2; do \
 		echo "$$threads threads, kernels: $${cpu:-as they are}"; \
 		IFS=,; set -- $$cpu; unset IFS; \
-		env OMP_NUM_THREADS=$$threads MKL_NUM_THREADS=$$threads \
+		env OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$$threads MKL_NUM_THREADS=$$threads \
 			$${cpu:+ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3} \
 			$(BIN)/pytest -n 2 $(patsubst %,tests/test_%.py,$(NUMERICAL)); \
 	done; done
