@@ -34,7 +34,7 @@ test: .venv/.installed-dev
 	$(BIN)/pytest -n 2
 
 # What depends on rounding, as on other machines: with 1, 2 and 4 threads, each with the kernels that this CPU has, those
-# of an x86 CPU with AVX2, and those of one without; 20 minutes on two cores. Others ignore what names x86.
+# of an x86 CPU with AVX2, and those of one without. Others ignore what names x86.
 test-machines: .venv/.installed-dev
 	@set -e; for threads in 1 2 4; do for cpu in "" avx2,AVX2,AVX2 default,SSE41,SSE4_2; do \
 		echo "$$threads threads, kernels: $${cpu:-as they are}"; \
