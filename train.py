@@ -47,13 +47,13 @@ from finetune.probe import Shape, learn_by_heart, pictures_of, probe, trial_conf
 from finetune.quantize import open_base, quantize
 from finetune.result import Result
 from finetune.resume import find_checkpoint, start_run
-from finetune.scratch import from_random
 from finetune.start import start
 from finetune.steps import Steps
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
-from model.checkpoint import refuse_unreadable
+from model.random_init import from_random
+from model.safetensors_io import refuse_unreadable
 
 
 def main(argv: Sequence[str]) -> None:

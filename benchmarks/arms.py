@@ -35,9 +35,9 @@ def ours(case: Path, dtype: torch.dtype, device: torch.device, recompute: str, q
 
 
 def ours_on(model: PaliGemma, recompute: str) -> Arm:
-    """recompute: "nothing", "gate-up" or "layers"."""
+    """recompute: "nothing" or "layers"."""
     decoder = model.train().language_model.model
-    decoder.set_recompute(layers=len(decoder.layers) if recompute == "layers" else 0, gate_up=recompute == "gate-up")
+    decoder.set_recompute(layers=len(decoder.layers) if recompute == "layers" else 0)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         inputs = dict(batch)
@@ -120,7 +120,6 @@ def in_fp32(arm: Opened) -> Opened:
 
 ARMS: dict[str, Opened] = {
     "ours": functools.partial(ours, recompute="nothing"),
-    "ours-gate-up": functools.partial(ours, recompute="gate-up"),
     "ours-recompute": functools.partial(ours, recompute="layers"),
     "documented": documented,
     "documented-keeping": functools.partial(documented, checkpointing=False),

@@ -18,8 +18,8 @@ import torch
 from finetune import cli
 from finetune.device import DTYPES
 from finetune.paths import path_argument
-from finetune.scratch import from_random
 from model import PaliGemmaConfig
+from model.random_init import from_random
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-base"
 PUBLISHED_IDS = {

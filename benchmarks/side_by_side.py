@@ -38,8 +38,9 @@ from finetune.lora import LoRAConfig, inject_lora
 from finetune.paths import path_argument
 from finetune.protocol import adapters
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
-from model.checkpoint import MappedFile, canonical_name, stored_tensors
-from model.products import this_cpu
+from model.checkpoint import canonical_name
+from model.ops.bf16_on_cpu import this_cpu
+from model.safetensors_io import MappedFile, stored_tensors
 
 Results = dict[str, list[dict[str, Any]]]  # arm -> what it measured, one entry a round
 

@@ -6,7 +6,7 @@
 A step: images through the tower, forward, backward, AdamW on fp32 adapters (rank 16, all language linears), gradients
 dropped. Rows of one image, 13 prefix and 3 supervised tokens. What is compared:
 
-    ours, ours-gate-up, ours-recompute   nothing, gate and up, or all layers computed again in the backward pass
+    ours, ours-recompute                 nothing, or all layers computed again in the backward pass
     documented            the library's recipe: fp32 adapters under bf16 autocast, all logits, checkpointing
     documented-keeping    the same without checkpointing
     tuned                 logits of supervised rows only, adapters in the base's dtype (the optimizer keeps fp32

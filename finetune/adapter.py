@@ -38,7 +38,8 @@ from finetune.peft_config import (
 )
 from finetune.protocol import METHODS, AdapterModule, adapters
 from finetune.quantize import NF4Linear, quantization_of
-from model.checkpoint import DTYPES, canonical_name, mismatches
+from model.checkpoint import canonical_name, mismatches
+from model.safetensors_io import DTYPES
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

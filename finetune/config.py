@@ -208,9 +208,9 @@ class TrainConfig(Section):
     """Examples per step, over all micro-batches."""
     micro_batch: Count | Literal["auto"] = "auto"
     """Examples at once on the device; memory, not the result, depends on it. auto: as the plan finds best."""
-    recompute: Annotated[int, Field(ge=0)] | Literal["auto", "gate_up"] = "auto"
-    """Activations computed again in the backward pass, for less memory and more time: those of the first N decoder
-    layers, or in all layers of gate and up alone. auto: as little as the plan finds necessary."""
+    recompute: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """The first N decoder layers are recomputed in the backward pass instead of saving their activations, for less
+    memory and more time; 0: none. auto: as few as the plan finds necessary."""
     learning_rate: Positive = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

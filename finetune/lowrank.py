@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from finetune.dropout import Dropout
 from finetune.quantize import PackedWeight, dense
-from model.products import add_product, grad_of_input, grad_of_weight, product
+from model.ops.linear import add_linear, grad_input, grad_weight, linear_forward
 
 
 def lora_linear(
@@ -72,8 +72,8 @@ class LowRank(Function):
         if not ctx.needs_input_grad[0]:
             ctx.mark_non_differentiable(flat)
         left = flat if dropout is None else x.masked_fill(dropout.mask(x), 0).flatten(0, -2)
-        low = product(left, a.to(x.dtype)) * ctx.scale  # (n, r)
-        return flat, product(low, b.to(x.dtype), bias)
+        low = linear_forward(left, a.to(x.dtype)) * ctx.scale  # (n, r)
+        return flat, linear_forward(low, b.to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -81,15 +81,15 @@ class LowRank(Function):
         x, a, b = ctx.saved_tensors
         mask = None if ctx.dropout is None else ctx.dropout.mask(x)
         left = (x if mask is None else x.masked_fill(mask, 0)).flatten(0, -2)
-        low = product(left, a.to(x.dtype)) * ctx.scale  # (n, r)
-        grad_low = grad_of_input(grad, b.to(x.dtype)) * ctx.scale  # (n, r)
-        grad_a, grad_b = grad_of_weight(grad_low, left).to(a.dtype), grad_of_weight(grad, low).to(b.dtype)
+        low = linear_forward(left, a.to(x.dtype)) * ctx.scale  # (n, r)
+        grad_low = grad_input(grad, b.to(x.dtype)) * ctx.scale  # (n, r)
+        grad_a, grad_b = grad_weight(grad_low, left).to(a.dtype), grad_weight(grad, low).to(b.dtype)
         total = None
         if ctx.needs_input_grad[0]:
             if mask is None:
-                total = grad_of_input(grad_low, a.to(x.dtype), onto=grad_x).view_as(x)
+                total = grad_input(grad_low, a.to(x.dtype), onto=grad_x).view_as(x)
             else:
-                total = grad_of_input(grad_low, a.to(x.dtype)).view_as(x).masked_fill_(mask, 0).add_(grad_x.view_as(x))
+                total = grad_input(grad_low, a.to(x.dtype)).view_as(x).masked_fill_(mask, 0).add_(grad_x.view_as(x))
         return total, grad_a, grad_b, None, None, None
 
 
@@ -100,11 +100,11 @@ class FrozenProduct(Function):
     def forward(ctx: Any, update: Tensor, x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
         ctx.mark_dirty(update)
-        add_product(update, x, dense(weight, x.dtype))
+        add_linear(update, x, dense(weight, x.dtype))
         return update
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad_of_input(grad, dense(ctx.weight, ctx.dtype)) if ctx.needs_input_grad[1] else None
+        grad_x = grad_input(grad, dense(ctx.weight, ctx.dtype)) if ctx.needs_input_grad[1] else None
         return grad, grad_x, None

@@ -26,7 +26,6 @@ from finetune.device import pick_device, pick_dtype
 from finetune.lora import LoRAConfig, inject_lora
 from finetune.quantize import decoder_linears, packed_bytes
 from model import PaliGemma, PaliGemmaConfig
-from model.gemma import Sight
 
 GIB = 2**30
 TERA = 10**12
@@ -53,12 +52,10 @@ class Mode:
 
     micro_batch: int
     recompute_layers: int = 0
-    recompute_gate_up: bool = False
     offload_vision: bool = False
 
     def __str__(self) -> str:
         again = f"the first {self.recompute_layers} layers" if self.recompute_layers else "nothing"
-        again = "gate and up" if self.recompute_gate_up else again
         away = "; the vision tower leaves the device while the decoder works" if self.offload_vision else ""
         return f"micro-batches of {self.micro_batch}, computing {again} again{away}"
 
@@ -82,8 +79,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Bytes that one row keeps from its forward to its backward pass: per decoder layer for each way of recomputing,
-    and besides (vision tower, final norm).
+    """Bytes that one row keeps from its forward to its backward pass: per decoder layer, recomputed or not, and
+    besides (vision tower, final norm).
     """
 
     layers: dict[str, list[int]]
@@ -97,18 +94,16 @@ class Work:
     Attributes:
         picture: one picture through vision tower and connector; there and back where they are trained.
         row: one row through the decoder and its head, there and back, nothing computed again.
-        again: what computing again adds to a row, by decoder layer, for "gate_up" and "layer".
+        again: what computing a decoder layer again adds to a row, by layer.
     """
 
     picture: int
     row: int
-    again: dict[str, list[int]]
+    again: list[int]
 
     def total(self, mode: Mode, pictures: float) -> float:
         """TFLOP of a row, with what a mode recomputes, and of so many pictures."""
-        again = self.again["gate_up"] if mode.recompute_gate_up else self.again["layer"]
-        layers = len(again) if mode.recompute_gate_up else mode.recompute_layers
-        return (pictures * self.picture + self.row + sum(again[:layers])) / TERA
+        return (pictures * self.picture + self.row + sum(self.again[: mode.recompute_layers])) / TERA
 
 
 class Planner:
@@ -163,8 +158,8 @@ class Planner:
 
     def count_kept(self) -> Kept:
         decoder, layers, besides = self.model.language_model.model, {}, 0
-        for name, how in (("nothing", {}), ("gate_up", {"gate_up": True}), ("layer", {"layers": 10**6})):
-            decoder.set_recompute(**how)
+        for name, recomputed in (("nothing", 0), ("layer", len(decoder.layers))):
+            decoder.set_recompute(recomputed)
             counted = kept_bytes(self.model, self.tokens, self.supervised, self.vision_trains)
             besides = counted.pop()
             layers[name] = counted
@@ -172,8 +167,8 @@ class Planner:
 
     def activations(self, mode: Mode) -> int:
         """Bytes that the graph of one micro-batch keeps from its forward to its backward pass, logits aside."""
-        again, rest = mode.recompute_layers, "gate_up" if mode.recompute_gate_up else "nothing"
-        layers = self.kept.layers["layer"][:again] + self.kept.layers[rest][again:]
+        again = mode.recompute_layers
+        layers = self.kept.layers["layer"][:again] + self.kept.layers["nothing"][again:]
         return mode.micro_batch * (sum(layers) + self.kept.besides)
 
     def rounding(self, offload_vision: bool) -> int:
@@ -216,8 +211,8 @@ class Planner:
         """Bytes at most while the backward pass of a micro-batch works in a decoder layer: what that layer and those
         before it keep, what it recomputes, and its gradients: bytes of a row by its positions.
         """
-        again, rest = mode.recompute_layers, "gate_up" if mode.recompute_gate_up else "nothing"
-        kept = self.kept.layers["layer"][:again] + self.kept.layers[rest][again:]
+        again = mode.recompute_layers
+        kept = self.kept.layers["layer"][:again] + self.kept.layers["nothing"][again:]
         norms = 2 * self.config.text.hidden_size * self.dtype.itemsize  # outputs of a position, kept where recomputed
         peak, before = 0, 0
         for layer, (bytes_kept, bytes_of_all) in enumerate(zip(kept, self.kept.layers["nothing"], strict=True)):
@@ -268,10 +263,10 @@ class Planner:
             components["cuBLAS workspaces (estimate)"] = cublas_workspaces(self.device)
         return Plan(mode, components, budget)
 
-    def choose(self, budget: int, micro_batch: int | None = None, recompute: tuple[int, bool] | None = None) -> Plan:
+    def choose(self, budget: int, micro_batch: int | None = None, recompute: int | None = None) -> Plan:
         """The fastest mode within `budget` bytes; where none fits the leanest, whose `fits` is False.
 
-        micro_batch, recompute (layers, gate and up): taken as given, where they are.
+        micro_batch, recompute (number of layers): taken as given, where they are.
         """
         best: tuple[float, int, Plan] | None = None
         leanest: Plan | None = None
@@ -284,12 +279,12 @@ class Planner:
         assert leanest is not None, "there is at least one mode"
         return best[2] if best else leanest
 
-    def modes(self, micro_batch: int | None, recompute: tuple[int, bool] | None) -> Iterator[Mode]:
-        ways = [(layers, False) for layers in range(self.config.text.num_hidden_layers + 1)] + [(0, True)]
+    def modes(self, micro_batch: int | None, recompute: int | None) -> Iterator[Mode]:
+        numbers = range(self.config.text.num_hidden_layers + 1) if recompute is None else [recompute]
         for rows in [micro_batch] if micro_batch else range(1, self.batch_size + 1):
-            for layers, gate_up in [recompute] if recompute else ways:
+            for layers in numbers:
                 for leaves in (False, True) if self.device.type != "cpu" and not self.vision_trains else (False,):
-                    yield Mode(rows, layers, gate_up, leaves)
+                    yield Mode(rows, layers, leaves)
 
     def work(self, mode: Mode, pictures: float = 1.0) -> float:
         """TFLOP (10^12 floating-point operations) of an example in training, forward and backward.
@@ -343,15 +338,23 @@ def kept_bytes(model: PaliGemma, tokens: int, supervised: int, vision: bool, row
         count(tensor, current)
         return tensor
 
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def start(*_: object) -> None:
         nonlocal current
-        current = places.get(module, -1)
-        for sight in (value for value in inputs if isinstance(value, Sight)):
-            for tensor in (sight.cos, sight.sin, sight.bias):
-                count(tensor, -1)
+        current = 0
 
-    places = {layer: i for i, layer in enumerate(decoder.layers)}
-    handles = [module.register_forward_pre_hook(enter) for module in (*decoder.layers, decoder.norm)]
+    def count_shared(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rotary, bias = inputs[1:3]
+        for tensor in (*rotary, bias):
+            count(tensor, -1)
+
+    # A layer that is recomputed saves its input before it is entered.
+    def leave(*_: object) -> None:
+        nonlocal current
+        current += 1
+
+    handles = [decoder.register_forward_pre_hook(start)]
+    for layer in decoder.layers:
+        handles += [layer.register_forward_pre_hook(count_shared), layer.register_forward_hook(leave)]
     side, patches = config.vision.image_size, config.vision.num_patches
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x = torch.zeros(rows, tokens, config.text.hidden_size, dtype=model.dtype)
@@ -369,8 +372,8 @@ def decode(model: PaliGemma, x: Tensor, supervised: int) -> Tensor:
     rows, tokens, _ = x.shape
     mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device=x.device)
     positions = torch.arange(tokens, device=x.device).expand(rows, -1)
-    used = torch.arange(supervised, device=x.device).expand(rows, -1)
-    hidden: Tensor = model.language_model.model(x, mask, positions, used=used)
+    queries = torch.arange(supervised, device=x.device).expand(rows, -1)
+    hidden: Tensor = model.language_model.model(x, mask, positions, query_positions=queries)
     return hidden
 
 
@@ -395,15 +398,14 @@ def count_work(config: PaliGemmaConfig, lora: LoRAConfig | None, vision: bool, t
     if lora is not None:
         inject_lora(model, lora)
     model.eval()  # dropout multiplies no matrices
-    again: dict[str, list[int]] = {"gate_up": [], "layer": []}
+    again: list[int] = []
     before = 0
 
     def passed(layer: nn.Module, inputs: Any, output: Tensor) -> None:
         nonlocal before
         forward, before = counter.get_total_flops() - before, counter.get_total_flops()
         product = 2 * output.shape[1] * config.text.hidden_size * config.text.intermediate_size
-        again["gate_up"].append(2 * product * output.requires_grad)
-        again["layer"].append((forward - product) * output.requires_grad)  # the last, down: nothing behind it is needed
+        again.append((forward - product) * output.requires_grad)  # the last, down: nothing behind it is needed
 
     with counting() as counter:
         with torch.set_grad_enabled(vision):
@@ -441,8 +443,8 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> tuple
     planner = Planner(config, run.lora, dtype, tokens, longest.answer, share, device, run.model.quantize)
     budget, whose = budget_of(device, run.memory.budget_gib)
     micro_batch = None if train.micro_batch == "auto" else train.micro_batch
-    recompute = {"auto": None, "gate_up": (0, True)}.get(str(train.recompute), (train.recompute, False))
-    return planner, planner.choose(budget, micro_batch, recompute), whose  # type: ignore[arg-type]
+    recompute = None if train.recompute == "auto" else train.recompute
+    return planner, planner.choose(budget, micro_batch, recompute), whose
 
 
 def require_fit(run: RunConfig, plan: Plan, whose: str) -> None:

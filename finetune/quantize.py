@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.durable import require_whole
-from model import PaliGemma, products
+from model import PaliGemma
+from model.ops import linear as linear_ops
 
 SAMPLE = 64  # values by which a weight is known again
 BLOCK = 64  # weights that share a scale
@@ -61,7 +62,7 @@ class NF4Linear(nn.Linear):
         self.register_buffer("weight_sample", sample_of(linear.weight).view(torch.uint8).to(device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return products.linear(x, dense(weight_of(self), x.dtype), self.bias)
+        return linear_ops.linear(x, dense(weight_of(self), x.dtype), self.bias)
 
 
 class LinearLike(Protocol):

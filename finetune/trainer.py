@@ -94,7 +94,7 @@ class LoRATrainer(Trainer):
                 "model.dtype=float32"
             )
         self.offload = Offload(model.vision_tower, model.device) if mode.offload_vision else None
-        model.language_model.model.set_recompute(mode.recompute_layers, mode.recompute_gate_up)
+        model.language_model.model.set_recompute(mode.recompute_layers)
         super().__init__(
             model=WithoutConfig(model),
             args=arguments,

@@ -1,10 +1,10 @@
 """The network: a PaliGemma written from scratch. Needs torch and safetensors only."""
 
 from model.batch import IGNORE_INDEX, TokenBatch
-from model.checkpoint import fetch
 from model.config import PaliGemmaConfig, TextConfig, VisionConfig
-from model.gemma import prefix_lm_mask
-from model.lean import choose_kernels
+from model.hub import fetch
+from model.layers import prefix_lm_mask
+from model.ops.kernels import choose_kernels
 from model.paligemma import PaliGemma, PaliGemmaOutput
 
 __all__ = [

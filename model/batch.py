@@ -1,10 +1,11 @@
-"""A batch of rows, checked, and every position that the network will gather or scatter, known before a device is asked.
+"""A checked batch of rows, with every position that the network will gather or scatter.
 
 What depends on the values of a batch (where image tokens stand, which positions are supervised, whether rows are padded
-on the right) is worked out where the ids are, on the CPU, and travels with them. Asked of a card, each such question
-would make the host wait until the card has done all that it was given.
+on the right) is computed on the CPU, where the ids are, and moves to the device with them. Computed on a card, each of
+these values would make the host wait until the card has finished its queue.
 
-Axes: B batch, S sequence, N image tokens, U positions used after the last layer, L supervised positions, D hidden.
+Axes: B batch, S sequence, N image tokens, U query positions of the last
+layer, L supervised positions, D hidden.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class TokenBatch:
     Attributes:
         input_ids, attention_mask, token_type_ids: i64 [B, S], as in `PaliGemma.forward`.
         image_positions: i64 [B, N], where the image tokens stand in each row; N may be 0.
-        used: i64 [B, U], the positions whose hidden states are wanted: those that predict a label, and in rows of fewer
-            than the longest others to fill up. None without labels: all are wanted.
-        predicting: i64 [L], which of the B * U used positions predict a label, row by row.
+        query_positions: i64 [B, U], the positions that the last layer computes: those that predict a label, and in
+            rows with fewer of them than others, further ones to fill up. None without labels: all are computed.
+        predicting: i64 [L], which of the B * U query positions predict a label, row by row.
         targets: i64 [L], those labels.
     """
 
@@ -34,7 +35,7 @@ class TokenBatch:
     attention_mask: Tensor
     token_type_ids: Tensor
     image_positions: Tensor
-    used: Tensor | None = None
+    query_positions: Tensor | None = None
     predicting: Tensor | None = None
     targets: Tensor | None = None
 
@@ -69,7 +70,7 @@ class TokenBatch:
         return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there are, by their names here."""
+        """The fields that are not None, by name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -84,12 +85,16 @@ def image_positions(input_ids: Tensor, image_token_id: int) -> Tensor:
 
 
 def supervision(labels: Tensor) -> dict[str, Tensor]:
-    """`used`, `predicting` and `targets` of labels i64 [B, S]: a position predicts the label of the next one."""
+    """`query_positions`, `predicting` and `targets` of labels i64 [B, S]: a position predicts the next one's label."""
     supervised = labels[:, 1:] != IGNORE_INDEX  # (B, S-1), at the positions that predict
     counts = supervised.sum(dim=1, keepdim=True)
     if not (most := int(counts.max())):
         raise ValueError("labels hold no supervised position: their loss is not a number; drop such rows")
     # Each row's own positions first, filled up with others.
-    used = supervised.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, U)
-    own = torch.arange(most) < counts
-    return {"used": used, "predicting": own.flatten().nonzero()[:, 0], "targets": labels[:, 1:][supervised]}
+    positions = supervised.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, U)
+    own = torch.arange(most) < counts  # (B, U)
+    return {
+        "query_positions": positions,
+        "predicting": own.flatten().nonzero()[:, 0],
+        "targets": labels[:, 1:][supervised],
+    }

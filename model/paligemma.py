@@ -5,7 +5,8 @@ suffix is causal and sees all of the prefix. Which is which is data (`token_type
 evaluation and generation. Only supervised positions reach the output head: a handful of rows against a 257k
 vocabulary instead of hundreds.
 
-Axes: B batch, S sequence, I images (one per row), N image tokens, D hidden, V vocabulary, L supervised positions.
+Axes: B batch, S sequence, I images (one per row), N image tokens, D hidden, V vocabulary, U query positions of
+the last layer, L supervised positions.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import checkpoint, gemma, siglip
+from model import checkpoint
 from model.batch import TokenBatch, image_positions
 from model.config import PaliGemmaConfig
-from model.connector import LinearConnector
-from model.gemma import prefix_lm_mask
-from model.generate import generate
+from model.connectors import LinearConnector
+from model.gemma import GemmaForCausalLM
+from model.generate import Sampling, generate, require_right_padding
+from model.hub import fetch
+from model.layers import prefix_lm_mask
+from model.siglip import SiglipVisionTower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +47,9 @@ class PaliGemma(nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | None = None
-        self.vision_tower = siglip.SiglipVisionTower(config.vision)
+        self.vision_tower = SiglipVisionTower(config.vision)
         self.multi_modal_projector = LinearConnector(config)
-        self.language_model = gemma.GemmaForCausalLM(config.text)
+        self.language_model = GemmaForCausalLM(config.text)
 
     @classmethod
     def from_pretrained(
@@ -62,7 +66,7 @@ class PaliGemma(nn.Module):
         Raises:
             ValueError: nothing to open, another architecture, or tensors missing, unexpected or mis-shaped.
         """
-        directory = checkpoint.fetch(path_or_hub_id, revision)
+        directory = fetch(path_or_hub_id, revision)
         model = cls.empty(PaliGemmaConfig.from_directory(directory), dtype, "meta")
         checkpoint.load_weights(model, directory, device)
         model.source = directory
@@ -81,7 +85,9 @@ class PaliGemma(nn.Module):
         Raises:
             ValueError: the parameters are not a plain PaliGemma's (adapters are still in place).
         """
-        checkpoint.save(self, Path(directory))
+        with torch.device("meta"):
+            expected = PaliGemma(self.config).state_dict()
+        checkpoint.save(Path(directory), self.state_dict(), expected, self.config.to_hf(self.dtype), self.source)
 
     @property
     def device(self) -> torch.device:
@@ -129,14 +135,14 @@ class PaliGemma(nn.Module):
         return self.decode(batch.to(input_ids.device), image_features)
 
     def decode(self, batch: TokenBatch, image_features: Tensor | None) -> Tensor:
-        """Final hidden states of a checked batch: [B, S, D], or where it has labels of the used positions, [B, U, D]:
-        the last layer then works for those alone.
+        """Final hidden states of a checked batch: [B, S, D], or where it has labels those of its query positions,
+        [B, U, D]: the last layer then computes those alone.
         """
         x = self.embed(batch.input_ids, image_features, batch.image_positions)  # (B, S, D)
         # Published models count from 1.
         positions = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[:2])
         mask = prefix_lm_mask(batch.attention_mask, batch.token_type_ids)
-        hidden: Tensor = self.language_model.model(x, mask, positions, used=batch.used)
+        hidden: Tensor = self.language_model.model(x, mask, positions, query_positions=batch.query_positions)
         return hidden
 
     def forward(
@@ -184,4 +190,35 @@ class PaliGemma(nn.Module):
         total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
         return PaliGemmaOutput(logits, total / (num_items_in_batch or len(logits)))
 
-    generate = generate
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue right-padded prompts; images, masks and types as in `forward`, the rest as in `Sampling`.
+
+        Returns:
+            i64 [B, T], the new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
+
+        Raises:
+            ValueError: settings that cannot be, prompts not padded on the right, images that do not match.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        require_right_padding(attention_mask)
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values)
+        x = self.embed(input_ids, image_features)  # (B, S, D)
+        eos, pad = self.config.eos_token_id, self.config.pad_token_id
+        return generate(self.language_model, x, attention_mask, token_type_ids, sampling, eos, pad)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VisionConfig
-from model.products import Conv2d, Linear, attention
+from model.ops.attention import attention
+from model.ops.linear import Conv2d, Linear
 
 
 class SiglipEmbeddings(nn.Module):

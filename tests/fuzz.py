@@ -49,9 +49,9 @@ from finetune.checkpoints import newest_whole, read_moments, read_parameters, wr
 from finetune.durable import MANIFEST, write_whole
 from finetune.protocol import AdapterModule, adapters, trained_parameters
 from finetune.quantize import open_base
-from finetune.scratch import from_random
 from model import PaliGemma
 from model.config import TextConfig, VisionConfig
+from model.random_init import from_random
 from tests import tiny
 
 OUTCOMES = ("refused", "the same", "as it says", "violation")

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
-from finetune.scratch import from_random
-from model import PaliGemma, PaliGemmaConfig, checkpoint, fetch
-from model.checkpoint import MappedFile, StoredTensor, refuse_unreadable
+from model import PaliGemma, PaliGemmaConfig, fetch, safetensors_io
+from model.random_init import from_random
+from model.safetensors_io import MappedFile, StoredTensor, refuse_unreadable
 from tests import rounding, tiny
 from tests.rounding import computed_by
 
@@ -356,8 +356,8 @@ def test_the_hub_is_asked_for_the_revision_and_only_for_what_is_read(
 
 MEASURE = """
 import sys, torch
-from model import PaliGemma, checkpoint
-checkpoint.PART //= 16  # as this network is smaller than the published one
+from model import PaliGemma, safetensors_io
+safetensors_io.CHUNK //= 16  # as this network is smaller than the published one
 def status(name):
     return int(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1]) * 1024
 with torch.device("meta"):
@@ -479,8 +479,8 @@ def test_other_architectures_are_refused_by_name(changes: dict[str, Any], messag
 
 @pytest.mark.parametrize("offset", [0, 4, 2, 7])
 def test_a_tensor_is_read_from_wherever_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
-    """In parts and by a cast, and what lies beside it in the file is still there afterwards."""
-    monkeypatch.setattr(checkpoint, "PART", 1000)
+    """In chunks and by a cast, and what lies beside it in the file is still there afterwards."""
+    monkeypatch.setattr(safetensors_io, "CHUNK", 1000)
     values = torch.randn(37, 100)
     file = tmp_path / "tensors"
     file.write_bytes(bytes(range(offset)) + values.numpy().tobytes() + b"beside")

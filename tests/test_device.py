@@ -25,7 +25,7 @@ from tests.card import DEVICE, Card, CardTensor
 from tests.test_trainer import ADAPTERS, EVERYWHERE, run_config, trainer_of
 
 TINY_BASE = Path(__file__).parent.parent / "assets/tiny-base"
-MODES = [Mode(4), Mode(4, recompute_layers=2), Mode(4, recompute_gate_up=True), Mode(4, offload_vision=True)]
+MODES = [Mode(4), Mode(4, recompute_layers=2), Mode(4, offload_vision=True)]
 DROPOUT = {**ADAPTERS, "dropout": 0.3}
 CASES = [
     pytest.param(lora, mode, id=f"{name}, {mode}")

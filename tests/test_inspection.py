@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data import Processor
 from finetune.inspection import leaks_of, problems_of, structure_of
-from finetune.scratch import from_random
 from model import PaliGemma
+from model.random_init import from_random
 
 ROOT = Path(__file__).parent.parent
 Batch = dict[str, Tensor]

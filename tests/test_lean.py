@@ -1,4 +1,4 @@
-"""Operations that keep little for the backward pass: same values, same gradients, fewer bytes."""
+"""Memory-efficient ops and recomputation: same values, same gradients, fewer bytes saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,8 +22,12 @@ from finetune import LoRAConfig, LoRALinear, inject_lora, remove_lora
 from finetune.lora import put_adapter
 from finetune.protocol import AdapterSettings, set_dropout_seeds
 from model import PaliGemma, TextConfig
-from model.gemma import GemmaLayer, GemmaMLP, Sight
-from model.lean import gated, remade, rms_norm
+from model.gemma import GemmaLayer, GemmaMLP
+from model.layers import rotary_embedding
+from model.ops.attention import attention_bias
+from model.ops.geglu import geglu, plain_geglu
+from model.ops.recompute import cheap_to_recompute, recompute_cheap_outputs, recompute_layer
+from model.ops.rms_norm import plain_rms_norm, rms_norm
 from tests import rounding, tiny
 
 
@@ -92,21 +95,12 @@ def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
 
-def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.float() if x.dtype == torch.bfloat16 else x
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight)).to(x.dtype)
-
-
-def plain_gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh") * up
-
-
 def test_gradients_of_the_norm_in_fp64() -> None:
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-6), (double(2, 3, 8), double(8)))
 
 
-def test_gradients_of_the_gated_activation_in_fp64() -> None:
-    assert torch.autograd.gradcheck(gated, (double(2, 3, 8), double(2, 3, 8)))
+def test_gradients_of_geglu_in_fp64() -> None:
+    assert torch.autograd.gradcheck(geglu, (double(2, 3, 8), double(2, 3, 8)))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -128,14 +122,16 @@ def test_gradients_of_the_adapted_linear_in_fp64(bias: bool, dropout: float) -> 
 
 
 @pytest.mark.parametrize(
-    ("lean", "plain", "shapes"),
+    ("efficient", "plain", "shapes"),
     [
-        (lambda x, weight: rms_norm(x, weight, 1e-6), plain_rms_norm, [(2, 9, 16), (16,)]),
-        (gated, plain_gated, [(2, 9, 16), (2, 9, 16)]),
+        (partial(rms_norm, eps=1e-6), partial(plain_rms_norm, eps=1e-6), [(2, 9, 16), (16,)]),
+        (geglu, plain_geglu, [(2, 9, 16), (2, 9, 16)]),
     ],
-    ids=["norm", "gated"],
+    ids=["norm", "geglu"],
 )
-def test_values_and_gradients_are_those_of_plain_autograd_with_fewer_bytes(lean: Any, plain: Any, shapes: Any) -> None:
+def test_values_and_gradients_are_those_of_plain_autograd_with_fewer_bytes(
+    efficient: Any, plain: Any, shapes: Any
+) -> None:
     """In fp64; and in fp32 and bf16 as near to it as autograd's."""
     exact = [torch.randn(shape).bfloat16().double() for shape in shapes]
     grad = torch.randn(shapes[0]).bfloat16().double()
@@ -148,14 +144,14 @@ def test_values_and_gradients_are_those_of_plain_autograd_with_fewer_bytes(lean:
         return [output, *torch.autograd.grad(output, given, grad.to(dtype))]
 
     wanted = values_and_gradients(plain, torch.float64)
-    rounding.assert_exact(values_and_gradients(lean, torch.float64), wanted)
+    rounding.assert_exact(values_and_gradients(efficient, torch.float64), wanted)
     for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = (values_and_gradients(run, dtype) for run in (lean, plain))
+        ours, theirs = (values_and_gradients(run, dtype) for run in (efficient, plain))
         assert {tensor.dtype for tensor in ours} == {dtype}
         for mine, other, result in zip(ours, theirs, wanted, strict=True):
             rounding.assert_as_near(mine, other, result)
         given = inputs(dtype)
-        kept = [kept_bytes(partial(run, *given), nn.Module()) for run in (lean, plain)]
+        kept = [kept_bytes(partial(run, *given), nn.Module()) for run in (efficient, plain)]
         assert kept[0] < kept[1]
 
 
@@ -191,18 +187,19 @@ def test_the_mlp_keeps_gate_and_up_and_not_their_product(narrow: TextConfig) -> 
     plain = copy.deepcopy(mlp)
     x, grad = torch.randn(2, 9, 32).requires_grad_(), torch.randn(2, 9, 32)
 
-    def unlean(x: Tensor) -> Tensor:
-        product: Tensor = plain.down_proj(plain_gated(plain.gate_proj(x), plain.up_proj(x)))
+    def textbook(x: Tensor) -> Tensor:
+        product: Tensor = plain.down_proj(plain_geglu(plain.gate_proj(x), plain.up_proj(x)))
         return product
 
     one = 2 * 9 * 256 * 4
 
-    def frugal(x: Tensor) -> Tensor:
-        product: Tensor = mlp(x, nullcontext(), False)
+    def ours(x: Tensor) -> Tensor:
+        with recompute_cheap_outputs():
+            product: Tensor = mlp(x)
         return product
 
-    assert kept_bytes(lambda: frugal(x), mlp) == x.nbytes + 2 * one
-    assert kept_bytes(lambda: unlean(x), plain) >= x.nbytes + 4 * one
+    assert kept_bytes(lambda: ours(x), mlp) == x.nbytes + 2 * one
+    assert kept_bytes(lambda: textbook(x), plain) >= x.nbytes + 4 * one
 
     def gradients(module: nn.Module, run: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         module.to(dtype)
@@ -212,24 +209,24 @@ def test_the_mlp_keeps_gate_and_up_and_not_their_product(narrow: TextConfig) -> 
         )
 
     rounding.assert_same(
-        rounding.computed(lambda dtype: gradients(mlp, frugal, dtype)),
-        rounding.computed(lambda dtype: gradients(plain, unlean, dtype)),
+        rounding.computed(lambda dtype: gradients(mlp, ours, dtype)),
+        rounding.computed(lambda dtype: gradients(plain, textbook, dtype)),
     )
 
 
-def test_what_is_made_again_is_made_once_for_all_and_dropped() -> None:
+def test_a_cheap_output_is_recomputed_once_for_all_and_dropped() -> None:
     x, weights = double(5, 8), [double(8, 8) for _ in range(3)]
-    made: list[weakref.ref[Tensor]] = []
+    recomputed: list[weakref.ref[Tensor]] = []
 
-    def make() -> Tensor:
-        made.append(weakref.ref(again := x.detach() * 2))
+    def compute(x: Tensor) -> Tensor:
+        recomputed.append(weakref.ref(again := x * 2))
         return again
 
     def run() -> Tensor:
-        tensor = x * 2
-        with remade(tensor, make, checkpointed=False):
+        with recompute_cheap_outputs():
+            tensor = cheap_to_recompute(x * 2, compute, x)
             products = [tensor @ weight for weight in weights]
-            products.append(tensor.t().contiguous().t() @ weights[0])  # another storage: kept
+            products.append(tensor.t().contiguous().t() @ weights[0])  # another storage: saved
         alive.append(weakref.ref(tensor))
         return torch.stack(products).sum()
 
@@ -240,46 +237,57 @@ def test_what_is_made_again_is_made_once_for_all_and_dropped() -> None:
         loss = run()
         assert alive[-1]() is None
         got = torch.autograd.grad(loss, [x, *weights])
-        assert len(made) == times
-        assert made[-1]() is None
+        assert len(recomputed) == times
+        assert recomputed[-1]() is None
         rounding.assert_exact(got, wanted)
 
 
-def test_a_layer_keeps_its_two_inputs_what_attention_reads_and_gate_and_up(narrow: TextConfig) -> None:
+def inputs_of_layers(config: TextConfig, length: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """cos and sin, and the bias of folded heads, for a row that sees all of itself."""
+    rotary = rotary_embedding(torch.arange(length)[None], config.head_dim, config.rope_theta, torch.float32)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+    return rotary, attention_bias(mask, torch.float32, config.num_attention_heads // config.num_key_value_heads)
+
+
+def test_a_layer_saves_its_two_inputs_what_attention_reads_and_gate_and_up(narrow: TextConfig) -> None:
     layer = GemmaLayer(narrow, 0).requires_grad_(False)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         put_adapter(layer, f"self_attn.{name}", AdapterSettings(4, 4.0))
     for name in ("gate_proj", "up_proj", "down_proj"):
         put_adapter(layer, f"mlp.{name}", AdapterSettings(4, 4.0))
-    sight = Sight.of(torch.ones(1, 1, 9, 9, dtype=torch.bool), torch.arange(9)[None], narrow, torch.float32)
-    shared = sum(tensor.untyped_storage().nbytes() for tensor in (sight.cos, sight.sin, sight.bias))
+    (cos, sin), bias = inputs_of_layers(narrow, 9)
+    shared = sum(tensor.untyped_storage().nbytes() for tensor in (cos, sin, bias))
+
+    def run() -> Tensor:
+        with recompute_cheap_outputs():
+            output: Tensor = layer(x, (cos, sin), bias)
+        return output
+
     x = torch.randn(1, 9, 32).requires_grad_()
     heads, rows = narrow.num_attention_heads * narrow.head_dim, 9 * 4
     scales, sums = 2 * rows, rows * narrow.num_attention_heads  # of each norm, and of each head's softmax
     floats = 2 * 32 + 2 * heads + 2 * narrow.head_dim + 2 * narrow.intermediate_size
-    assert kept_bytes(lambda: layer(x, sight, None), layer) == floats * rows + scales + sums + shared
+    assert kept_bytes(run, layer) == floats * rows + scales + sums + shared
 
 
 @pytest.mark.parametrize("keys", [8, 9, 15, 16])
-def test_what_attention_adds_is_aligned(narrow: TextConfig, keys: int) -> None:
+def test_what_attention_adds_is_aligned(keys: int) -> None:
     """A multiple of 8 elements from row to row; what is between them is no key."""
     mask = torch.rand(2, 1, 5, keys) < 0.5
-    for folded, copies in ((True, 4), (False, 1)):
-        bias = Sight.of(mask, torch.arange(5).expand(2, -1), narrow, torch.float32, folded).bias
+    for copies in (4, 1):
+        bias = attention_bias(mask, torch.float32, copies)
         assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
         assert torch.equal(bias == 0, mask.repeat_interleave(copies, dim=2))
         assert torch.equal(bias == float("-inf"), ~mask.repeat_interleave(copies, dim=2))
 
 
-def test_a_checkpointed_layer_does_not_compute_its_last_product_again(narrow: TextConfig) -> None:
+def test_a_recomputed_layer_does_not_compute_its_last_product_again(narrow: TextConfig) -> None:
     layer = GemmaLayer(narrow, 0).requires_grad_(False)
     put_adapter(layer, "mlp.down_proj", AdapterSettings(4, 4.0))
-    layer.recompute = "layer"
-    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
-    sight = Sight.of(mask, torch.arange(5)[None], narrow, torch.float32)
+    inputs = inputs_of_layers(narrow, 5)
 
     def frozen_products_again() -> int:
-        output = layer(torch.randn(1, 5, 32).requires_grad_(), sight, None)
+        output = recompute_layer(layer, torch.randn(1, 5, 32).requires_grad_(), *inputs)
         with Executed() as executed:
             output.sum().backward()
         return executed.names.count("aten::addmm_")
@@ -307,11 +315,11 @@ def step(model: PaliGemma) -> tuple[Tensor, list[Tensor]]:
     return loss, list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
-@pytest.mark.parametrize("how", [{"gate_up": True}, {"layers": 1}, {"layers": 2, "gate_up": True}, {"layers": 3}])
-def test_recomputation_changes_no_bit_and_keeps_less(adapted: PaliGemma, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_recomputation_changes_no_bit_and_saves_less(adapted: PaliGemma, layers: int) -> None:
     decoder = adapted.language_model.model
     kept, (loss, gradients) = kept_bytes(lambda: step(adapted)[0], adapted), step(adapted)
-    decoder.set_recompute(**how)
+    decoder.set_recompute(layers)
     try:
         less, (loss_again, gradients_again) = kept_bytes(lambda: step(adapted)[0], adapted), step(adapted)
     finally:
@@ -342,7 +350,7 @@ def products(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def test_the_last_layer_works_for_used_positions_alone(adapted: PaliGemma) -> None:
+def test_the_last_layer_computes_the_query_positions_alone(adapted: PaliGemma) -> None:
     model, text = copy.deepcopy(adapted).eval(), adapted.config.text
     remove_lora(model)
     batch = tiny.batch(tiny.CONFIG, [9, 9], [3, 3])

@@ -18,7 +18,9 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from model import PaliGemma, TextConfig, VisionConfig, prefix_lm_mask
 from model.checkpoint import canonical_name
-from model.gemma import GemmaLayer, GemmaModel, KVCache, Sight
+from model.gemma import GemmaLayer, GemmaModel
+from model.layers import KVCache, rotary_embedding
+from model.ops.attention import attention_bias
 from model.siglip import SiglipLayer
 from tests import rounding, tiny
 from tests.rounding import computed_by
@@ -104,8 +106,10 @@ def test_a_decoder_layer_of_true_width_equals_the_library() -> None:
     mask = prefix_lm_mask(torch.ones_like(types), types)
 
     def run_ours(layer: GemmaLayer) -> Tensor:
-        sight = Sight.of(mask, position_ids, TextConfig(), dtype_of(layer))
-        output: Tensor = layer(x.to(dtype_of(layer)), sight, None)
+        dtype = dtype_of(layer)
+        output: Tensor = layer(
+            x.to(dtype), rotary_embedding(position_ids, 256, 1e4, dtype), attention_bias(mask, dtype, heads=8)
+        )
         return output
 
     def run_theirs(layer: GemmaDecoderLayer) -> Tensor:
@@ -175,22 +179,22 @@ def test_padding_changes_nothing(pair: Any) -> None:
 
 @pytest.mark.parametrize("key_heads", [1, 2])
 def test_heads_folded_and_unfolded_are_the_same_attention(key_heads: int) -> None:
-    """In fp64: forward and gradients, of all positions, of those that are used, and through a cache."""
+    """In fp64: forward and gradients, of all positions, of some of them, and through a cache."""
     decoder = GemmaModel(TextConfig(32, 64, 2, 4, key_heads, head_dim=16, vocab_size=64)).double()
     tiny.randomize(decoder)
     mask = torch.tensor([[1] * 11, [1] * 8 + [0] * 3])
     types = (torch.arange(11) >= 7).long().expand(2, -1)
-    positions, used = torch.arange(1, 12).expand(2, -1), torch.tensor([[6, 7, 9], [6, 7, 1]])
+    positions, queries = torch.arange(1, 12).expand(2, -1), torch.tensor([[6, 7, 9], [6, 7, 1]])
     allowed, later = prefix_lm_mask(mask, types), torch.ones(2, 1, 1, 12, dtype=torch.bool)
 
     def outcome(folded: bool) -> list[Tensor]:
         decoder.fold_heads = folded
         x = torch.randn(2, 11, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        whole, few = decoder(x, allowed, positions), decoder(x, allowed, positions, used=used)
+        whole, few = decoder(x, allowed, positions), decoder(x, allowed, positions, query_positions=queries)
         gradients = torch.autograd.grad(whole.pow(2).sum() + few.pow(3).sum(), [x, *decoder.layers.parameters()])
         with torch.no_grad():
             cache = KVCache(decoder.config, 2, 12, torch.float64, x.device)
-            first = decoder(x, allowed, positions, cache, used=used[:, :1])
+            first = decoder(x, allowed, positions, cache, query_positions=queries[:, :1])
             second = decoder(x[:, :1], later, torch.full((2, 1), 12), cache)
         return [whole, few, first, second, *gradients]
 
@@ -201,19 +205,17 @@ def test_heads_folded_and_unfolded_are_the_same_attention(key_heads: int) -> Non
 def test_positions_count_from_one_as_in_the_library(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotary attention sees differences only, so the logits would hardly tell."""
     seen: list[Tensor] = []
-    of = Sight.of
 
-    def recorded(mask: Tensor, position_ids: Tensor, **settings: Any) -> Sight:
+    def recorded(position_ids: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
         seen.append(position_ids)
-        return of(mask, position_ids, **settings)
+        return rotary_embedding(position_ids, *settings)
 
-    monkeypatch.setattr(Sight, "of", recorded)
+    monkeypatch.setattr("model.gemma.rotary_embedding", recorded)
     pair[1](**without_labels(tiny.batch(tiny.CONFIG, [5], [2])))
     pair[1].generate(**tiny.batch(tiny.CONFIG, [5, 3]), max_new_tokens=2)
     assert seen[0].tolist() == [list(range(1, 12))]
     assert seen[1].tolist() == [list(range(1, 10))] * 2
-    assert seen[2].tolist() == [[9], [7]]  # the last prompt token, which alone passes the last layer
-    assert seen[3].tolist() == [[10], [8]]
+    assert seen[2].tolist() == [[10], [8]]  # the first new token, each behind its own prompt
 
 
 def test_only_supervised_positions_reach_the_output_head_and_the_loss_equals_the_library(pair: Any) -> None:
@@ -252,9 +254,9 @@ def test_loss_is_divided_by_the_tokens_of_the_whole_step(pair: Any) -> None:
 def test_recomputation_changes_no_gradient(pair: Any) -> None:
     batch = tiny.batch(tiny.CONFIG, [5, 9], [2, 4])
     gradients = []
-    for recompute in ({}, {"layers": 1}, {"layers": 9}, {"gate_up": True}):
+    for layers in (0, 1, 9):
         ours = copy.deepcopy(pair[1])
-        ours.language_model.model.set_recompute(**recompute)
+        ours.language_model.model.set_recompute(layers)
         ours(**batch).loss.backward()
         gradients.append([parameter.grad for parameter in ours.parameters()])
     for recomputed in gradients[1:]:

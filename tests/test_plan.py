@@ -40,7 +40,7 @@ TARGETS = {
     "both towers": LoRAConfig(rank=4, targets=("language.*", "vision.*"), dropout=0.1),
     "in full": LoRAConfig(rank=4, targets=("language.down_proj",), train_in_full=("connector.linear",)),
 }
-MODES = [Mode(1), Mode(1, recompute_gate_up=True), Mode(1, recompute_layers=1), Mode(1, recompute_layers=4)]
+MODES = [Mode(1), Mode(1, recompute_layers=1), Mode(1, recompute_layers=4)]
 
 
 def planner(lora: LoRAConfig | None, tokens: int = 40, supervised: int = 3, device: str = "cuda") -> Planner:
@@ -57,7 +57,7 @@ def test_planned_activations_are_what_saved_tensor_hooks_count(
     model = PaliGemma(NARROW).to(torch.bfloat16)
     inject_lora(model, TARGETS[targets])
     model.train()
-    model.language_model.model.set_recompute(mode.recompute_layers, mode.recompute_gate_up)
+    model.language_model.model.set_recompute(mode.recompute_layers)
     model.language_model.model.fold_heads = False  # as on the card that is planned for
     made = planner(TARGETS[targets], tokens, supervised)
     counted = sum(kept_bytes(model, tokens, supervised, made.vision_trains, rows))
@@ -137,7 +137,7 @@ def test_planned_work_is_what_is_counted_in_a_real_step(targets: str, prompt: in
     model = PaliGemma(NARROW)
     if lora:
         inject_lora(model, lora)
-    model.train().language_model.model.set_recompute(mode.recompute_layers, mode.recompute_gate_up)
+    model.train().language_model.model.set_recompute(mode.recompute_layers)
     made = planner(lora, tokens=16 + prompt + answer, supervised=answer)
     batch = tiny.batch(NARROW.to_hf(torch.bfloat16), [prompt], [answer])
     with sdpa_kernel(SDPBackend.MATH), counting() as counter:  # its products are seen, those of other kernels are not
@@ -146,7 +146,7 @@ def test_planned_work_is_what_is_counted_in_a_real_step(targets: str, prompt: in
         loss = model(**batch, image_features=features).loss
         assert loss is not None
         loss.backward()
-    exact = mode.recompute_layers == 0 and not mode.recompute_gate_up
+    exact = mode.recompute_layers == 0
     counted = counter.get_total_flops() / TERA
     assert made.work(mode) == pytest.approx(counted, rel=1e-9 if exact else 0.02)
 
@@ -172,8 +172,8 @@ def test_the_chosen_mode_fits_and_less_memory_means_more_work(monkeypatch: pytes
 
 def test_what_is_given_is_taken() -> None:
     made = planner(TARGETS["language"])
-    assert made.choose(10**12, micro_batch=3, recompute=(2, False)).mode == Mode(3, 2)
-    assert made.choose(10**12, recompute=(0, True)).mode == Mode(8, recompute_gate_up=True)
+    assert made.choose(10**12, micro_batch=3, recompute=2).mode == Mode(3, 2)
+    assert made.choose(10**12, recompute=0).mode == Mode(8)
 
 
 def test_the_tower_stays_where_it_is_trained_or_has_nowhere_to_go() -> None:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.lora import LoRALinear, put_adapter
 from finetune.protocol import AdapterSettings
-from model import products
-from model.products import CPU, Direction, choose
+from model.ops import attention, bf16_on_cpu, linear
+from model.ops.bf16_on_cpu import CPU, Direction, choose
 from tests.test_lean import kept_bytes
 
 BF16 = torch.bfloat16
@@ -49,7 +49,7 @@ class BF16Products(TorchDispatchMode):
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[CPU], None]:
     """Let products be chosen for another CPU."""
-    return lambda cpu: monkeypatch.setattr(products, "this_cpu", lambda: cpu)
+    return lambda cpu: monkeypatch.setattr(bf16_on_cpu, "this_cpu", lambda: cpu)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_choice(cpu: CPU, direction: Direction, rows: int, weight: tuple[int
 @pytest.mark.parametrize(("limit", "onednn"), [("AVX2", False), (None, None)], ids=["avx2", "as it is"])
 def test_this_cpu_is_what_torch_calls(limit: str | None, onednn: bool | None) -> None:
     """Read in a process of its own; ONEDNN_MAX_CPU_ISA counts, as it decides which kernel torch calls."""
-    code = "import dataclasses, json\nfrom model.products import this_cpu\n"
+    code = "import dataclasses, json\nfrom model.ops.bf16_on_cpu import this_cpu\n"
     code += "print(json.dumps(dataclasses.asdict(this_cpu())))"
     environment = os.environ | ({"ONEDNN_MAX_CPU_ISA": limit} if limit else {})
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -114,7 +114,7 @@ def test_a_linear_is_rounded_once(on: Callable[[CPU], None], cpu: CPU, rows: int
     """Output and all gradients of a learning linear, wider than one chunk, against fp64."""
     on(cpu)
     torch.manual_seed(rows)
-    layer = products.Linear(2048, 2500, bias=bias, dtype=BF16)
+    layer = linear.Linear(2048, 2500, bias=bias, dtype=BF16)
     x, grad = torch.randn(2, rows, 2048, dtype=BF16).requires_grad_(), torch.randn(2, rows, 2500, dtype=BF16)
     y = layer(x)
     inputs = [x, *layer.parameters()]
@@ -138,15 +138,15 @@ def test_products_in_place_are_rounded_once(on: Callable[[CPU], None], cpu: CPU)
     x, weight = torch.randn(40, 2048, dtype=BF16), torch.randn(2500, 2048, dtype=BF16)
     out, grad, onto = (torch.randn(40, width, dtype=BF16) for width in (2500, 2500, 2048))
     before = out.double()
-    found = products.add_product(out, x, weight)
+    found = linear.add_linear(out, x, weight)
     assert found is out
     assert distance(out, before + x.double() @ weight.double().t()) < 1.02
-    summed = products.grad_of_input(grad, weight, onto=onto)
+    summed = linear.grad_input(grad, weight, onto=onto)
     assert distance(summed, onto.double() + grad.double() @ weight.double()) < 1.02
 
 
 def test_few_rows_are_bit_for_bit_torchs(on: Callable[[CPU], None]) -> None:
-    layer, x = products.Linear(300, 700, dtype=BF16), torch.randn(3, 300, dtype=BF16)
+    layer, x = linear.Linear(300, 700, dtype=BF16), torch.randn(3, 300, dtype=BF16)
     for cpu in (AMX, AVX512, AVX2, ARM):
         on(cpu)
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -187,19 +187,19 @@ def test_attention_recomputed_in_fp32(on: Callable[[CPU], None]) -> None:
     far = {}
     for cpu in (AMX, AVX2):
         on(cpu)
-        output = products.attention(q, k, v, bias)
+        output = attention.attention(q, k, v, bias)
         assert torch.equal(output, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
         found = torch.autograd.grad(output, (q, k, v), grad)
         far[cpu] = [distance(mine, theirs) for mine, theirs in zip(found, exact, strict=True)]
     assert all(upcast <= 1.02 * native for native, upcast in zip(far[AMX], far[AVX2], strict=True))
     assert all(each < 1.02 for each in far[AVX2])
-    assert kept_bytes(lambda: products.attention(q, k, v, bias), nn.Module()) == sum(
+    assert kept_bytes(lambda: attention.attention(q, k, v, bias), nn.Module()) == sum(
         tensor.untyped_storage().nbytes() for tensor in (q, k, v, bias)
     )
 
 
 def test_a_convolution_is_rounded_once(on: Callable[[CPU], None]) -> None:
-    layer, x = products.Conv2d(3, 64, 14, 14, dtype=BF16), torch.randn(2, 3, 56, 56, dtype=BF16)
+    layer, x = linear.Conv2d(3, 64, 14, 14, dtype=BF16), torch.randn(2, 3, 56, 56, dtype=BF16)
     assert layer.bias is not None
     exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), 14)
     on(AVX2)
@@ -213,7 +213,7 @@ def test_a_convolution_is_rounded_once(on: Callable[[CPU], None]) -> None:
 @pytest.mark.parametrize("cpu", [AVX512, AVX2], ids=["avx512", "avx2"])
 def test_an_adapted_linear_on_another_cpu(on: Callable[[CPU], None], cpu: CPU) -> None:
     """Output and gradients as near to fp64 as with bf16 kernels: the low-rank products are rounded where those are."""
-    module = nn.ModuleDict({"linear": products.Linear(512, 300, bias=False, dtype=BF16)}).requires_grad_(False)
+    module = nn.ModuleDict({"linear": linear.Linear(512, 300, bias=False, dtype=BF16)}).requires_grad_(False)
     adapter = put_adapter(module, "linear", AdapterSettings(8, 8.0))
     assert isinstance(adapter, LoRALinear)
     nn.init.normal_(adapter.lora_B, std=0.05)

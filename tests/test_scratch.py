@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.scratch import from_random
+from model.random_init import from_random
 from tests import tiny
 
 

@@ -24,9 +24,9 @@ from data import collate
 from finetune.adapter import save_adapter
 from finetune.lora import LoRAConfig, inject_lora
 from finetune.protocol import trained_parameters
-from finetune.scratch import init_weights
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name
+from model.random_init import init_weights
 
 FULL = PaliGemmaConfig()
 SIZES = {

@@ -36,7 +36,6 @@ def modes(layers: int) -> dict[str, Mode]:
     return {
         "micro_batches": Mode(2),
         "single_rows": Mode(1),
-        "recompute_gate_up": Mode(ROWS, 0, recompute_gate_up=True),
         "recompute_half": Mode(ROWS, layers // 2),
         "recompute_all": Mode(ROWS, layers),
         "offload_vision": Mode(ROWS, offload_vision=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from model.config import PaliGemmaConfig
-from model.products import Linear
+from model.ops.linear import Linear
 
 
 class LinearConnector(nn.Module):

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model import PaliGemma, PaliGemmaConfig
-from model.gemma import GemmaRMSNorm
+from model.config import PaliGemmaConfig
+from model.layers import RMSNorm
+from model.paligemma import PaliGemma
 
 
 def from_random(
@@ -30,7 +31,7 @@ def init_weights(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5, generator=generator)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, GemmaRMSNorm):
+        elif isinstance(module, RMSNorm):
             nn.init.zeros_(module.weight)
         if isinstance(bias := getattr(module, "bias", None), Tensor):
             nn.init.zeros_(bias)
