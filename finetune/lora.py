@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.dropout import Dropout, feature_keys
-from finetune.lowrank import lora_linear
+from finetune.lowrank import memory_efficient_lora_linear
 from finetune.protocol import METHODS, AdapterModule, AdapterSettings, adapters
 from finetune.quantize import NF4Linear, dense, weight_of
 
@@ -104,7 +104,10 @@ class LoRALinear(AdapterModule):
         if not self.enabled:
             output: Tensor = self.base_module()(x)
             return output
-        return lora_linear(x, weight_of(self), self.bias, self.lora_A, self.lora_B, self.scale, self.dropout_of(x))
+        # plain_lora_linear: W x + bias + scale * B(A(dropout(x)))
+        return memory_efficient_lora_linear(
+            x, weight_of(self), self.bias, self.lora_A, self.lora_B, self.scale, self.dropout_of(x)
+        )
 
     def dropout_of(self, x: Tensor) -> Dropout | None:
         """The dropout of the rows of x; None where nothing is dropped.

@@ -21,7 +21,7 @@ INSTEAD_OF_QUANTIZED = (
     "its weights can be neither trained on nor merged into here. Give the full-precision checkpoint it was made "
     "from{}, such as google/paligemma-3b-pt-224, and set model.quantize=nf4 to keep that one in four bits"
 )
-LARGEST, DEEPEST = 2**20, 2**10  # dimension and number of layers that are believed: a garbled file asks for any
+MAX_DIMENSION, MAX_LAYERS = 2**20, 2**10  # a corrupted config.json must not ask for more memory than there is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +75,14 @@ class PaliGemmaConfig:
         for place, values in (("vision_config", vision), ("text_config", text), ("the top level", self)):
             for field in dataclasses.fields(values):
                 _require_sensible(place, field.name, getattr(values, field.name), field.default)
-        for name, whole, part in (
+        for name, number, divisor in (
             ("vision hidden_size by num_attention_heads", vision.hidden_size, vision.num_attention_heads),
             ("text num_attention_heads by num_key_value_heads", text.num_attention_heads, text.num_key_value_heads),
             ("vision image_size by patch_size", vision.image_size, vision.patch_size),
             ("text head_dim by 2", text.head_dim, 2),
         ):
-            if whole % part:
-                raise ValueError(f"config.json: {name} must divide evenly, got {whole} by {part}")
+            if number % divisor:
+                raise ValueError(f"config.json: {name} must divide evenly, got {number} by {divisor}")
         if self.image_token_id >= self.text.vocab_size:
             raise ValueError(
                 f"config.json: image_token_index {self.image_token_id} has no row among the {self.text.vocab_size}"
@@ -110,7 +110,7 @@ class PaliGemmaConfig:
         Raises:
             ValueError: another architecture, or a setting this network does not implement.
         """
-        vision, text = ({**(hf.get(f"{part}_config") or {})} for part in ("vision", "text"))
+        vision, text = ({**(hf.get(f"{name}_config") or {})} for name in ("vision", "text"))
         _require({"model_type": None, **hf}, "the top level", "model_type", {"paligemma"})
         _refuse_quantized(hf.get("quantization_config") or text.get("quantization_config"), hf.get("_name_or_path"))
         _require(text, "text_config", "model_type", {"gemma"})
@@ -165,7 +165,7 @@ def _present(config: type, hf: Mapping[str, Any], names: set[str] | None = None)
 def _require_sensible(where: str, key: str, value: Any, default: Any) -> None:
     """Of the default's kind: a whole number (tokens from 0 on, sizes from 1), or a finite one above 0."""
     if isinstance(default, int):
-        least, most = int(not key.endswith("_token_id")), DEEPEST if key == "num_hidden_layers" else LARGEST
+        least, most = int(not key.endswith("_token_id")), MAX_LAYERS if key == "num_hidden_layers" else MAX_DIMENSION
         if type(value) is not int or not least <= value <= most:
             raise ValueError(f"config.json: {key} at {where} is {value!r}; expected a whole number, {least} to {most}")
     elif isinstance(default, float) and (type(value) not in (int, float) or not 0 < value < math.inf):

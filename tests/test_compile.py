@@ -17,8 +17,8 @@ from model.layers import rotary_embedding
 from model.ops.attention import attention_bias
 from model.ops.recompute import recompute_cheap_outputs
 
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+LINEARS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 CONFIG = TextConfig(32, 64, 1, 4, 1, 8)
 
 

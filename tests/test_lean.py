@@ -31,22 +31,22 @@ from model.ops.rms_norm import plain_rms_norm, rms_norm
 from tests import rounding, tiny
 
 
-def kept_bytes(run: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that the graph of `run` keeps for its backward pass, each storage once, parameters aside."""
+def saved_bytes(run: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that the graph of `run` saves for its backward pass, each storage once, parameters aside."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     alive = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)  # or its address could be used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 class Executed(TorchDispatchMode):
@@ -151,12 +151,12 @@ def test_values_and_gradients_are_those_of_plain_autograd_with_fewer_bytes(
         for mine, other, result in zip(ours, theirs, wanted, strict=True):
             rounding.assert_as_near(mine, other, result)
         given = inputs(dtype)
-        kept = [kept_bytes(partial(run, *given), nn.Module()) for run in (efficient, plain)]
-        assert kept[0] < kept[1]
+        saved = [saved_bytes(partial(run, *given), nn.Module()) for run in (efficient, plain)]
+        assert saved[0] < saved[1]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_adapted_linear_keeps_its_input_and_nothing_else(dropout: float) -> None:
+def test_the_adapted_linear_saves_its_input_and_nothing_else(dropout: float) -> None:
     linear = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     adapter = LoRALinear(linear, AdapterSettings(8, 8.0, dropout=dropout), key=1, seed=0).train()
     nn.init.normal_(adapter.lora_B)
@@ -166,9 +166,9 @@ def test_the_adapted_linear_keeps_its_input_and_nothing_else(dropout: float) -> 
         update = F.linear(F.linear(F.dropout(x.float(), dropout), adapter.lora_A), adapter.lora_B)
         return (F.linear(x, linear.weight) + adapter.scale * update).to(x.dtype)
 
-    assert kept_bytes(lambda: adapter(x), adapter) == x.nbytes
-    assert kept_bytes(lambda: plain(x), adapter) > 2 * x.nbytes
-    assert kept_bytes(lambda: torch.cat([adapter(x), adapter(x)]), adapter) == x.nbytes  # shared
+    assert saved_bytes(lambda: adapter(x), adapter) == x.nbytes
+    assert saved_bytes(lambda: plain(x), adapter) > 2 * x.nbytes
+    assert saved_bytes(lambda: torch.cat([adapter(x), adapter(x)]), adapter) == x.nbytes  # shared
     if not dropout:
         exact = copy.deepcopy(adapter).double()
         low_rank = F.linear(F.linear(x.double(), exact.lora_A), exact.lora_B) * exact.scale
@@ -180,7 +180,7 @@ def narrow() -> TextConfig:
     return TextConfig(32, 256, 2, 4, 1, 8)
 
 
-def test_the_mlp_keeps_gate_and_up_and_not_their_product(narrow: TextConfig) -> None:
+def test_the_mlp_saves_gate_and_up_and_not_their_product(narrow: TextConfig) -> None:
     mlp = GemmaMLP(narrow).requires_grad_(False)
     for name in ("gate_proj", "up_proj", "down_proj"):
         nn.init.normal_(put_adapter(mlp, name, AdapterSettings(4, 4.0)).adapter_parameters()["lora_B"])
@@ -198,8 +198,8 @@ def test_the_mlp_keeps_gate_and_up_and_not_their_product(narrow: TextConfig) -> 
             product: Tensor = mlp(x)
         return product
 
-    assert kept_bytes(lambda: ours(x), mlp) == x.nbytes + 2 * one
-    assert kept_bytes(lambda: textbook(x), plain) >= x.nbytes + 4 * one
+    assert saved_bytes(lambda: ours(x), mlp) == x.nbytes + 2 * one
+    assert saved_bytes(lambda: textbook(x), plain) >= x.nbytes + 4 * one
 
     def gradients(module: nn.Module, run: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         module.to(dtype)
@@ -267,7 +267,7 @@ def test_a_layer_saves_its_two_inputs_what_attention_reads_and_gate_and_up(narro
     heads, rows = narrow.num_attention_heads * narrow.head_dim, 9 * 4
     scales, sums = 2 * rows, rows * narrow.num_attention_heads  # of each norm, and of each head's softmax
     floats = 2 * 32 + 2 * heads + 2 * narrow.head_dim + 2 * narrow.intermediate_size
-    assert kept_bytes(run, layer) == floats * rows + scales + sums + shared
+    assert saved_bytes(run, layer) == floats * rows + scales + sums + shared
 
 
 @pytest.mark.parametrize("keys", [8, 9, 15, 16])
@@ -318,15 +318,15 @@ def step(model: PaliGemma) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_recomputation_changes_no_bit_and_saves_less(adapted: PaliGemma, layers: int) -> None:
     decoder = adapted.language_model.model
-    kept, (loss, gradients) = kept_bytes(lambda: step(adapted)[0], adapted), step(adapted)
+    saved, (loss, gradients) = saved_bytes(lambda: step(adapted)[0], adapted), step(adapted)
     decoder.set_recompute(layers)
     try:
-        less, (loss_again, gradients_again) = kept_bytes(lambda: step(adapted)[0], adapted), step(adapted)
+        less, (loss_again, gradients_again) = saved_bytes(lambda: step(adapted)[0], adapted), step(adapted)
     finally:
         decoder.set_recompute()
     assert torch.equal(loss, loss_again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
-    assert less < kept
+    assert less < saved
 
 
 def test_nothing_is_kept_below_the_lowest_adapter(adapted: PaliGemma) -> None:
@@ -335,7 +335,7 @@ def test_nothing_is_kept_below_the_lowest_adapter(adapted: PaliGemma) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, LoRALinear) and ".layers.2." not in path:
             module.requires_grad_(False)
-    assert kept_bytes(lambda: step_loss(model), model) < kept_bytes(lambda: step_loss(adapted), adapted) / 2.5
+    assert saved_bytes(lambda: step_loss(model), model) < saved_bytes(lambda: step_loss(adapted), adapted) / 2.5
 
 
 def step_loss(model: PaliGemma) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finetune import LoRAConfig, LoRALinear, inject_lora, remove_lora
 from finetune.dropout import Dropout, feature_keys
 from finetune.lora import adapter_table, matches
-from finetune.lowrank import lora_linear, plain_lora_linear
+from finetune.lowrank import memory_efficient_lora_linear, plain_lora_linear
 from finetune.protocol import AdapterSettings, trained_parameters
 from model import PaliGemma
 from tests import rounding, tiny
@@ -123,7 +123,7 @@ def test_the_adapted_linear_is_its_plain_formula_in_fp64(bias: bool, dropped: bo
     inputs = [random(3, 7, 40), random(4, 40), random(30, 4)]
     dropout = Dropout(0.3, torch.tensor([5, -6, 7], dtype=torch.int32), feature_keys(9, 40)) if dropped else None
     found = []
-    for function in (lora_linear, plain_lora_linear):
+    for function in (memory_efficient_lora_linear, plain_lora_linear):
         x, a, b = (tensor.clone().requires_grad_() for tensor in inputs)
         output = function(x, weight, offset, a, b, 1.7, dropout)
         output.square().sum().backward()

@@ -19,7 +19,7 @@ from finetune.lora import LoRALinear, put_adapter
 from finetune.protocol import AdapterSettings
 from model.ops import attention, bf16_on_cpu, linear
 from model.ops.bf16_on_cpu import CPU, Direction, choose
-from tests.test_lean import kept_bytes
+from tests.test_lean import saved_bytes
 
 BF16 = torch.bfloat16
 ARM = CPU(x86=False, onednn_bf16=False, bf16_instructions=False)
@@ -128,7 +128,7 @@ def test_a_linear_is_rounded_once(on: Callable[[CPU], None], cpu: CPU, rows: int
     layer.requires_grad_(False)
     (frozen,) = torch.autograd.grad(layer(x), x, grad)
     assert torch.equal(frozen, found[1])
-    assert kept_bytes(lambda: layer(x), layer) == 0
+    assert saved_bytes(lambda: layer(x), layer) == 0
 
 
 @pytest.mark.parametrize("cpu", [AVX512, AVX2], ids=["avx512", "avx2"])
@@ -193,7 +193,7 @@ def test_attention_recomputed_in_fp32(on: Callable[[CPU], None]) -> None:
         far[cpu] = [distance(mine, theirs) for mine, theirs in zip(found, exact, strict=True)]
     assert all(upcast <= 1.02 * native for native, upcast in zip(far[AMX], far[AVX2], strict=True))
     assert all(each < 1.02 for each in far[AVX2])
-    assert kept_bytes(lambda: attention.attention(q, k, v, bias), nn.Module()) == sum(
+    assert saved_bytes(lambda: attention.attention(q, k, v, bias), nn.Module()) == sum(
         tensor.untyped_storage().nbytes() for tensor in (q, k, v, bias)
     )
 
