@@ -94,8 +94,9 @@ class GemmaLayer(nn.Module):
         rotary: cos and sin, each [B, S, d]. bias: of the scores, by query and key, see `attention_bias`; the keys are
         those in the cache and of x. query_positions: i64 [B, U]; they attend to all of x, so their outputs are exact.
         """
-        attended = self.self_attn(self.input_layernorm(x), rotary, bias, cache, query_positions)  # (B, U, D)
-        x = gather_positions(x, query_positions) + attended
+        x = gather_positions(x, query_positions) + self.self_attn(
+            self.input_layernorm(x), rotary, bias, cache, query_positions
+        )  # (B, U, D)
         output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return output
 
