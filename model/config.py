@@ -134,7 +134,7 @@ class PaliGemmaConfig:
     def to_hf(self, dtype: torch.dtype) -> dict[str, Any]:
         """The published form, every field written out, read alike by transformers 4.57 and 5.x.
 
-        The dtype matters: a file that says float32 is loaded as float32 whatever its tensors are.
+        The dtype matters: a file that says float32 is loaded as float32 even where its tensors are bfloat16.
         """
         shared = {"torch_dtype": str(dtype).removeprefix("torch.")}
         tokens = {name: getattr(self, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}

@@ -167,7 +167,7 @@ class PaliGemma(nn.Module):
             labels: i64 [B, S], the token itself at supervised positions, -100 elsewhere.
             num_items_in_batch: divide the summed loss by this number instead of by the supervised tokens of this call:
                 the supervised tokens of a whole optimizer step, when this call is one micro-batch of it.
-            batch: in the place of ids, mask, types and labels: what `TokenBatch.of` made of them, on this device.
+            batch: `TokenBatch.of` ids, mask, types and labels, on this device; given instead of them.
                 Nothing in the pass then depends on values that only the device knows, so that the host need not wait.
 
         Raises:

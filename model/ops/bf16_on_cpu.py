@@ -33,7 +33,7 @@ class CPU:
     """What decides about bf16 products.
 
     Attributes:
-        x86: no other architecture is known here; those keep torch's own choice.
+        x86: on other architectures torch's own choice is taken.
         onednn_bf16: whether torch hands them to oneDNN: AVX-512 (BW, VL, DQ) or AVX-NE-CONVERT, and not switched off by
             ONEDNN_MAX_CPU_ISA.
         bf16_instructions: AVX512_BF16 or AMX.
