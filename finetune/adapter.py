@@ -147,8 +147,9 @@ def training_facts(directory: str | Path) -> TrainingFacts:
     Raises:
         ValueError: what is stored cannot be used; names the value.
     """
+    stored = metadata_of(Path(directory)).get(TRAINING, "{}")
     try:
-        return TrainingFacts.from_json(metadata_of(Path(directory)).get(TRAINING, "{}"))
+        return TrainingFacts.from_json(stored)
     except ValueError as error:
         raise ValueError(
             f"{Path(directory) / WEIGHTS_FILE} says in its metadata, under {TRAINING!r}, what cannot be used: {error}"
@@ -160,6 +161,10 @@ def metadata_of(directory: Path) -> dict[str, str]:
     try:
         with safe_open(directory / WEIGHTS_FILE, "pt") as file:
             return file.metadata() or {}
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{directory} holds no {WEIGHTS_FILE}: expected the directory of an adapter, or of a run"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no readable {WEIGHTS_FILE}: {error}") from error
 

@@ -425,6 +425,26 @@ def test_an_adapter_finds_its_base(
         predictions(capsys, *asked)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["with --model", "without"])
+@pytest.mark.parametrize("kind", ["empty", "absent", "unfinished run"])
+def test_a_directory_without_an_adapter_is_said_to_have_none(
+    base: Path, pictures: list[str], tmp_path: Path, known: bool, kind: str
+) -> None:
+    """Before a network is opened."""
+    given = tmp_path / "given"
+    if kind != "absent":
+        given.mkdir()
+    if kind == "unfinished run":
+        (given / "checkpoints").mkdir()
+    named = ["--adapter", str(given), *(["--model", str(base)] if known else [])]
+    official = [word for name, value in files(base, "val2014").items() for word in (f"--{name}", value)]
+    expected = rf"{given}\S* .*: expected the directory of an adapter, or of a run$"
+    with pytest.raises(ValueError, match=expected):
+        predict.main([*named, "--image", pictures[0], "--prompt", "caption en"])
+    with pytest.raises(ValueError, match=expected):
+        evaluate.main([*named, *official])
+
+
 def test_predict_samples_by_seed(base: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     hot = ["--model", str(base), "--image", *pictures, "--prompt", "caption en", "--temperature", "1.5"]
     first, again, other = (predictions(capsys, *hot, "--seed", seed) for seed in ("1", "1", "2"))
