@@ -144,7 +144,9 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
     after = cli.command("evaluate.py", arguments.config, *arguments.overrides)
     if config.data.validation is None:
         after = cli.command("predict.py", "--help")
-    show(f"kept {Result.read(Path(config.output))}")
+    result = Result.read(Path(config.output))
+    if result and result.step < steps.total:  # a last step that was kept has said so just now
+        show(f"kept {result}")
     show(f"saved {result_directory(config)}; next: {after}")
 
 

@@ -112,6 +112,24 @@ def test_every_config_runs(base: Path, tmp_path: Path, path: Path) -> None:
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists() or (tmp_path / "run/model").is_dir()
 
 
+def test_the_end_of_a_run_says_once_what_was_kept(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was the last step or one long before."""
+    for best, times in ((4, ["step 2", "step 4"]), (2, ["step 2", "step 2"])):
+        figures = iter([0.0 if best == 4 else 100.0, 50.0])
+
+        def measure(*_: Any, figures: Any = figures) -> Any:
+            return lambda: {"loss": 1.0, "accuracy": next(figures)}
+
+        monkeypatch.setattr(train, "evaluation_of", measure)
+        train.main([*arguments(base, tmp_path / f"run{best}"), "train.save_every=100"])
+        shown = capsys.readouterr().out.splitlines()
+        kept = [line for line in shown if line.startswith("kept ")]
+        assert [line.removeprefix("kept ").split(",")[0] for line in kept] == times
+        assert shown.index(kept[-1]) > len(shown) - 4
+
+
 def test_a_run_directory_describes_itself(base: Path, run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "adapter", "checkpoints", "metrics.jsonl"}
     assert load_config(run / "config.yaml") == load_config(*split_arguments(arguments(base, run)))
