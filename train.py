@@ -334,8 +334,10 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     show(f"rows of {planner.tokens} tokens, answers of {planner.supervised} ({known}); {plan.mode}")
     steps, shape = shape_of(config, planner, examples)
     work = planner.mean_work(plan.mode, shape.tokens, shape.supervised, shape.pictures / shape.examples)
-    of_run = f", {work * shape.examples * steps.total:,.1f} for the run" if steps else ""
-    show(f"{work:.3g} TFLOP an example in rows of {shape.tokens} tokens, answers of {shape.supervised}{of_run}")
+    of_run = f", {three_digits(work * shape.examples * steps.total)} for the run" if steps else ""
+    show(
+        f"{three_digits(work)} TFLOP an example in rows of {shape.tokens} tokens, answers of {shape.supervised}{of_run}"
+    )
     if config.data.validation is not None:
         planned_evaluation(
             config, planner, plan, max_new_tokens(config, examples.lengths) if examples else planner.supervised
@@ -366,8 +368,19 @@ def shape_of(config: RunConfig, planner: Planner, examples: Examples | None) -> 
     steps = plan_steps(config, len(records))
     pictures = pictures_of(steps, records["image_id"][:])
     show(f"{len(records):,} examples, {steps.total:,} steps, up to {steps.total * size * planner.tokens:,} tokens")
+    if size > len(records):
+        show(
+            f"warning: a step of train.batch_size={size} is more than the {len(records):,} examples of data.train: it "
+            "takes some of them more than once; a smaller train.batch_size makes more steps of an epoch"
+        )
     tokens = planner.config.vision.num_patches + 1 + math.ceil(lengths.mean_text)
     return steps, Shape(size, pictures, tokens, math.ceil(lengths.mean_answer))
+
+
+def three_digits(value: float) -> str:
+    """A number to show: three digits that count, and no exponent."""
+    places = 2 - math.floor(math.log10(value)) if value else 0
+    return f"{value:,.{max(places, 0)}f}"
 
 
 def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, steps: Steps | None) -> None:
