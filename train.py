@@ -50,6 +50,7 @@ from finetune.resume import find_checkpoint, start_run
 from finetune.scratch import from_random
 from finetune.start import start
 from finetune.steps import Steps
+from finetune.terminal import shortened
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
@@ -247,7 +248,8 @@ def inspect(config: RunConfig) -> None:
     for index, example in enumerate(first):
         answer = example["input_ids"][example["token_type_ids"] == 1]
         prefix = processor.prompt(dataset.records[index]["prefix"])
-        table.add_row(example["id"], prefix, processor.decode(answer), str(len(example["input_ids"])), str(len(answer)))
+        texts = map(shortened, (prefix, processor.decode(answer)))
+        table.add_row(example["id"], *texts, str(len(example["input_ids"])), str(len(answer)))
     show(table)
     batch = {name: tensor.to(model.device) for name, tensor in collate(first, processor.pad_id).items()}
     if problems := problems_of(model, batch):

@@ -24,7 +24,7 @@ import merge_lora
 import predict
 import train
 from data import shapes
-from finetune import cli
+from finetune import cli, terminal
 from finetune.adapter import training_facts
 from finetune.config import load_config
 from finetune.result import Result
@@ -489,6 +489,25 @@ def test_inspect_shows_texts_as_they_stand(base: Path, tmp_path: Path, capsys: p
     shown = capsys.readouterr().out
     assert "[INST] x [/INST]" in shown
     assert "[cat] on [mat]" in shown
+
+
+def test_inspect_shortens_long_texts_in_the_middle(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With how much of them is not shown; what they begin and end with is."""
+    image = sorted((base / "data/images").iterdir())[0].name
+    prefix, suffix = (f"first {kind} " + "a red circle " * 100 + f"last {kind}" for kind in ("asked", "answered"))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": image, "prefix": prefix, "suffix": suffix}))
+    source = f"data={{train: {{jsonl: {tmp_path}/train.jsonl, images: {base}/data/images}}, workers: 0}}"
+    monkeypatch.setenv("COLUMNS", "1000")
+    train.main([*arguments(base, tmp_path / "run"), source, "train.eval_every=null", "--inspect"])
+    shown = capsys.readouterr().out
+    for text, kind in ((prefix, "asked"), (suffix, "answered")):
+        assert f"first {kind} a red" in shown
+        assert f"circle last {kind}" in shown
+        hidden = len(text) - terminal.LONGEST_SHOWN
+        assert f" [{hidden:,} characters not shown] " in shown
+    assert shown.count("circle") < 80
 
 
 def test_another_configuration_does_not_go_on_with_a_run(base: Path, run: Path) -> None:
