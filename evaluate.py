@@ -209,7 +209,8 @@ def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
     show_unfinished(str(adapter or model), result, "--max-new-tokens")
     if given.output:
         processes.once(partial(result.save, given.output, **named, **{MADE_OF: made_of}))
-    return {str(adapter or model): result.score}
+    show(f"model: {model}", *([f"adapter: {adapter}"] if adapter else []))  # a path would not fit into the table
+    return {"adapter" if adapter else "model": result.score}
 
 
 def score_answers(given: argparse.Namespace) -> dict[str, VQAScore]:
@@ -230,7 +231,8 @@ def score_answers(given: argparse.Namespace) -> dict[str, VQAScore]:
     scored = score(answers, first(records, given.limit))
     if given.output:
         write_metrics(given.output, scored, results=given.results, **{MADE_OF: made_of})
-    return {given.results: scored}
+    show(f"results: {given.results}")
+    return {"results": scored}
 
 
 def questions_of(config: RunConfig, limit: int | None) -> dict[str, Any]:

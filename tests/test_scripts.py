@@ -374,6 +374,27 @@ def test_a_checkpoint_is_evaluated_without_a_config(base: Path, run: Path, tmp_p
     assert json.loads((tmp_path / "metrics.json").read_text())["prompt"] == "answer en {question}"
 
 
+def test_results_are_shown_with_whole_paths(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece, to be copied, however narrow the terminal is; the figures stand under a short name."""
+    monkeypatch.setenv("COLUMNS", "60")
+    long = tmp_path / "a-directory-with-a-long-name" / ("of-many-words-" * 6 + "and-more")
+    shutil.copytree(run / "adapter", long)
+    official = files(base, "val2014")
+    named = [word for name, value in official.items() for word in (f"--{name}", value)]
+    evaluate.main(["--adapter", str(long), *named, "--limit", "3", "--device", "cpu", "--output", str(long.parent)])
+    shown = capsys.readouterr().out
+    assert f"adapter: {long}\n" in shown
+    assert shown.count("of-many-words") == 6
+    assert "│ adapter │" in shown
+    score = ["--results", str(long.parent / "results.json"), "--limit", "3", "--questions", official["questions"]]
+    evaluate.main([*score, "--annotations", official["annotations"]])
+    shown = capsys.readouterr().out
+    assert f"results: {long.parent}/results.json\n" in shown
+    assert "│ results │" in shown
+
+
 def test_a_finished_run_is_not_trained_again(
     base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
