@@ -286,6 +286,13 @@ def test_results_are_scored_to_a_file_and_up_to_a_limit(base: Path, run: Path, t
         (["run.yaml", "--results", "F"], "takes no --results; override"),
         (["--model", "M", "--questions", "F"], r"needs --annotations and --images"),
         (["--results", "F", "--annotations", "F"], "--results needs --questions"),
+        (["--model", "M"], r"needs --questions and --annotations and --images, or --jsonl"),
+        (
+            ["--model", "M", "--jsonl", "F", "--questions", "F", "--prompt", "x"],
+            r"--jsonl takes no --questions, --prompt: its lines say what is asked",
+        ),
+        (["run.yaml", "--jsonl", "F"], r"takes no --jsonl"),
+        (["--results", "F", "--jsonl", "F"], r"takes no --jsonl"),
     ],
 )
 def test_options_that_mean_nothing_in_a_form_are_refused(argv: list[str], message: str) -> None:
@@ -372,6 +379,47 @@ def test_a_checkpoint_is_evaluated_without_a_config(base: Path, run: Path, tmp_p
     evaluate.main(["--model", str(base), "--adapter", str(run / "adapter"), *named, *options])
     assert len(json.loads((tmp_path / "results.json").read_text())) == 7
     assert json.loads((tmp_path / "metrics.json").read_text())["prompt"] == "answer en {question}"
+
+
+def test_lines_of_ones_own_are_scored_with_any_adapter(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer counts that equals the suffix, or one of several; images are beside the lines, or in --images."""
+    shutil.copytree(run / "adapter", tmp_path / "mine")
+    images = sorted((base / "data/images").iterdir())[:2]
+    lines = [{"id": f"q{k}", "image": path.name, "prefix": "caption en"} for k, path in enumerate(images)]
+    common = ["--adapter", str(tmp_path / "mine"), "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "4"]
+    capsys.readouterr()
+    predict.main([*common, "--image", str(images[0]), "--prompt", "caption en"])
+    suffixes: list[Any] = [["never this", capsys.readouterr().out.strip()], "never this"]
+    rows = [json.dumps(line | {"suffix": suffix}) for line, suffix in zip(lines, suffixes, strict=True)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    mine = [*common, "--jsonl", str(tmp_path / "mine.jsonl")]
+    evaluate.main([*mine, "--images", str(base / "data/images"), "--output", str(tmp_path / "found")])
+    metrics = json.loads((tmp_path / "found/metrics.json").read_text())
+    assert (metrics["overall"], metrics["questions"], metrics["adapter"]) == (50.0, 2, str(tmp_path / "mine"))
+    answers = json.loads((tmp_path / "found/results.json").read_text())
+    assert [answer["question_id"] for answer in answers] == ["q0", "q1"]
+    for path in images:
+        shutil.copy(path, tmp_path)
+    evaluate.main([*mine, "--model", str(base), "--limit", "1"])
+    assert "100.00" in capsys.readouterr().out
+    (tmp_path / "mine.jsonl").write_text(rows[0])
+    with pytest.raises(ValueError, match=r"holds figures of something else \(jsonl differ\)"):
+        evaluate.main([*mine, "--output", str(tmp_path / "found")])
+
+
+def test_another_adapter_is_evaluated_on_the_questions_of_a_run(base: Path, run: Path, tmp_path: Path) -> None:
+    """As the refusal of --adapter says."""
+    other = tmp_path / "other"
+    shutil.copytree(run / "adapter", other / "adapter")
+    with pytest.raises(
+        ValueError, match=r"takes no --adapter; .*with output=DIR --arm adapter.* --adapter DIR --jsonl"
+    ):
+        evaluate.main([*arguments(base, run), "--adapter", str(other)])
+    figures = str(tmp_path / "figures")
+    evaluate.main([*arguments(base, run), f"output={other}", "--arm", "adapter", "--output", figures])
+    assert json.loads((tmp_path / "figures/adapter/metrics.json").read_text())["adapter"] == str(other / "adapter")
 
 
 def test_results_are_shown_with_whole_paths(
