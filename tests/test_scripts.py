@@ -690,6 +690,35 @@ def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(
         predict.main([*asked, str(broken), str(tmp_path / "gone.png")])
 
 
+def test_an_image_that_cannot_be_used_has_its_line_among_the_others(
+    base: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the reason in the place of the answer, one for each prompt, also where no image is left."""
+    broken, gone = tmp_path / "broken.jpg", tmp_path / "gone.png"
+    broken.write_bytes(b"not an image")
+    common = ["--model", str(base), "--device", "cpu", "--max-new-tokens", "2", "--format", "jsonl"]
+    asked = [*common, "--prompt", "caption en", "y", "--image"]
+    images = [pictures[0], str(broken), pictures[1], str(gone)]
+    for given, message in (
+        (images, "2 of 4 images could not be used"),
+        (images[1::2], "no image is left to ask about"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict.main([*asked, *given])
+        said = capsys.readouterr()
+        rows = [json.loads(line) for line in said.out.splitlines()]
+        assert [(row["image"], row["prompt"]) for row in rows] == [
+            (image, prompt) for image in given for prompt in ("caption en", "y")
+        ]
+        for row in rows:
+            assert ("error" in row) != ("answer" in row)
+            assert ("error" in row) == (row["image"] in (str(broken), str(gone)))
+        errors = {row["image"]: row["error"] for row in rows if "error" in row}
+        assert "cannot identify" in errors[str(broken)]
+        assert "No such file" in errors[str(gone)]
+        assert all(f"error: {error}\n" in said.err for error in errors.values())
+
+
 @pytest.fixture
 def odd(base: Path, tmp_path: Path) -> Path:
     """Scenes of which some pictures are of odd kinds, two training ones are broken in a way that the header does not
