@@ -48,7 +48,7 @@ from finetune.quantize import open_base, quantize
 from finetune.result import Result
 from finetune.resume import find_checkpoint, start_run
 from finetune.scratch import from_random
-from finetune.start import start
+from finetune.start import require_agreement, start
 from finetune.steps import Steps
 from finetune.terminal import shortened
 from finetune.tracking import callbacks_for
@@ -322,6 +322,10 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     dimensions = PaliGemmaConfig.from_directory(directory)
     if config.model.weights == "pretrained":
         refuse_unreadable(directory)
+    resumes = any(Path(config.output, "checkpoints").glob("step-*"))  # and has no use for lora.start_from
+    if config.lora and config.lora.start_from and not resumes:
+        with torch.device("meta"):
+            require_agreement(PaliGemma(dimensions), config.lora)
     examples = readable_examples(config, directory)
     longest = examples.longest if examples else assumed(config.data)
     planner, plan, whose = plan_run(config, dimensions, longest)
