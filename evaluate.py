@@ -2,12 +2,14 @@
 
     python evaluate.py CONFIG.yaml [section.key=value ...]        base, adapter, and merged where it exists
     python evaluate.py --model PATH [--adapter DIR] --questions F --annotations F --images DIR
+    python evaluate.py --model PATH [--adapter DIR] --jsonl F [--images DIR]      lines of your own
     python evaluate.py --results F --questions F --annotations F  score answers that exist
 
 The first form reads the configuration of a run, takes its data.validation, and writes OUTPUT/eval/ARM/results.json (the
 official format) and metrics.json for each ARM; with --limit it writes nothing. In every form --output DIR says where to
-write. Figures of other questions are not overwritten. With `accelerate launch --multi_gpu evaluate.py ...` the cards
-share the images.
+write. Figures of other questions are not overwritten. Lines are as in training, `{"image": ..., "prefix": ...,
+"suffix": ...}`; an answer counts when it equals the suffix, or one of several. With `accelerate launch --multi_gpu
+evaluate.py ...` the cards share the images.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ RUN, CHECKPOINT, ANSWERS = "CONFIG.yaml", "--model (or --adapter)", "--results"
 # What each form takes; the rest would mean nothing there.
 TAKEN = {
     RUN: "config overrides arm limit output",
-    CHECKPOINT: "model revision adapter questions annotations images prompt limit output batch_size max_new_tokens "
-    "dtype quantize device",
+    CHECKPOINT: "model revision adapter questions annotations images jsonl prompt limit output batch_size "
+    "max_new_tokens dtype quantize device",
     ANSWERS: "results questions annotations limit output",
 }
 
@@ -182,21 +184,21 @@ def prompt_of(adapter: Path | None, given: str | None) -> str:
 
 def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
     """One checkpoint, with or without an adapter, on files named on the command line."""
-    require(given, "questions", "annotations", "images")
+    files = files_of(given)
     adapter = find_adapter(given.adapter) if given.adapter else None
     model, revision = given.model, given.revision
     if model is None:
         assert adapter is not None, "the form has a model or an adapter"
         model, revision = find_base(adapter)
-    prompt = prompt_of(adapter, given.prompt)
+    prompt = None if given.jsonl else prompt_of(adapter, given.prompt)
     named = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": prompt}
-    made_of = named | contents(questions=given.questions, annotations=given.annotations) | {"limit": given.limit}
+    asked = contents(questions=given.questions, annotations=given.annotations, jsonl=given.jsonl)
+    made_of = named | asked | {"limit": given.limit}
     device = pick_device(given.device)
     processes.join(device)
     if given.output:
         processes.once(partial(require_same_questions, given.output, made_of))
-    files = {name: getattr(given, name) for name in ("questions", "annotations", "images")}
-    records = decodable(first(load_records(**files, prompt=prompt), given.limit))
+    records = decodable(first(load_records(**files, prompt=prompt or DEFAULT_PROMPT), given.limit))
     dtype = pick_dtype(given.dtype, device)
     directory = fetch(model, revision)
     new_tokens, guessed = max_new_tokens_of(directory, adapter, given.max_new_tokens, "--max-new-tokens")
@@ -209,7 +211,22 @@ def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
     show_unfinished(str(adapter or model), result, "--max-new-tokens")
     if given.output:
         processes.once(partial(result.save, given.output, **named, **{MADE_OF: made_of}))
-    return {str(adapter or model): result.score}
+    show(f"model: {model}", *([f"adapter: {adapter}"] if adapter else []))  # a path would not fit into the table
+    return {"adapter" if adapter else "model": result.score}
+
+
+def files_of(given: argparse.Namespace) -> dict[str, Any]:
+    """The files to evaluate a checkpoint on, as `load_records` takes them: official ones, or lines.
+
+    Raises:
+        ValueError: some are missing, or options were given that mean nothing for lines.
+    """
+    if given.jsonl is None:
+        require(given, "questions", "annotations", "images", instead=", or --jsonl")
+    elif unused := [f"--{name}" for name in ("questions", "annotations", "prompt") if getattr(given, name) is not None]:
+        raise ValueError(f"--jsonl takes no {', '.join(unused)}: its lines say what is asked and what is right")
+    found = {name: getattr(given, name) for name in ("questions", "annotations", "images", "jsonl")}
+    return {name: file for name, file in found.items() if file is not None}
 
 
 def score_answers(given: argparse.Namespace) -> dict[str, VQAScore]:
@@ -230,7 +247,8 @@ def score_answers(given: argparse.Namespace) -> dict[str, VQAScore]:
     scored = score(answers, first(records, given.limit))
     if given.output:
         write_metrics(given.output, scored, results=given.results, **{MADE_OF: made_of})
-    return {given.results: scored}
+    show(f"results: {given.results}")
+    return {"results": scored}
 
 
 def questions_of(config: RunConfig, limit: int | None) -> dict[str, Any]:
@@ -302,14 +320,14 @@ def form_of(given: argparse.Namespace) -> str:
     if given.model or given.adapter:
         return CHECKPOINT
     raise ValueError(
-        "expected a CONFIG.yaml; or --model (or --adapter), --questions, --annotations and --images; or --results, "
-        "--questions and --annotations"
+        "expected a CONFIG.yaml; or --model (or --adapter), with --questions, --annotations and --images, or with "
+        "--jsonl; or --results, --questions and --annotations"
     )
 
 
-def require(given: argparse.Namespace, *names: str) -> None:
+def require(given: argparse.Namespace, *names: str, instead: str = "") -> None:
     if missing := [f"--{name}" for name in names if getattr(given, name) is None]:
-        raise ValueError(f"{form_of(given)} needs {' and '.join(missing)}")
+        raise ValueError(f"{form_of(given)} needs {' and '.join(missing)}{instead}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -330,6 +348,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         instead = ""
         if form == RUN:
             instead = "; override its keys instead, such as evaluation.batch_size=4 or model.device=cpu"
+            if "adapter" in ignored:
+                instead += (
+                    ". Another adapter is evaluated on the questions of this configuration with output=DIR --arm "
+                    "adapter, where it is DIR/adapter; on others with --adapter DIR --jsonl F, or with --adapter DIR, "
+                    "--questions, --annotations and --images"
+                )
         raise ValueError(f"the form with {form} takes no {named}{instead}")
     return given
 
@@ -356,7 +380,8 @@ def build_parser() -> argparse.ArgumentParser:
     option("--results", "an official results file to score", type=argument)
     option("--questions", "official questions file", type=argument)
     option("--annotations", "official annotations file", type=argument)
-    option("--images", "directory of the images", type=argument)
+    option("--images", "directory of the images (of lines, by default theirs)", type=argument)
+    option("--jsonl", "or a file of lines, one JSON object each, with image, prefix and suffix", type=argument)
     option("--prompt", f"{{question}} is where it goes (default: as the adapter was trained, or {DEFAULT_PROMPT!r})")
     option("--limit", "take the first N questions only", type=cli.positive, metavar="N")
     option("--output", "directory for metrics.json and, where there are new answers, results.json", type=path_argument)

@@ -4,7 +4,8 @@
     python predict.py --model assets/tiny-base --image *.jpg --prompt "caption en" --format jsonl
 
 The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. An image that
-cannot be used is named, the others are answered, and the exit code is 2.
+cannot be used is named, the others are answered, and the exit code is 2; with --format jsonl its lines have "error"
+instead of "answer" and "finished".
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def main(argv: Sequence[str]) -> None:
     for reason in broken.values():
         print(visible(f"error: {reason}"), file=sys.stderr)
     if len(broken) == len(set(arguments.image)):
+        for line in lines(pairs_of(arguments), {}, broken, arguments.format):
+            print(line)
         raise ValueError("no image is left to ask about")
     adapter = find_adapter(arguments.adapter) if arguments.adapter else None
     base, revision = arguments.model, arguments.revision
@@ -51,23 +54,18 @@ def main(argv: Sequence[str]) -> None:
     model = open_base(directory, pick_dtype(arguments.dtype, device), device, kept)
     if adapter:
         load_adapter(model, adapter)
-    records = [
-        {"id": f"{image}\n{prompt}", "image": image, "image_id": image, "prefix": prompt}
-        for image in dict.fromkeys(arguments.image)
-        if image not in broken
-        for prompt in dict.fromkeys(arguments.prompt)
-    ]
+    records = pairs_of(arguments)
     answers = generate_answers(
         model,
         processor,
-        records,
+        [record for record in records if record["image"] not in broken],
         new_tokens,
         arguments.batch_size,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    for line in lines(records, answers, arguments.format):
+    for line in lines(records, answers, broken, arguments.format):
         print(line)
     unfinished = sum(not answer.finished for answer in answers.values())
     for note in (guessed, unfinished_note(unfinished, len(answers), new_tokens, "--max-new-tokens")):
@@ -88,13 +86,29 @@ def broken_images(paths: Sequence[str]) -> dict[str, str]:
     return broken
 
 
-def lines(records: Sequence[dict[str, str]], answers: dict[str, Answer], form: str) -> Iterator[str]:
+def pairs_of(arguments: argparse.Namespace) -> list[dict[str, str]]:
+    """Every image with every prompt, as records to answer, those of broken images too."""
+    return [
+        {"id": f"{image}\n{prompt}", "image": image, "image_id": image, "prefix": prompt}
+        for image in dict.fromkeys(arguments.image)
+        for prompt in dict.fromkeys(arguments.prompt)
+    ]
+
+
+def lines(
+    records: Sequence[dict[str, str]], answers: dict[str, Answer], broken: dict[str, str], form: str
+) -> Iterator[str]:
+    """What is printed, in the order of the records. Of broken images texts say nothing, JSON lines the reason."""
     for record in records:
+        asked = {"image": record["image"], "prompt": record["prefix"]}
+        if record["image"] in broken:
+            if form == "jsonl":
+                yield json_line(asked | {"error": broken[record["image"]]}, sys.stdout)
+            continue
         answer, finished = answers[record["id"]]
         if form == "jsonl":
-            facts = {"image": record["image"], "prompt": record["prefix"], "answer": answer, "finished": finished}
-            yield json_line(facts, sys.stdout)
-        elif len(records) == 1:
+            yield json_line(asked | {"answer": answer, "finished": finished}, sys.stdout)
+        elif len(answers) == 1:
             yield visible(answer)
         else:
             yield "\t".join(map(one_line, (record["image"], record["prefix"], answer)))

@@ -47,8 +47,9 @@ from finetune.probe import Shape, learn_by_heart, pictures_of, probe, trial_conf
 from finetune.quantize import open_base, quantize
 from finetune.result import Result
 from finetune.resume import find_checkpoint, start_run
-from finetune.start import start
+from finetune.start import require_agreement, start
 from finetune.steps import Steps
+from finetune.terminal import shortened
 from finetune.tracking import callbacks_for
 from finetune.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
@@ -144,7 +145,9 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
     after = cli.command("evaluate.py", arguments.config, *arguments.overrides)
     if config.data.validation is None:
         after = cli.command("predict.py", "--help")
-    show(f"kept {Result.read(Path(config.output))}")
+    result = Result.read(Path(config.output))
+    if result and result.step < steps.total:  # a last step that was kept has said so just now
+        show(f"kept {result}")
     show(f"saved {result_directory(config)}; next: {after}")
 
 
@@ -245,7 +248,8 @@ def inspect(config: RunConfig) -> None:
     for index, example in enumerate(first):
         answer = example["input_ids"][example["token_type_ids"] == 1]
         prefix = processor.prompt(dataset.records[index]["prefix"])
-        table.add_row(example["id"], prefix, processor.decode(answer), str(len(example["input_ids"])), str(len(answer)))
+        texts = map(shortened, (prefix, processor.decode(answer)))
+        table.add_row(example["id"], *texts, str(len(example["input_ids"])), str(len(answer)))
     show(table)
     batch = {name: tensor.to(model.device) for name, tensor in collate(first, processor.pad_id).items()}
     if problems := problems_of(model, batch):
@@ -318,6 +322,10 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     dimensions = PaliGemmaConfig.from_directory(directory)
     if config.model.weights == "pretrained":
         refuse_unreadable(directory)
+    resumes = any(Path(config.output, "checkpoints").glob("step-*"))  # and has no use for lora.start_from
+    if config.lora and config.lora.start_from and not resumes:
+        with torch.device("meta"):
+            require_agreement(PaliGemma(dimensions), config.lora)
     examples = readable_examples(config, directory)
     longest = examples.longest if examples else assumed(config.data)
     planner, plan, whose = plan_run(config, dimensions, longest)
@@ -332,8 +340,10 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     show(f"rows of {planner.tokens} tokens, answers of {planner.supervised} ({known}); {plan.mode}")
     steps, shape = shape_of(config, planner, examples)
     work = planner.mean_work(plan.mode, shape.tokens, shape.supervised, shape.pictures / shape.examples)
-    of_run = f", {work * shape.examples * steps.total:,.1f} for the run" if steps else ""
-    show(f"{work:.3g} TFLOP an example in rows of {shape.tokens} tokens, answers of {shape.supervised}{of_run}")
+    of_run = f", {three_digits(work * shape.examples * steps.total)} for the run" if steps else ""
+    show(
+        f"{three_digits(work)} TFLOP an example in rows of {shape.tokens} tokens, answers of {shape.supervised}{of_run}"
+    )
     if config.data.validation is not None:
         planned_evaluation(
             config, planner, plan, max_new_tokens(config, examples.lengths) if examples else planner.supervised
@@ -364,8 +374,19 @@ def shape_of(config: RunConfig, planner: Planner, examples: Examples | None) -> 
     steps = plan_steps(config, len(records))
     pictures = pictures_of(steps, records["image_id"][:])
     show(f"{len(records):,} examples, {steps.total:,} steps, up to {steps.total * size * planner.tokens:,} tokens")
+    if size > len(records):
+        show(
+            f"warning: a step of train.batch_size={size} is more than the {len(records):,} examples of data.train: it "
+            "takes some of them more than once; a smaller train.batch_size makes more steps of an epoch"
+        )
     tokens = planner.config.vision.num_patches + 1 + math.ceil(lengths.mean_text)
     return steps, Shape(size, pictures, tokens, math.ceil(lengths.mean_answer))
+
+
+def three_digits(value: float) -> str:
+    """A number to show: three digits that count, and no exponent."""
+    places = 2 - math.floor(math.log10(value)) if value else 0
+    return f"{value:,.{max(places, 0)}f}"
 
 
 def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, steps: Steps | None) -> None:

@@ -72,7 +72,8 @@ class LeftOut:
             return "none is left, fix them"
         if count > self.skippable * total:
             limit = f"more than the {self.skippable:.1%} that data.skip_at_most lets be skipped"
-            return f"{limit}: fix them, or raise it, with data.on_error=skip"
+            skipping = "" if self.share else "set data.on_error=skip and "
+            return f"{limit}: fix them, or {skipping}raise data.skip_at_most"
         return "fix them, or skip them with data.on_error=skip"
 
     def _catch_up(self) -> None:

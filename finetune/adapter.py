@@ -148,8 +148,9 @@ def training_facts(directory: str | Path) -> TrainingFacts:
     Raises:
         ValueError: what is stored cannot be used; names the value.
     """
+    stored = metadata_of(Path(directory)).get(TRAINING, "{}")
     try:
-        return TrainingFacts.from_json(metadata_of(Path(directory)).get(TRAINING, "{}"))
+        return TrainingFacts.from_json(stored)
     except ValueError as error:
         raise ValueError(
             f"{Path(directory) / WEIGHTS_FILE} says in its metadata, under {TRAINING!r}, what cannot be used: {error}"
@@ -161,6 +162,10 @@ def metadata_of(directory: Path) -> dict[str, str]:
     try:
         with safe_open(directory / WEIGHTS_FILE, "pt") as file:
             return file.metadata() or {}
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{directory} holds no {WEIGHTS_FILE}: expected the directory of an adapter, or of a run"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no readable {WEIGHTS_FILE}: {error}") from error
 
@@ -192,18 +197,8 @@ def load_adapter(model: nn.Module, directory: str | Path, dropout: float | None 
         or the adapter was trained on another base (known of ours only).
     """
     directory = Path(directory)
-    config, tensors = read_adapter(directory)
-    if any(adapters(model)):
-        raise ValueError("the model has adapters already: remove_lora(model) first")
+    config, tensors, selection = fit_adapter(model, directory)
     method = config["peft_type"].lower()
-    try:
-        selection, problems = plan_loading(model, config, tensors)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{directory / CONFIG_FILE} holds a value that cannot be used: {error}") from error
-    if problems:
-        if sizes := other_sizes(model, tensors):
-            raise ValueError(f"{directory} was made for another base: {sizes}; give the base it was trained on")
-        raise ValueError(f"{directory} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
     if (trained := metadata_of(directory).get(BASE_FINGERPRINT)) and trained != fingerprint(model):
         raise ValueError(
             f"{directory} was trained on another base than this, whose weights have other values: give the one it was "
@@ -219,6 +214,27 @@ def load_adapter(model: nn.Module, directory: str | Path, dropout: float | None 
         for name, parameter in file_parameters(model).items():
             parameter.copy_(tensors[name])
     return [*selection.linears, *selection.full]
+
+
+def fit_adapter(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], Selection]:
+    """What `read_adapter` reads, and which modules of `model` it adapts: by names and shapes, the base's values are not
+    looked at (they may be on the meta device). Nothing is changed.
+
+    Raises:
+        ValueError: no adapter there, or it does not fit; as `load_adapter` says.
+    """
+    config, tensors = read_adapter(directory)
+    if any(adapters(model)):
+        raise ValueError("the model has adapters already: remove_lora(model) first")
+    try:
+        selection, problems = plan_loading(model, config, tensors)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{directory / CONFIG_FILE} holds a value that cannot be used: {error}") from error
+    if problems:
+        if sizes := other_sizes(model, tensors):
+            raise ValueError(f"{directory} was made for another base: {sizes}; give the base it was trained on")
+        raise ValueError(f"{directory} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
+    return config, tensors, selection
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

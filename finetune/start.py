@@ -7,17 +7,18 @@ for dropout, which is a property of the training alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from finetune.adapter import load_adapter, read_adapter
+from finetune.adapter import fit_adapter, load_adapter, read_adapter
 from finetune.locate import find_adapter
 from finetune.lora import SCOPES, LoRAConfig, inject_lora, remove_lora
 from finetune.paths import expand
 from finetune.peft_config import LAYOUTS, pattern_value
-from finetune.protocol import adapters
+from finetune.protocol import AdapterSettings, adapters
 
 SHAPE = ("rank", "alpha", "targets", "rslora", "rank_pattern", "alpha_pattern", "train_in_full", "dropout")
 LORA_TENSOR = re.compile(r"\.lora_[AB]\.weight$")
@@ -75,14 +76,28 @@ def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
         ValueError: a target that names nothing; or what it starts from cannot be read, belongs to another base, or is
             not what `config` says: names each contradiction.
     """
-    inject_lora(model, config, seed)
     if config.start_from is None:
+        inject_lora(model, config, seed)
         return
+    require_agreement(model, config)
+    load_adapter(model, find_adapter(Path(expand(config.start_from))), config.dropout)
+
+
+def require_agreement(model: nn.Module, config: LoRAConfig) -> None:
+    """That the adapter which `config` starts from fits `model` and is what `config` says, by names and shapes: a
+    network on the meta device will do. Which base it was trained on is not looked at.
+
+    Raises:
+        ValueError: a target that names nothing; or the adapter cannot be read, does not fit, or is not what `config`
+            says: names each contradiction.
+    """
+    assert config.start_from is not None, "there is an adapter to agree with"
+    path = find_adapter(Path(expand(config.start_from)))
+    _, _, selection = fit_adapter(model, path)
+    inject_lora(model, config)
     asked = settings_of(model)
     remove_lora(model)
-    path = find_adapter(Path(expand(config.start_from)))
-    load_adapter(model, path, config.dropout)
-    there = settings_of(model)
+    there = settings_by_key({**selection.linears, **dict.fromkeys(selection.full)})
     differences = [
         f"{key} at {module}: {'not' if ours is None else ours}, in the adapter {'not' if theirs is None else theirs}"
         for module in sorted(asked.keys() | there.keys())
@@ -98,9 +113,14 @@ def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
 
 def settings_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What is trained of each module, by the keys of the configuration that say so."""
+    return settings_by_key({path: adapter.settings for path, adapter in adapters(model)})
+
+
+def settings_by_key(trained: Mapping[str, AdapterSettings | None]) -> dict[str, dict[str, Any]]:
+    """The same of settings by path, None where a module is trained in full."""
     found: dict[str, dict[str, Any]] = {}
-    for path, adapter in adapters(model):
-        if (settings := adapter.settings) is None:
+    for path, settings in trained.items():
+        if settings is None:
             found[path] = {"lora.train_in_full": "trained"}
         else:
             found[path] = {"lora.targets": "adapted", "lora.rank": settings.rank, "lora.alpha": float(settings.alpha)}

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 CHECKOUT = Path(__file__).parent.parent
+LONGEST_SHOWN = 320  # characters of a text of which a glance is enough
 
 # Control characters but tab and newline, line and paragraph separators, marks of direction, halves of characters.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -36,6 +37,12 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """The same for a field of a line: tabs and newlines are escaped too."""
     return visible(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
+def shortened(text: str, longest: int = LONGEST_SHOWN) -> str:
+    """A text of more characters than `longest` without those in its middle, and how many those are."""
+    half, hidden = longest // 2, len(text) - longest
+    return text if hidden <= 0 else f"{text[:half]} [{hidden:,} characters not shown] {text[half + hidden :]}"
 
 
 def json_line(value: Any, stream: TextIO) -> str:

@@ -24,7 +24,9 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool
             warnings.warn(f"{path} is a directory: revision {revision!r}, of a Hub id, has no effect", stacklevel=2)
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) or path.parts[0] in (".", ".."):
-        raise ValueError(f"{path_or_hub_id} is neither a directory nor a Hub id (owner/name)")
+        raise ValueError(
+            f"{path_or_hub_id} is neither a directory nor a Hub id (owner/name): correct the path, or give the Hub id"
+        )
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{path_or_hub_id}"

@@ -261,7 +261,7 @@ def test_only_a_plain_network_is_saved(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["no/such/dir", "/nowhere", "./owner/name", "name"])
 def test_a_directory_that_is_not_there_is_named(path: str) -> None:
-    with pytest.raises(ValueError, match=f"{path} is neither a directory nor a Hub id"):
+    with pytest.raises(ValueError, match=f"{path} is neither a directory nor a Hub id .*: correct the path, or give"):
         PaliGemma.from_pretrained(path)
 
 

@@ -68,13 +68,10 @@ def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: P
         (
             0.0,
             4,
-            "more than the 3.0% that data.skip_at_most lets be skipped: fix them, or raise it, with data.on_error=skip",
+            "more than the 3.0% that data.skip_at_most lets be skipped: fix them, or set data.on_error=skip and raise "
+            "data.skip_at_most",
         ),
-        (
-            0.03,
-            4,
-            "more than the 3.0% that data.skip_at_most lets be skipped: fix them, or raise it, with data.on_error=skip",
-        ),
+        (0.03, 4, "more than the 3.0% that data.skip_at_most lets be skipped: fix them, or raise data.skip_at_most"),
         (0.0, 100, "none is left, fix them"),
     ],
 )

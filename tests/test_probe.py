@@ -322,3 +322,26 @@ def test_an_infinite_loss_names_the_learning_rate(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(LoRATrainer, "training_step", broken)
     with pytest.raises(ValueError, match=r"lower train\.learning_rate \(0\.0001\); step 1: the loss is inf"):
         tried(tmp_path, Mode(4), list)
+
+
+def test_a_dry_run_of_a_small_run_shows_its_work_and_a_step_larger_than_the_data(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three digits of it, whatever its size."""
+    argv = arguments(scenes, tmp_path / "run", "train.max_steps=2", "data.train.count=8", "--dry-run")
+    for size, warned in ((8, False), (9, True)):
+        train.main([*argv, f"train.batch_size={size}", "train.micro_batch=2"])
+        out = " ".join(capsys.readouterr().out.split())
+        work = re.search(r"([\d.]+) TFLOP an example in .*?, ([\d.,]+) for the run", out)
+        assert work is not None, out
+        assert float(work[2]) == pytest.approx(2 * size * float(work[1]), rel=0.01)
+        warning = "warning: a step of train.batch_size=9 is more than the 8 examples of data.train"
+        assert (warning in out) == warned
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0000123456, "0.0000123"), (0.5, "0.500"), (2.4649, "2.46"), (99.96, "100.0"), (327487.6, "327,488"), (0, "0")],
+)
+def test_three_digits_are_shown_without_an_exponent(value: float, shown: str) -> None:
+    assert train.three_digits(value) == shown

@@ -24,7 +24,7 @@ import merge_lora
 import predict
 import train
 from data import shapes
-from finetune import cli
+from finetune import cli, terminal
 from finetune.adapter import training_facts
 from finetune.config import load_config
 from finetune.result import Result
@@ -110,6 +110,24 @@ def test_every_config_runs(base: Path, tmp_path: Path, path: Path) -> None:
         changes += ["train.eval_every=2", "evaluation.count=4"]
     train.main([str(path), *changes])
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists() or (tmp_path / "run/model").is_dir()
+
+
+def test_the_end_of_a_run_says_once_what_was_kept(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was the last step or one long before."""
+    for best, times in ((4, ["step 2", "step 4"]), (2, ["step 2", "step 2"])):
+        figures = iter([0.0 if best == 4 else 100.0, 50.0])
+
+        def measure(*_: Any, figures: Any = figures) -> Any:
+            return lambda: {"loss": 1.0, "accuracy": next(figures)}
+
+        monkeypatch.setattr(train, "evaluation_of", measure)
+        train.main([*arguments(base, tmp_path / f"run{best}"), "train.save_every=100"])
+        shown = capsys.readouterr().out.splitlines()
+        kept = [line for line in shown if line.startswith("kept ")]
+        assert [line.removeprefix("kept ").split(",")[0] for line in kept] == times
+        assert shown.index(kept[-1]) > len(shown) - 4
 
 
 def test_a_run_directory_describes_itself(base: Path, run: Path) -> None:
@@ -268,6 +286,13 @@ def test_results_are_scored_to_a_file_and_up_to_a_limit(base: Path, run: Path, t
         (["run.yaml", "--results", "F"], "takes no --results; override"),
         (["--model", "M", "--questions", "F"], r"needs --annotations and --images"),
         (["--results", "F", "--annotations", "F"], "--results needs --questions"),
+        (["--model", "M"], r"needs --questions and --annotations and --images, or --jsonl"),
+        (
+            ["--model", "M", "--jsonl", "F", "--questions", "F", "--prompt", "x"],
+            r"--jsonl takes no --questions, --prompt: its lines say what is asked",
+        ),
+        (["run.yaml", "--jsonl", "F"], r"takes no --jsonl"),
+        (["--results", "F", "--jsonl", "F"], r"takes no --jsonl"),
     ],
 )
 def test_options_that_mean_nothing_in_a_form_are_refused(argv: list[str], message: str) -> None:
@@ -356,6 +381,68 @@ def test_a_checkpoint_is_evaluated_without_a_config(base: Path, run: Path, tmp_p
     assert json.loads((tmp_path / "metrics.json").read_text())["prompt"] == "answer en {question}"
 
 
+def test_lines_of_ones_own_are_scored_with_any_adapter(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer counts that equals the suffix, or one of several; images are beside the lines, or in --images."""
+    shutil.copytree(run / "adapter", tmp_path / "mine")
+    images = sorted((base / "data/images").iterdir())[:2]
+    lines = [{"id": f"q{k}", "image": path.name, "prefix": "caption en"} for k, path in enumerate(images)]
+    common = ["--adapter", str(tmp_path / "mine"), "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "4"]
+    capsys.readouterr()
+    predict.main([*common, "--image", str(images[0]), "--prompt", "caption en"])
+    suffixes: list[Any] = [["never this", capsys.readouterr().out.strip()], "never this"]
+    rows = [json.dumps(line | {"suffix": suffix}) for line, suffix in zip(lines, suffixes, strict=True)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    mine = [*common, "--jsonl", str(tmp_path / "mine.jsonl")]
+    evaluate.main([*mine, "--images", str(base / "data/images"), "--output", str(tmp_path / "found")])
+    metrics = json.loads((tmp_path / "found/metrics.json").read_text())
+    assert (metrics["overall"], metrics["questions"], metrics["adapter"]) == (50.0, 2, str(tmp_path / "mine"))
+    answers = json.loads((tmp_path / "found/results.json").read_text())
+    assert [answer["question_id"] for answer in answers] == ["q0", "q1"]
+    for path in images:
+        shutil.copy(path, tmp_path)
+    evaluate.main([*mine, "--model", str(base), "--limit", "1"])
+    assert "100.00" in capsys.readouterr().out
+    (tmp_path / "mine.jsonl").write_text(rows[0])
+    with pytest.raises(ValueError, match=r"holds figures of something else \(jsonl differ\)"):
+        evaluate.main([*mine, "--output", str(tmp_path / "found")])
+
+
+def test_another_adapter_is_evaluated_on_the_questions_of_a_run(base: Path, run: Path, tmp_path: Path) -> None:
+    """As the refusal of --adapter says."""
+    other = tmp_path / "other"
+    shutil.copytree(run / "adapter", other / "adapter")
+    with pytest.raises(
+        ValueError, match=r"takes no --adapter; .*with output=DIR --arm adapter.* --adapter DIR --jsonl"
+    ):
+        evaluate.main([*arguments(base, run), "--adapter", str(other)])
+    figures = str(tmp_path / "figures")
+    evaluate.main([*arguments(base, run), f"output={other}", "--arm", "adapter", "--output", figures])
+    assert json.loads((tmp_path / "figures/adapter/metrics.json").read_text())["adapter"] == str(other / "adapter")
+
+
+def test_results_are_shown_with_whole_paths(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece, to be copied, however narrow the terminal is; the figures stand under a short name."""
+    monkeypatch.setenv("COLUMNS", "60")
+    long = tmp_path / "a-directory-with-a-long-name" / ("of-many-words-" * 6 + "and-more")
+    shutil.copytree(run / "adapter", long)
+    official = files(base, "val2014")
+    named = [word for name, value in official.items() for word in (f"--{name}", value)]
+    evaluate.main(["--adapter", str(long), *named, "--limit", "3", "--device", "cpu", "--output", str(long.parent)])
+    shown = capsys.readouterr().out
+    assert f"adapter: {long}\n" in shown
+    assert shown.count("of-many-words") == 6
+    assert "│ adapter │" in shown
+    score = ["--results", str(long.parent / "results.json"), "--limit", "3", "--questions", official["questions"]]
+    evaluate.main([*score, "--annotations", official["annotations"]])
+    shown = capsys.readouterr().out
+    assert f"results: {long.parent}/results.json\n" in shown
+    assert "│ results │" in shown
+
+
 def test_a_finished_run_is_not_trained_again(
     base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -425,6 +512,26 @@ def test_an_adapter_finds_its_base(
         predictions(capsys, *asked)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["with --model", "without"])
+@pytest.mark.parametrize("kind", ["empty", "absent", "unfinished run"])
+def test_a_directory_without_an_adapter_is_said_to_have_none(
+    base: Path, pictures: list[str], tmp_path: Path, known: bool, kind: str
+) -> None:
+    """Before a network is opened."""
+    given = tmp_path / "given"
+    if kind != "absent":
+        given.mkdir()
+    if kind == "unfinished run":
+        (given / "checkpoints").mkdir()
+    named = ["--adapter", str(given), *(["--model", str(base)] if known else [])]
+    official = [word for name, value in files(base, "val2014").items() for word in (f"--{name}", value)]
+    expected = rf"{given}\S* .*: expected the directory of an adapter, or of a run$"
+    with pytest.raises(ValueError, match=expected):
+        predict.main([*named, "--image", pictures[0], "--prompt", "caption en"])
+    with pytest.raises(ValueError, match=expected):
+        evaluate.main([*named, *official])
+
+
 def test_predict_samples_by_seed(base: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     hot = ["--model", str(base), "--image", *pictures, "--prompt", "caption en", "--temperature", "1.5"]
     first, again, other = (predictions(capsys, *hot, "--seed", seed) for seed in ("1", "1", "2"))
@@ -451,6 +558,25 @@ def test_inspect_shows_texts_as_they_stand(base: Path, tmp_path: Path, capsys: p
     shown = capsys.readouterr().out
     assert "[INST] x [/INST]" in shown
     assert "[cat] on [mat]" in shown
+
+
+def test_inspect_shortens_long_texts_in_the_middle(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With how much of them is not shown; what they begin and end with is."""
+    image = sorted((base / "data/images").iterdir())[0].name
+    prefix, suffix = (f"first {kind} " + "a red circle " * 100 + f"last {kind}" for kind in ("asked", "answered"))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": image, "prefix": prefix, "suffix": suffix}))
+    source = f"data={{train: {{jsonl: {tmp_path}/train.jsonl, images: {base}/data/images}}, workers: 0}}"
+    monkeypatch.setenv("COLUMNS", "1000")
+    train.main([*arguments(base, tmp_path / "run"), source, "train.eval_every=null", "--inspect"])
+    shown = capsys.readouterr().out
+    for text, kind in ((prefix, "asked"), (suffix, "answered")):
+        assert f"first {kind} a red" in shown
+        assert f"circle last {kind}" in shown
+        hidden = len(text) - terminal.LONGEST_SHOWN
+        assert f" [{hidden:,} characters not shown] " in shown
+    assert shown.count("circle") < 80
 
 
 def test_another_configuration_does_not_go_on_with_a_run(base: Path, run: Path) -> None:
@@ -562,6 +688,35 @@ def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(
     assert f"error: image {broken} cannot be used: cannot identify" in said.err
     with pytest.raises(ValueError, match="no image is left to ask about"):
         predict.main([*asked, str(broken), str(tmp_path / "gone.png")])
+
+
+def test_an_image_that_cannot_be_used_has_its_line_among_the_others(
+    base: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the reason in the place of the answer, one for each prompt, also where no image is left."""
+    broken, gone = tmp_path / "broken.jpg", tmp_path / "gone.png"
+    broken.write_bytes(b"not an image")
+    common = ["--model", str(base), "--device", "cpu", "--max-new-tokens", "2", "--format", "jsonl"]
+    asked = [*common, "--prompt", "caption en", "y", "--image"]
+    images = [pictures[0], str(broken), pictures[1], str(gone)]
+    for given, message in (
+        (images, "2 of 4 images could not be used"),
+        (images[1::2], "no image is left to ask about"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict.main([*asked, *given])
+        said = capsys.readouterr()
+        rows = [json.loads(line) for line in said.out.splitlines()]
+        assert [(row["image"], row["prompt"]) for row in rows] == [
+            (image, prompt) for image in given for prompt in ("caption en", "y")
+        ]
+        for row in rows:
+            assert ("error" in row) != ("answer" in row)
+            assert ("error" in row) == (row["image"] in (str(broken), str(gone)))
+        errors = {row["image"]: row["error"] for row in rows if "error" in row}
+        assert "cannot identify" in errors[str(broken)]
+        assert "No such file" in errors[str(gone)]
+        assert all(f"error: {error}\n" in said.err for error in errors.values())
 
 
 @pytest.fixture

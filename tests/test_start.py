@@ -124,6 +124,44 @@ def test_what_contradicts_the_adapter_is_named(base: Path, tmp_path: Path, given
         start(network(base), config, seed=0)
 
 
+def dry_run(base: Path, directory: Path, lora: dict[str, Any]) -> None:
+    """Of a run from `base`, of which the configuration and the tokenizer are there, and no weights."""
+    if not (directory / "base").exists():
+        shutil.copytree(ROOT / "assets/tiny-base", directory / "base")
+        (directory / "base/model.safetensors").unlink()
+        shutil.copy(base / "config.json", directory / "base")
+    settings = [f"model={{path: {directory}/base, dtype: float32, device: cpu}}", f"output={directory}/run"]
+    train.main([str(ROOT / "configs/quickstart.yaml"), *settings, f"lora={json.dumps(lora)}", "--dry-run"])
+
+
+def test_a_dry_run_finds_what_contradicts_the_adapter(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the base's weights."""
+    saved(base, tmp_path / "adapter", SHAPES["patterns"])
+    start_from = {"start_from": str(tmp_path / "adapter")}
+    dry_run(base, tmp_path, start_from)
+    dry_run(base, tmp_path, {**start_from, "dropout": 0.5})
+    assert capsys.readouterr().out.count("it fits") == 2
+    with pytest.raises(
+        ValueError, match=r"(?s)contradicts the adapter in \S+, which .*alpha at \S+: 7\.0, in the adap"
+    ):
+        dry_run(base, tmp_path, {**start_from, "alpha": 7.0})
+    (tmp_path / "run/checkpoints/step-000001").mkdir(parents=True)  # it goes on from there, not from the adapter
+    dry_run(base, tmp_path, {**start_from, "alpha": 7.0})
+
+
+def test_a_dry_run_finds_an_adapter_of_another_size(base: Path, tmp_path: Path) -> None:
+    saved(base, tmp_path / "adapter", SHAPES["plain"])
+    changes = {"text__num_hidden_layers": 2}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps(tiny.config(**changes)))
+    with pytest.raises(
+        ValueError, match="was made for another base: its language_model has 3 layers, this one's has 2"
+    ):
+        dry_run(tmp_path / "other", tmp_path, {"start_from": str(tmp_path / "adapter")})
+
+
 def test_no_adapter_and_that_of_another_base_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml:\d+: lora\.start_from: .* holds no adapter_config\.json"):
         configuration(tmp_path, {"start_from": str(tmp_path / "nowhere")})

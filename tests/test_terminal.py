@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from finetune import console
 from finetune.console import new_table
-from finetune.terminal import UNSAFE, json_line, one_line, plain_warnings, visible
+from finetune.terminal import UNSAFE, json_line, one_line, plain_warnings, shortened, visible
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
@@ -119,3 +119,15 @@ def test_a_warning_of_ours_is_a_sentence(capsys: pytest.CaptureFixture[str], mon
         warnings.showwarning("old", DeprecationWarning, str(ROOT / "train.py"), 3)
     assert capsys.readouterr().err == "warning: ours \\x1b\n"
     assert theirs == ["theirs", "old"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("x" * 20, "x" * 20),
+        ("a" * 10 + "b" * 20, "a" * 10 + " [10 characters not shown] " + "b" * 10),
+        ("c" * 2000, "c" * 10 + " [1,980 characters not shown] " + "c" * 10),
+    ],
+)
+def test_a_long_text_is_shortened_in_the_middle(text: str, shown: str) -> None:
+    assert shortened(text, 20) == shown
