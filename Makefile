@@ -11,8 +11,8 @@ NUMERICAL := adapter benchmarks checkpoint evaluate generate lean lora merge pal
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 # Stopped at any moment, the same command goes on; `make clean` starts afresh.
 quickstart: .venv/.installed
-	$(BIN)/python -m data.shapes --output $(RUN)/data --split train2014 --scenes 4000 --seed 1
-	$(BIN)/python -m data.shapes --output $(RUN)/data --split val2014 --scenes 300 --seed 2
+	$(BIN)/python -m data.synthetic.scenes --output $(RUN)/data --split train2014 --scenes 4000 --seed 1
+	$(BIN)/python -m data.synthetic.scenes --output $(RUN)/data --split val2014 --scenes 300 --seed 2
 	$(BIN)/python train.py configs/quickstart.yaml
 	$(BIN)/python merge_lora.py $(RUN)/adapter --output $(RUN)/merged --dtype float32 --force
 	$(BIN)/python evaluate.py configs/quickstart.yaml
@@ -47,8 +47,8 @@ test-machines: .venv/.installed-dev
 # Our files in transformers 4.57 and the PEFT of its time, theirs here. The package itself asks for transformers 5, so it
 # is not installed there. Left out: a picture of 1 x 1 pixels, whose three channels 4.57 takes for its width.
 test-transformers-4: .venv-4/.installed
-	.venv-4/bin/python -m pytest -n 2 $(patsubst %,tests/test_%.py,paligemma checkpoint adapter merge generate processor) \
-		--deselect "tests/test_processor.py::test_pixels_are_the_librarys_bit_for_bit[size4]"
+	.venv-4/bin/python -m pytest -n 2 $(patsubst %,tests/%.py,test_paligemma test_checkpoint test_adapter test_merge test_generate data/test_processor) \
+		--deselect "tests/data/test_processor.py::test_pixels_are_the_librarys_bit_for_bit[size4]"
 
 # Ten thousand spoilt adapters and checkpoints; `make test` spoils 300.
 fuzz: .venv/.installed-dev
@@ -58,7 +58,7 @@ fuzz: .venv/.installed-dev
 tiny-base: .venv/.installed
 	rm -rf $(TINY)
 	$(BIN)/python -m assets.tokenizer --output assets/tiny-base
-	$(BIN)/python -m data.shapes --output $(TINY)/data --split train2014 --scenes 10000 --seed 1000
+	$(BIN)/python -m data.synthetic.scenes --output $(TINY)/data --split train2014 --scenes 10000 --seed 1000
 	$(BIN)/python train.py configs/tiny_base.yaml
 	cp $(TINY)/model/model.safetensors assets/tiny-base/
 

@@ -26,7 +26,7 @@ import torch
 from rich.table import Table
 
 from data import Processor
-from data.faults import NAMED, LeftOut
+from data.invalid import NAMED, SkippedRecords
 from data.records import decodable, load_records
 from finetune import cli, load_adapter, processes
 from finetune.adapter import training_facts
@@ -143,7 +143,7 @@ def arms_of(given: argparse.Namespace, config: RunConfig) -> dict[str, tuple[str
 
 def records_of_run(config: RunConfig, given: argparse.Namespace) -> Any:
     """The validation records that can be asked, by image and prompt; those that are skipped are listed, or shown."""
-    skipped = cli.leave_out(config, "validation", listed=given.limit is None and given.output is None)
+    skipped = cli.skipped_records(config, "validation", listed=given.limit is None and given.output is None)
     if skipped.file:
         processes.once(partial(skipped.file.unlink, missing_ok=True))  # of another time
     records = decodable(first(cli.open_records(config, "validation", skipped), given.limit), skipped)
@@ -206,7 +206,7 @@ def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
         show(guessed)
     kept = cli.quantization(given.quantize, adapter)
     processor = Processor.from_pretrained(directory)
-    records, rows = askable(records, processor, LeftOut()), given.batch_size
+    records, rows = askable(records, processor, SkippedRecords()), given.batch_size
     result = answer(directory, adapter, processor, records, dtype, device, rows, new_tokens, kept)
     show_unfinished(str(adapter or model), result, "--max-new-tokens")
     if given.output:

@@ -23,7 +23,7 @@ import torch
 from rich.table import Table
 
 from data import PaliGemmaDataset, Processor, collate
-from data.faults import LeftOut
+from data.invalid import SkippedRecords
 from data.lengths import TextLengths
 from data.records import decodable
 from finetune import cli, processes, save_adapter
@@ -95,11 +95,11 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
     directory = fetch(config.model.path, config.model.revision)
     processor = open_processor(directory, config.data)
     examples = open_examples(config, "train", processor)
-    if examples.left_out.reasons:
-        skipped = examples.left_out
+    if examples.skipped.reasons:
+        skipped = examples.skipped
         show(f"{len(skipped.reasons):,} records cannot be used, others take their places: see {skipped.file}")
     planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
-    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.left_out)
+    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     require_fit(config, plan, whose)
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
     steps = plan_steps(config, len(dataset))
@@ -215,19 +215,19 @@ def check(config: RunConfig) -> None:
     processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config.data)
     refused = []
     for part in ("train", "validation") if config.data.validation else ("train",):
-        left_out, total, usable = LeftOut(share=math.inf), 0, 0
+        skipped, total, usable = SkippedRecords(share=math.inf), 0, 0
         try:
-            examples = open_examples(config, part, processor, left_out)
+            examples = open_examples(config, part, processor, skipped)
             records, longest = examples.records, examples.longest
-            total, usable = len(records), len(valid(decodable(records, left_out), left_out))
+            total, usable = len(records), len(valid(decodable(records, skipped), skipped))
             show(f"data.{part}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
         except ValueError:
-            if not left_out.reasons:  # the file itself cannot be read
+            if not skipped.reasons:  # the file itself cannot be read
                 raise
-        count = len(left_out.reasons)
+        count = len(skipped.reasons)
         show(f"data.{part}: {usable:,} records can be used, {count:,} cannot")
-        show(*(f"  {name}: {reason}" for name, reason in left_out.reasons.items()))
-        allowed = cli.leave_out(config, part, listed=False)
+        show(*(f"  {name}: {reason}" for name, reason in skipped.reasons.items()))
+        allowed = cli.skipped_records(config, part, listed=False)
         if count > allowed.share * total:
             refused.append(f"{count:,} records of data.{part} cannot be used; {allowed.advice(count, usable + count)}")
         elif count:
@@ -240,8 +240,8 @@ def inspect(config: RunConfig) -> None:
     """The first examples as the network sees them, checked for what would ruin the training. Nothing is written."""
     directory = fetch(config.model.path, config.model.revision)
     processor = open_processor(directory, config.data)
-    examples = open_examples(config, "train", processor, cli.leave_out(config, "train", listed=False))
-    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.left_out)
+    examples = open_examples(config, "train", processor, cli.skipped_records(config, "train", listed=False))
+    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     model = open_model(directory, config)
     first = [dataset[index] for index in range(min(8, len(dataset)))]
     table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
@@ -273,7 +273,7 @@ def overfit(config: RunConfig, count: int) -> None:
     _, plan, _ = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
     model = open_model(directory, config)
     records = records.select(range(count))
-    dataset = PaliGemmaDataset(records, processor, config.data.answers, left_out=examples.left_out)
+    dataset = PaliGemmaDataset(records, processor, config.data.answers, skipped=examples.skipped)
     adapt(model, config)
     show_trained(model)
     wanted = [
@@ -450,10 +450,10 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Any:
     if config.data.validation is None or config.train.eval_every is None:
         return None
     examples = open_examples(config, "validation", processor)
-    records, left_out = examples.valid, examples.left_out
+    records, skipped = examples.valid, examples.skipped
     if config.evaluation.count is not None and config.evaluation.count < len(records):
         records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
-    return decodable(records, left_out)
+    return decodable(records, skipped)
 
 
 def planned_evaluation(config: RunConfig, planner: Planner, plan: Plan, new_tokens: int) -> RunConfig:

@@ -4,7 +4,7 @@
 
 The tokenizer is Gemma's in kind: spaces become "▁", byte-pair merges that never cross a word, digits one by one, bytes
 for what is unknown, runs of newlines as pieces of their own, then <loc0000>..<loc1023>, <seg000>..<seg127> and, last,
-<image>. It is trained on the words of data/shapes.py until each is one piece. Not here: the weights.
+<image>. It is trained on the words of data/synthetic/scenes.py until each is one piece. Not here: the weights.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data import shapes
+from data.synthetic import scenes
 
 SPECIAL = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}  # ids 0 to 3, as in Gemma
 MASK = "<mask>"  # id 4
@@ -30,14 +30,14 @@ IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
 def corpus() -> list[str]:
     """Every word of the generated data, within a line and at the start of one."""
-    lines = [*shapes.ALTERNATIVES, *(answer for answers in shapes.ALTERNATIVES.values() for answer in answers)]
+    lines = [*scenes.ALTERNATIVES, *(answer for answers in scenes.ALTERNATIVES.values() for answer in answers)]
     for index in range(1000):
-        scene = shapes.make_scene(shapes.rng_of("tokenizer", 0, index, "scene"))
-        rng = shapes.rng_of("tokenizer", 0, index, "questions")
-        asks = (shapes.ask_whether, shapes.ask_how_many, shapes.ask_which)
+        scene = scenes.make_scene(scenes.rng_of("tokenizer", 0, index, "scene"))
+        rng = scenes.rng_of("tokenizer", 0, index, "questions")
+        asks = (scenes.ask_whether, scenes.ask_how_many, scenes.ask_which)
         asked = [ask(scene, rng) for ask in asks for _ in range(2)]
         lines += [f"answer en {text}" for text in dict.fromkeys(question.text for question in asked if question)]
-        captions = shapes.make_captions(scene, shapes.rng_of("tokenizer", 0, index, "captions"))
+        captions = scenes.make_captions(scene, scenes.rng_of("tokenizer", 0, index, "captions"))
         lines += [f"{prefix} {caption}" for prefix, caption in captions]
     words = sorted({word for line in lines for word in line.split()})
     return [*lines, *words, *(f" {word}" for word in words)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from data.faults import Fault, LeftOut
+from data.invalid import InvalidRecord, SkippedRecords
 from data.processor import Processor
 
 TRIES = 10_000  # records drawn in the place of one that is skipped
@@ -27,7 +27,7 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         processor: turns pictures and texts into tensors.
         answers: "rotate" learns another one of a record's answers at each visit, in an order drawn by `seed`, until
             all were learned; "majority" learns `answer` always.
-        left_out: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its
+        skipped: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its
             index, the same at every visit; of those that are listed already, too. By default there may be none, and
             the first one is a ValueError.
     """
@@ -38,12 +38,12 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         processor: Processor,
         answers: Literal["rotate", "majority"] = "rotate",
         seed: int = 0,
-        left_out: LeftOut | None = None,
+        skipped: SkippedRecords | None = None,
     ) -> None:
         if answers not in ("rotate", "majority"):
             raise ValueError(f'answers is {answers!r}; expected "rotate" or "majority"')
         self.records, self.processor, self.answers, self.seed = records, processor, answers, seed
-        self.left_out = left_out or LeftOut()
+        self.skipped = skipped or SkippedRecords()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -54,11 +54,11 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         others = random.Random(f"{self.seed}/{index}/instead")
         for _ in range(TRIES):  # or until too many were left out
             record = self.records[index]
-            if record["id"] not in self.left_out.reasons:
+            if record["id"] not in self.skipped.reasons:
                 try:
                     return self._example(record, index, visit)
                 except ValueError as error:
-                    self.left_out.add([Fault(record["id"], str(error))], len(self))
+                    self.skipped.add([InvalidRecord(record["id"], str(error))], len(self))
             index = others.randrange(len(self))
         raise ValueError(f"{TRIES:,} records drawn in place of {record['id']} were all skipped: hardly any is valid")
 

@@ -2,7 +2,7 @@
 
 Distinct texts are tokenised one time each, and the result is kept beside the records' cache under what it depends on:
 the tokenizer and the texts themselves. Not here: what fits (`Processor.fit`), and what is done with records that do not
-(data/faults.py).
+(data/invalid.py).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from data.faults import Fault
+from data.invalid import InvalidRecord
 from data.processor import LEADING, Processor
 from data.records import File, cache_folder
 
@@ -48,7 +48,7 @@ class TextLengths:
     prompt: Lengths
     answer: Lengths
     mean_answer: float
-    invalid: dict[int, Fault]
+    invalid: dict[int, InvalidRecord]
     marked: int
     cut: int
     cut_tokens: int
@@ -104,7 +104,7 @@ def measure(
             for suffix in texts["answers"][i].as_py() or [None]:
                 processor.encode(texts["prefix"][i].as_py(), suffix)
         except ValueError as error:
-            invalid[i] = Fault(records[i]["id"], str(error))
+            invalid[i] = InvalidRecord(records[i]["id"], str(error))
             prompt[i] = answer[i] = total[i] = count[i] = 0
         else:
             answer[i] = processor.fit(int(prompt[i]), int(longest[i]))

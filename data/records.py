@@ -1,7 +1,7 @@
 """A source as a configuration names it -> records: their columns, the choice of some, the file they are kept in.
 
 A record holds the absolute path of its picture: `datasets` never opens it, data/images.py does. Not here: reading the
-official files (data/vqav2.py) and a person's own lines (data/jsonl.py).
+official files (data/sources/vqa_files.py) and a person's own lines (data/sources/json_lines.py).
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from typing import Any, Literal
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from data.faults import Fault, LeftOut
-from data.jsonl import read_jsonl
-from data.pictures import unusable
-from data.vqav2 import read_vqav2
+from data.image_check import unusable
+from data.invalid import InvalidRecord, SkippedRecords
+from data.sources.json_lines import read_jsonl
+from data.sources.vqa_files import read_vqav2
 
 File = str | PathLike[str]
 TEXT = datasets.Value("string")
@@ -53,7 +53,7 @@ def load_records(
     seed: int = 0,
     split: str | None = None,
     cache_dir: File | None = None,
-    left_out: LeftOut | None = None,
+    skipped: SkippedRecords | None = None,
 ) -> datasets.Dataset:
     """Records of the chosen questions or lines, in the order of their file.
 
@@ -65,7 +65,7 @@ def load_records(
         prompt: the prefix of an official question, with {question} where the question goes.
         split: such as "train2014", where the official files do not say it.
         cache_dir: where the records are kept for the next time, by default beside those of `datasets`.
-        left_out: where what cannot be used goes; by default there may be none. Records whose picture cannot be used by
+        skipped: where what cannot be used goes; by default there may be none. Records whose picture cannot be used by
             its header are among them, but keep their places: in training others are taken instead, for an evaluation
             see `decodable`.
 
@@ -90,25 +90,25 @@ def load_records(
     drawn = fraction is not None or count is not None  # else the seed changes nothing
     options = [rows.func.__name__, *rows.args, draw.keywords if drawn else ""]
     cache = cache_folder(cache_dir)
-    records, faults = memory_mapped(partial(rows, draw), files, options, cache)
-    total = len(records) + len(faults)
+    records, invalid = memory_mapped(partial(rows, draw), files, options, cache)
+    total = len(records) + len(invalid)
     if folder is not None and len(records):
         paths = records.data.column("image").combine_chunks().field("path")
         unique = paths.unique().to_pylist()
         reasons = unusable(unique, cache, folder if jsonl is not None else Path(unique[0]).parent)
         for position, path in enumerate(paths.to_pylist() if reasons else ()):
             if path in reasons:
-                faults.append(Fault(records[position]["id"], reasons[path]))
-    (left_out or LeftOut()).add(faults, total)
+                invalid.append(InvalidRecord(records[position]["id"], reasons[path]))
+    (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
         raise ValueError(f"{files[0]} holds no record that can be used")
     return records
 
 
 def decodable(
-    records: datasets.Dataset, left_out: LeftOut | None = None, cache_dir: File | None = None
+    records: datasets.Dataset, skipped: SkippedRecords | None = None, cache_dir: File | None = None
 ) -> datasets.Dataset:
-    """The records whose pictures can be decoded, after decoding all of them; `left_out` as in `load_records`.
+    """The records whose pictures can be decoded, after decoding all of them; `skipped` as in `load_records`.
 
     Raises:
         ValueError: more cannot be used than may be left out.
@@ -118,8 +118,8 @@ def decodable(
     if not reasons:
         return records
     broken = [position for position, path in enumerate(paths) if path in reasons]
-    faults = [Fault(records[position]["id"], reasons[paths[position]]) for position in broken]
-    (left_out or LeftOut()).add(faults, len(records))
+    invalid = [InvalidRecord(records[position]["id"], reasons[paths[position]]) for position in broken]
+    (skipped or SkippedRecords()).add(invalid, len(records))
     return records.select(sorted(set(range(len(records))) - set(broken)))
 
 
@@ -164,8 +164,8 @@ def majority(answers: Sequence[str]) -> str:
 
 
 def memory_mapped(
-    rows: Callable[[], Iterable[dict[str, Any] | Fault]], files: list[Path], options: list[Any], folder: Path
-) -> tuple[datasets.Dataset, list[Fault]]:
+    rows: Callable[[], Iterable[dict[str, Any] | InvalidRecord]], files: list[Path], options: list[Any], folder: Path
+) -> tuple[datasets.Dataset, list[InvalidRecord]]:
     """What `rows()` yields, written to `folder` once, then memory-mapped until `files` or `options` change."""
     key: list[Any] = [FORMAT, *map(str, options)]
     for file in files:
@@ -174,21 +174,21 @@ def memory_mapped(
     kept = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
     if not kept.exists():
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            written, faults = Path(unfinished, "records.arrow"), []
+            written, invalid = Path(unfinished, "records.arrow"), []
             with ArrowWriter(path=str(written), features=FEATURES) as writer:
                 for row in map(encodable, rows()):
-                    if isinstance(row, Fault):
-                        faults.append(row)
+                    if isinstance(row, InvalidRecord):
+                        invalid.append(row)
                     else:
                         unknown = {"answer_type": "", "question_type": ""}
                         writer.write({"answer": majority(row["answers"]), **unknown, **row})
                 writer.finalize()
-            Path(unfinished, "faults.json").write_text(json.dumps(faults))
+            Path(unfinished, "invalid.json").write_text(json.dumps(invalid))
             # Whole or not at all, also when several processes write it: the records last.
-            os.replace(Path(unfinished, "faults.json"), kept.with_suffix(".json"))
+            os.replace(Path(unfinished, "invalid.json"), kept.with_suffix(".json"))
             os.replace(written, kept)
-    faults = [Fault(*fault) for fault in json.loads(kept.with_suffix(".json").read_bytes())]
-    return datasets.Dataset.from_file(str(kept)), faults
+    invalid = [InvalidRecord(*fault) for fault in json.loads(kept.with_suffix(".json").read_bytes())]
+    return datasets.Dataset.from_file(str(kept)), invalid
 
 
 def require_file(path: Path) -> os.stat_result:
@@ -203,12 +203,12 @@ def require_file(path: Path) -> os.stat_result:
     return status
 
 
-def encodable(row: dict[str, Any] | Fault) -> dict[str, Any] | Fault:
+def encodable(row: dict[str, Any] | InvalidRecord) -> dict[str, Any] | InvalidRecord:
     """The row, or what is wrong with a text that no file can hold: JSON allows halves of surrogate pairs."""
-    if isinstance(row, Fault):
+    if isinstance(row, InvalidRecord):
         return row
     try:
         "".join([row["id"], row["image"], row["prefix"], *row["answers"]]).encode()
     except UnicodeEncodeError as error:
-        return Fault(ascii(row["id"]), f"its text is no Unicode: {error}")
+        return InvalidRecord(ascii(row["id"]), f"its text is no Unicode: {error}")
     return row

@@ -20,7 +20,7 @@ from finetune.terminal import visible
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from data.faults import LeftOut
+    from data.invalid import SkippedRecords
     from finetune.config import RunConfig
 
 MISTAKE, NOT_FINITE, STOPPED, INTERRUPTED = 2, 4, 75, 130
@@ -67,24 +67,24 @@ def show(*objects: str | Table) -> None:
         console.show(*objects)
 
 
-def open_records(config: RunConfig, part: str, left_out: LeftOut | None = None) -> Any:
+def open_records(config: RunConfig, part: str, skipped: SkippedRecords | None = None) -> Any:
     """The records of data.train or data.validation (`part`), as `load_records` opens them; those that cannot be used go
-    to `left_out`, by default where the configuration says.
+    to `skipped`, by default where the configuration says.
     """
     from data.records import load_records  # here, as below: merging and the benchmarks need no data
 
     source, prompt, seed = getattr(config.data, part).model_dump(), config.data.prompt, config.train.seed
-    return load_records(**source, prompt=prompt, seed=seed, left_out=left_out or leave_out(config, part))
+    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, part))
 
 
-def leave_out(config: RunConfig, part: str, listed: bool = True) -> LeftOut:
+def skipped_records(config: RunConfig, part: str, listed: bool = True) -> SkippedRecords:
     """How many records of a part may be skipped by the configuration, and, if they are `listed`, in which file."""
-    from data.faults import LeftOut
+    from data.invalid import SkippedRecords
 
     allowed = config.data.skip_at_most
     if config.data.on_error == "fail":
-        return LeftOut(skippable=allowed)
-    return LeftOut(Path(config.output, f"left_out_{part}.jsonl") if listed else None, allowed, allowed)
+        return SkippedRecords(skippable=allowed)
+    return SkippedRecords(Path(config.output, f"skipped_{part}.jsonl") if listed else None, allowed, allowed)
 
 
 def positive(text: str) -> int:

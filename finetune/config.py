@@ -161,7 +161,7 @@ class DataConfig(Section):
     """Cut the end of an answer that exceeds max_text_tokens, instead of refusing its record. A prompt is never cut."""
     on_error: Literal["fail", "skip"] = "fail"
     """When a record cannot be used (a broken picture, no answer): fail, or skip it and learn from another instead,
-    and list it in OUTPUT/left_out_train.jsonl or left_out_validation.jsonl.
+    and list it in OUTPUT/skipped_train.jsonl or skipped_validation.jsonl.
     """
     skip_at_most: BelowOne = 0.01
     """Share of the records that may be skipped; beyond, the run stops."""

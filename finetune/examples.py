@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data import Processor
-from data.faults import LeftOut
+from data.invalid import SkippedRecords
 from data.lengths import TextLengths, measure
 from finetune import cli
 from finetune.config import DataConfig, RunConfig
@@ -22,7 +22,7 @@ class Examples:
 
     records: Any
     lengths: TextLengths
-    left_out: LeftOut
+    skipped: SkippedRecords
 
     @property
     def longest(self) -> Longest:
@@ -32,7 +32,7 @@ class Examples:
     @property
     def valid(self) -> Any:
         """The records that are not skipped."""
-        return valid(self.records, self.left_out)
+        return valid(self.records, self.skipped)
 
 
 def open_processor(directory: Path, data: DataConfig) -> Processor:
@@ -41,43 +41,45 @@ def open_processor(directory: Path, data: DataConfig) -> Processor:
     return Processor.from_pretrained(directory, limit, data.truncate_answers)
 
 
-def open_examples(config: RunConfig, split: str, processor: Processor, left_out: LeftOut | None = None) -> Examples:
+def open_examples(
+    config: RunConfig, split: str, processor: Processor, skipped: SkippedRecords | None = None
+) -> Examples:
     """Examples of data.train or data.validation (`split`), with a line about what was changed in their texts.
 
     Args:
-        left_out: where invalid records go, by default where the configuration says.
+        skipped: where invalid records go, by default where the configuration says.
 
     Raises:
         ValueError: the records cannot be read; or more of them are invalid than may be skipped.
     """
-    left_out = left_out or cli.leave_out(config, split)
-    records = cli.open_records(config, split, left_out)
+    skipped = skipped or cli.skipped_records(config, split)
+    records = cli.open_records(config, split, skipped)
     # Of a validation record the majority answer is scored; which one is learned from is a matter of training.
     lengths = measure(records, processor, config.data.answers if split == "train" else "majority")
-    left_out.add(lengths.invalid.values(), len(records))
+    skipped.add(lengths.invalid.values(), len(records))
     for note in lengths.notes():
         cli.show(f"data.{split}: {note}")
-    return Examples(records, lengths, left_out)
+    return Examples(records, lengths, skipped)
 
 
-def askable(records: Any, processor: Processor, left_out: LeftOut) -> Any:
+def askable(records: Any, processor: Processor, skipped: SkippedRecords) -> Any:
     """The records whose prompts can be asked, with a line about what was changed in those.
 
     Raises:
         ValueError: more cannot be asked than may be skipped.
     """
     lengths = measure(records, processor, answers=None)
-    left_out.add(lengths.invalid.values(), len(records))
+    skipped.add(lengths.invalid.values(), len(records))
     for note in lengths.notes():
         cli.show(note)
-    return valid(records, left_out)
+    return valid(records, skipped)
 
 
-def valid(records: Any, left_out: LeftOut) -> Any:
+def valid(records: Any, skipped: SkippedRecords) -> Any:
     """The records that are not among the skipped."""
-    if not left_out.reasons:
+    if not skipped.reasons:
         return records
-    return records.select([i for i, name in enumerate(records["id"][:]) if name not in left_out.reasons])
+    return records.select([i for i, name in enumerate(records["id"][:]) if name not in skipped.reasons])
 
 
 def max_new_tokens(config: RunConfig, lengths: TextLengths) -> int:

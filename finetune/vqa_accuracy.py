@@ -77,7 +77,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
         prediction, answers = normalize_answer(prediction), [normalize_answer(answer) for answer in answers]
     equal = [answer == prediction for answer in answers]
     # Summed as the official program does, so that not even the last bit can turn a rounded figure.
-    return sum(min(1.0, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
+    return sum(min(1.0, (sum(equal) - skipped) / 3) for skipped in equal) / len(equal)
 
 
 def record_accuracy(prediction: str, record: Mapping[str, Any]) -> float:

@@ -50,8 +50,8 @@ def write_result(config: RunConfig, steps: int) -> Path:
 def scores_of(config: RunConfig) -> dict[str, Any]:
     """Accuracy with its 95% confidence interval for each arm that has answers: of all questions, and by answer type."""
     assert config.data.validation is not None, "what has answers was evaluated"
-    left_out = cli.leave_out(config, "validation")
-    records = decodable(cli.open_records(config, "validation", left_out), left_out)
+    skipped = cli.skipped_records(config, "validation")
+    records = decodable(cli.open_records(config, "validation", skipped), skipped)
     types = sorted({record["answer_type"] for record in records} - {""})
     by_type = {name: [record for record in records if record["answer_type"] == name] for name in types}
     scores: dict[str, Any] = {}

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import train
-from data import shapes
+from data.synthetic import scenes
 from finetune.config import load_config
 from finetune.durable import damage
 from finetune.plan import Longest
@@ -64,7 +64,7 @@ def kill(directory: Path, kills: int, rng: random.Random) -> tuple[Counter[str],
     torch.set_num_threads(1)  # no threads in this process: it forks
     plan_once()
     for split, seed in (("train2014", 1), ("val2014", 2)):
-        shapes.write(directory / "data", scenes=8, seed=seed, split=split)
+        scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     start = time.monotonic()
     assert wait(begin(directory, "straight")) == 0, f"the uninterrupted run failed: see {directory}"
     length = time.monotonic() - start

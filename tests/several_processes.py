@@ -26,7 +26,7 @@ import torch
 
 import evaluate
 import train
-from data import shapes
+from data.synthetic import scenes
 from finetune import cli, device, durable, processes
 from finetune.plan import Mode, Plan
 from finetune.trainer import LoRATrainer
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     # Planning takes longer than a run.
     train.plan_run = lambda *_: (kill_test.Unplanned(), Plan(Mode(3), {}, 0), "by nobody")  # type: ignore[assignment]
     for split, seed in (("train2014", 1), ("val2014", 2)):
-        shapes.write(directory / "data", scenes=8, seed=seed, split=split)
+        scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     codes: dict[str, list[int]] = {}
 
     def run(name: str, count: int, fault: Fault = lambda: None, output: str = "", *more: str) -> None:
@@ -87,7 +87,11 @@ def compute_in_fp64() -> None:
 
 
 def run_processes(
-    name: Path, count: int, script: Callable[[Sequence[str]], None], argv: list[str], fault: Fault = lambda: None
+    name: Path,
+    count: int,
+    script: Callable[[Sequence[str]], None],
+    argv: list[str],
+    fault: Fault = lambda: None,
 ) -> list[int]:
     """Exit codes of the processes, minus the signal where one ended them."""
     with socket.socket() as free:

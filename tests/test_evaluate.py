@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import Processor, shapes
+from data import Processor
 from data.records import load_records
+from data.synthetic.scenes import write as write_scenes
 from finetune import processes
 from finetune.evaluate import Answer, Batches, generate_answers, mean_loss
 from model import PaliGemma
@@ -21,7 +22,7 @@ BASE = Path(__file__).parent.parent / "assets/tiny-base"
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """Two captions (the tiny base can do those) of each of five scenes, in mixed order."""
     directory = tmp_path_factory.mktemp("scenes")
-    shapes.write(directory, scenes=5, seed=3, split="val2014")
+    write_scenes(directory, scenes=5, seed=3, split="val2014")
     source = load_records(
         questions=f"{directory}/v2_OpenEnded_mscoco_val2014_questions.json",
         annotations=f"{directory}/v2_mscoco_val2014_annotations.json",

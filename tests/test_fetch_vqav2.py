@@ -24,8 +24,8 @@ from typing import IO, Any
 
 import pytest
 
-from data import shapes
 from data.records import load_records
+from data.synthetic.scenes import write as write_scenes
 from finetune.config import load_config
 from recipes import fetch_vqav2, remote_zip
 
@@ -116,7 +116,7 @@ def zipped(files: dict[str, Path], method: int) -> bytes:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("source")
     for seed, (split, scenes) in enumerate(SCENES.items()):
-        shapes.write(directory, scenes=scenes, seed=seed, split=split)
+        write_scenes(directory, scenes=scenes, seed=seed, split=split)
     return directory
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import train
-from data import shapes
+from data.synthetic import scenes
 from finetune import checkpoints, cli
 from finetune.config import load_config
 from finetune.durable import damage
@@ -96,7 +96,7 @@ def main(directory: Path) -> list[dict[str, Any]]:
     torch.set_num_threads(1)  # no threads in this process: it forks
     kill_test.plan_once()
     for split, seed in (("train2014", 1), ("val2014", 2)):
-        shapes.write(directory / "data", scenes=8, seed=seed, split=split)
+        scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     straight = directory / "straight"
     code, message = run(directory, straight, "stop")
     assert code == 0, message

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data import shapes
+from data.synthetic import scenes
 from tests import kill_test
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -28,7 +28,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_the_step_is_finished_and_the_command_to_go_on_printed(tmp_path: Path, number: int) -> None:
     for split, seed in (("train2014", 1), ("val2014", 2)):
-        shapes.write(tmp_path / "data", scenes=8, seed=seed, split=split)
+        scenes.write(tmp_path / "data", scenes=8, seed=seed, split=split)
     command = [sys.executable, "train.py", "configs/quickstart.yaml"]
     overrides = [*kill_test.overrides(tmp_path, tmp_path / "run"), "train.save_every=10000", "train.max_steps=10000"]
     with kill_test.running([*command, *overrides]) as process:

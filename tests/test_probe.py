@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
 import train
-from data import collate, shapes
+from data import collate
+from data.synthetic.scenes import write as write_scenes
 from finetune import LoRAConfig, inject_lora, probe
 from finetune.config import RunConfig
 from finetune.plan import Mode, Planner
@@ -39,7 +40,7 @@ PACE = Pace(pictures=0.5, rows=2.0, update=0.25, move=0.125, pictures_work=3.0, 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scenes")
-    shapes.write(directory, scenes=40, seed=1, split="train2014")
+    write_scenes(directory, scenes=40, seed=1, split="train2014")
     return directory
 
 

@@ -23,7 +23,7 @@ import evaluate
 import merge_lora
 import predict
 import train
-from data import shapes
+from data.synthetic import scenes
 from finetune import cli, terminal
 from finetune.adapter import training_facts
 from finetune.config import load_config
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
     shutil.copytree(ROOT / "assets/tiny-base", directory, dirs_exist_ok=True)
     for split, seed in (("train2014", 1), ("val2014", 2)):
-        shapes.write(directory / "data", scenes=12, seed=seed, split=split)
+        scenes.write(directory / "data", scenes=12, seed=seed, split=split)
     return directory
 
 
@@ -758,13 +758,13 @@ def test_a_run_over_broken_pictures_fails_or_skips_as_asked(
     train.main([*skip, f"output={odd}/again"])
     first, second = (odd / name / "adapter/adapter_model.safetensors" for name in ("run", "again"))
     assert first.read_bytes() == second.read_bytes()
-    lines = (odd / "run/left_out_train.jsonl").read_text().splitlines()
+    lines = (odd / "run/skipped_train.jsonl").read_text().splitlines()
     reasons = {fault["id"]: fault["reason"] for fault in map(json.loads, lines)}
     assert len(reasons) == len(lines)
     assert len({reason.split(" cannot be used")[0] for reason in reasons.values()}) == 3
     evaluate.main(skip)
     asked_of = json.loads((odd / "run/eval/adapter/results.json").read_text())
-    left = (odd / "run/left_out_validation.jsonl").read_text().splitlines()
+    left = (odd / "run/skipped_validation.jsonl").read_text().splitlines()
     questions = json.loads((odd / "data/v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
     assert len(asked_of) + len(left) == len(questions)
     assert len(left) > 0

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import train
-from data import shapes
+from data.synthetic import scenes
 from finetune import LoRAConfig, inject_lora, save_adapter
 from finetune.config import ConfigError, load_config
 from finetune.protocol import trained_parameters
@@ -177,7 +177,7 @@ def test_no_adapter_and_that_of_another_base_are_refused(base: Path, tmp_path: P
 def test_a_run_continues_where_another_runs_adapter_ended(tmp_path: Path) -> None:
     """And says all of its shape in its own config.yaml, with which it is resumed without that adapter."""
     for split, seed in (("train2014", 1), ("val2014", 2)):
-        shapes.write(tmp_path / "data", scenes=8, seed=seed, split=split)
+        scenes.write(tmp_path / "data", scenes=8, seed=seed, split=split)
 
     def run(output: Path, *more: str) -> None:
         changes = [c for c in kill_test.overrides(tmp_path, output) if not (more and c.startswith("lora="))]

@@ -16,7 +16,8 @@ import evaluate
 import merge_lora
 import predict
 import train
-from data import Processor, shapes
+from data import Processor
+from data.synthetic.scenes import write as write_scenes
 from finetune.adapter import training_facts
 from finetune.generation import DEFAULT_NEW_TOKENS
 from model import PaliGemma
@@ -31,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
     shutil.copytree(ROOT / "assets/tiny-base", directory, dirs_exist_ok=True)
     for split, seed in (("train2014", 1), ("val2014", 2)):
-        shapes.write(directory / "data", scenes=8, seed=seed, split=split)
+        write_scenes(directory / "data", scenes=8, seed=seed, split=split)
     return directory
 
 
@@ -129,7 +130,7 @@ def test_a_text_that_does_not_fit_is_skipped_as_asked(
     train.main([*configuration(base, tmp_path / "run", source, source), *skip])
     assert "1 records cannot be used, others take their places" in shown(capsys)
     for split in ("train", "validation"):
-        (listed,) = (tmp_path / f"run/left_out_{split}.jsonl").read_text().splitlines()
+        (listed,) = (tmp_path / f"run/skipped_{split}.jsonl").read_text().splitlines()
         assert json.loads(listed)["id"] == "8"
     rest = len(processor.prompt_ids("caption en")) + len(processor.answer_ids("a circle"))
     assert training_facts(tmp_path / "run/adapter").max_text_tokens == rest

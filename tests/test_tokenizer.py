@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GemmaTokenizer, PaliGemmaProcessor
 
 from assets import tokenizer as made
-from data import shapes
+from data.synthetic import scenes
 
 BASE = Path(made.__file__).parent / "tiny-base"
 FILES = (
@@ -62,7 +62,7 @@ def test_ids_are_laid_out_as_in_gemma(tokenizer: Tokenizer) -> None:
 
 def test_every_word_of_the_generated_data_is_one_piece(tokenizer: Tokenizer) -> None:
     words = {word.strip("?,:") for line in made.corpus() for word in line.split()}
-    assert {"circles", "how", "answer", "caption", *shapes.COLORS, *shapes.SHAPES} <= words
+    assert {"circles", "how", "answer", "caption", *scenes.COLORS, *scenes.SHAPES} <= words
     for word in words - {"x", *"0123456789"}:
         assert len(ids_of(tokenizer, word)) == 1, word
         assert len(ids_of(tokenizer, f" {word}")) == 1, word

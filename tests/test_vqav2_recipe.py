@@ -19,8 +19,8 @@ import torch
 
 import evaluate
 import train
-from data import shapes
 from data.records import load_records
+from data.synthetic import scenes
 from finetune.config import load_config
 from finetune.result import Result
 from finetune.vqa_accuracy import score, write_results
@@ -47,7 +47,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Scenes, as VQAv2 is published."""
     directory, files = tmp_path_factory.mktemp("published"), {}
     for seed, (split, name) in enumerate(fetch_vqav2.SPLITS.items()):
-        shapes.write(directory, scenes=20, seed=seed, split=split)
+        scenes.write(directory, scenes=20, seed=seed, split=split)
         for kind, file in (("Questions", "OpenEnded_mscoco_{}_questions"), ("Annotations", "mscoco_{}_annotations")):
             text = f"v2_{file.format(split)}.json"
             files[f"/vqa/v2_{kind}_{name}_mscoco.zip"] = zipped({text: directory / text}, zipfile.ZIP_DEFLATED)
@@ -349,7 +349,7 @@ def test_a_picture_that_is_missing_is_fetched_again(
 def test_data_that_is_there_in_another_place_is_taken(server: Server, tmp_path: Path, calls: Calls) -> None:
     """Without a look at the network; and where it is not there, the place to fetch it to is named."""
     for seed, split in enumerate(("train2014", "val2014")):
-        shapes.write(tmp_path / "scenes", scenes=10, seed=seed, split=split)
+        scenes.write(tmp_path / "scenes", scenes=10, seed=seed, split=split)
         for name in ("OpenEnded_mscoco_{}_questions", "mscoco_{}_annotations"):
             name = f"v2_{name.format(split)}.json"
             (tmp_path / "scenes" / name).rename(tmp_path / "scenes" / name.replace("v2", "my"))

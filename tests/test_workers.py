@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Dataset
 
 import train
-from data import shapes
+from data.synthetic import scenes
 from finetune import cli, workers
 from finetune.plan import Mode, Plan
 from finetune.trainer import LoRATrainer
@@ -163,7 +163,7 @@ def train_with(directory: Path, fault: str) -> None:
     """A run with two workers, and a fault in its third step."""
     train.plan_run = lambda *_: (kill_test.Unplanned(), Plan(Mode(3), {}, 0), "by nobody")  # type: ignore[assignment]
     for split, seed in (("train2014", 1), ("val2014", 2)):
-        shapes.write(directory / "data", scenes=8, seed=seed, split=split)
+        scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     cut_step = LoRATrainer.cut_step
 
     def faulty(self: LoRATrainer, *arguments: Any) -> torch.Tensor:

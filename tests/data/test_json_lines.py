@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.faults import LeftOut
+from data.invalid import SkippedRecords
 from data.records import FEATURES, load_records
 from tests.pictures import PICTURE
 
@@ -116,10 +116,10 @@ def test_a_line_that_is_no_example_is_named(tmp_path: Path, bad: Any, message: s
     file = write(tmp_path, line(), "", bad)
     with pytest.raises(ValueError, match=rf"(?s)train\.jsonl, line 3: .*({message})"):
         load_records(jsonl=file, cache_dir=tmp_path / "cache")
-    left_out = LeftOut(share=0.5)
-    assert load_records(jsonl=file, cache_dir=tmp_path / "cache", left_out=left_out)["id"] == ["1"]
-    assert list(left_out.reasons) == ["line 3"]
-    assert "line 3: " in left_out.reasons["line 3"]
+    skipped = SkippedRecords(share=0.5)
+    assert load_records(jsonl=file, cache_dir=tmp_path / "cache", skipped=skipped)["id"] == ["1"]
+    assert list(skipped.reasons) == ["line 3"]
+    assert "line 3: " in skipped.reasons["line 3"]
 
 
 def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_examples_are_drawn_by_picture_or_singly(tmp_path: Path) -> None:
 def test_a_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, line())
     first = load_records(jsonl=file, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr("data.jsonl._lines", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("data.sources.json_lines._lines", lambda *_: pytest.fail("read again"))
     assert load_records(jsonl=file, cache_dir=tmp_path / "cache").to_list() == first.to_list()
 
 

@@ -1,7 +1,7 @@
-"""All pictures of a data set looked at before hours are spent: which of them cannot be used, and why.
+"""All images of a data set looked at before hours are spent: which of them cannot be used, and why.
 
-Only headers are read, unless asked for more: 83,000 pictures take seconds. What was found sound is remembered by path,
-size and time of change, so that the next look reads nothing. Not here: what makes a picture usable (data/images.py).
+Only headers are read, unless asked for more: 83,000 images take seconds. What was found valid is remembered by path,
+size and time of change, so that the next look reads nothing. Not here: what makes a image usable (data/images.py).
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from tqdm import tqdm
 
 from data.images import check_header, is_exhausted, open_image
 
-AT_ONCE = 64  # pictures that a thread takes
-Sound = dict[str, list[int]]  # name -> size, time of change in ns, 1 if all of it was decoded
+AT_ONCE = 64  # images that a thread takes
+ValidImages = dict[str, list[int]]  # name -> size, time of change in ns, 1 if all of it was decoded
 
 
 def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, decode: bool = False) -> dict[str, str]:
-    """The pictures that cannot be used, with the reason.
+    """The images that cannot be used, with the reason.
 
     Args:
         paths: absolute.
-        cache_dir: where is kept what was found sound, a file for each folder of pictures.
-        root: the folder that no picture may lie outside of, by a link; None: that was looked at before.
+        cache_dir: where is kept what was found valid, a file for each folder of images.
+        root: the folder that no image may lie outside of, by a link; None: that was looked at before.
         decode: read all pixels, not the header alone.
     """
     folders: dict[str, list[str]] = {}
@@ -35,31 +35,31 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
         folder, name = os.path.split(path)
         folders.setdefault(folder, []).append(name)
     home = None if root is None else Path(os.path.realpath(root))
-    faults: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     count = sum(map(len, folders.values()))
     with ThreadPoolExecutor() as pool, tqdm(total=count, desc="looking at images", leave=False, delay=3) as bar:
         for folder, names in folders.items():
-            kept = cache_dir / f"pictures-{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
+            kept = cache_dir / f"images-{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
             look = Look(folder, home, decode, _read(kept))
             for found in pool.map(look, [names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE)]):
-                faults |= found
+                reasons |= found
                 bar.update(AT_ONCE)
             if look.changed:
-                _write(kept, look.sound)
-    return faults
+                _write(kept, look.valid)
+    return reasons
 
 
 class Look:
-    """A look at pictures of one folder; takes names, returns faults by path, remembers in `sound` what is sound."""
+    """A look at images of one folder; takes names, returns reasons by path, remembers in `valid` what is valid."""
 
-    def __init__(self, folder: str, home: Path | None, decode: bool, sound: Sound) -> None:
-        self.folder, self.home, self.sound, self.changed = folder, home, sound, False
+    def __init__(self, folder: str, home: Path | None, decode: bool, valid: ValidImages) -> None:
+        self.folder, self.home, self.valid, self.changed = folder, home, valid, False
         self.open: Callable[[str], object] = open_image if decode else check_header
         self.depth = int(decode)
         self.is_within = self._is_within(folder)
 
     def __call__(self, names: Sequence[str]) -> dict[str, str]:
-        faults = {}
+        reasons = {}
         for name in names:
             path = os.path.join(self.folder, name)
             try:
@@ -67,10 +67,10 @@ class Look:
             except OSError as error:
                 if is_exhausted(error):
                     raise
-                faults[path] = f"image {path} cannot be used: {error.strerror}"
+                reasons[path] = f"image {path} cannot be used: {error.strerror}"
             except ValueError as error:
-                faults[path] = str(error)
-        return faults
+                reasons[path] = str(error)
+        return reasons
 
     def _look(self, path: str, name: str) -> None:
         status = os.lstat(path)
@@ -80,26 +80,26 @@ class Look:
             is_within = self.is_within
         if not is_within:
             raise ValueError(f"image {path} leads out of its folder by a link; put a copy there, or name its folder")
-        size, changed, depth = self.sound.get(name, (-1, -1, 0))
+        size, changed, depth = self.valid.get(name, (-1, -1, 0))
         if (size, changed) != (status.st_size, status.st_mtime_ns) or depth < self.depth:
             self.open(path)
-            self.sound[name] = [status.st_size, status.st_mtime_ns, self.depth]
+            self.valid[name] = [status.st_size, status.st_mtime_ns, self.depth]
             self.changed = True
 
     def _is_within(self, path: str) -> bool:
         return self.home is None or Path(os.path.realpath(path)).is_relative_to(self.home)
 
 
-def _read(kept: Path) -> Sound:
+def _read(kept: Path) -> ValidImages:
     try:
-        sound: Sound = json.loads(kept.read_bytes())
+        valid: ValidImages = json.loads(kept.read_bytes())
     except (OSError, ValueError):  # none yet
         return {}
-    return sound
+    return valid
 
 
-def _write(kept: Path, sound: Sound) -> None:
+def _write(kept: Path, valid: ValidImages) -> None:
     with tempfile.TemporaryDirectory(dir=kept.parent) as unfinished:
         written = Path(unfinished, kept.name)
-        written.write_text(json.dumps(sound))
+        written.write_text(json.dumps(valid))
         os.replace(written, kept)

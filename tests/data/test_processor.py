@@ -22,7 +22,7 @@ from data.processor import Processor, single_line
 
 IS_4 = transformers.__version__.startswith("4.")
 SiglipImageProcessorPil: Any = transformers.SiglipImageProcessor if IS_4 else transformers.SiglipImageProcessorPil
-BASE = Path(__file__).parent.parent / "assets" / "tiny-base"
+BASE = Path(__file__).parents[2] / "assets" / "tiny-base"
 PAD, EOS, BOS = 0, 1, 2
 SIDE = json.loads((BASE / "config.json").read_text())["vision_config"]["image_size"]
 N = (SIDE // 14) ** 2

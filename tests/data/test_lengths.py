@@ -16,7 +16,7 @@ from data import PaliGemmaDataset, Processor
 from data.lengths import measure
 from data.records import FEATURES, load_records
 
-BASE = Path(__file__).parent.parent / "assets/tiny-base"
+BASE = Path(__file__).parents[2] / "assets/tiny-base"
 TEXTS = [
     ("answer en how many?", ["3", "three circles", "3"], "3"),
     ("", ["yes"], "yes"),

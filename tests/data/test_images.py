@@ -12,8 +12,8 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from data.image_check import unusable
 from data.images import FORMATS, MAX_PIXELS, check_header, open_image
-from data.pictures import unusable
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.faults import Fault, LeftOut
+from data.invalid import InvalidRecord, SkippedRecords
 
-FAULTS = [Fault(f"q{k}", f"reason {k}") for k in range(5)]
+FAULTS = [InvalidRecord(f"q{k}", f"reason {k}") for k in range(5)]
 
 
 def listed(file: Path) -> list[str]:
@@ -18,31 +18,31 @@ def listed(file: Path) -> list[str]:
 
 
 def test_by_default_none_may_be_left_out_and_the_first_ones_are_named() -> None:
-    LeftOut().add([], 100)
+    SkippedRecords().add([], 100)
     with pytest.raises(
         ValueError, match=r"^1 of 100 records .*; fix them, or take them out of the file:\n  q0: reason 0$"
     ):
-        LeftOut().add(FAULTS[:1], 100)
+        SkippedRecords().add(FAULTS[:1], 100)
     with pytest.raises(ValueError, match=r"(?s)5 of 100 .*q0: reason 0\n  q1: .*\n  q2: reason 2\n  and 2 more$"):
-        LeftOut().add(FAULTS, 100)
+        SkippedRecords().add(FAULTS, 100)
 
 
 def test_up_to_a_share_they_are_left_out_and_listed_once(tmp_path: Path) -> None:
-    left_out = LeftOut(tmp_path / "run" / "left_out.jsonl", share=0.03)
-    left_out.add(FAULTS[:2], 100)
-    left_out.add([FAULTS[1], FAULTS[2], FAULTS[2]], 100)
-    assert listed(tmp_path / "run" / "left_out.jsonl") == ["q0", "q1", "q2"]
+    skipped = SkippedRecords(tmp_path / "run" / "skipped.jsonl", share=0.03)
+    skipped.add(FAULTS[:2], 100)
+    skipped.add([FAULTS[1], FAULTS[2], FAULTS[2]], 100)
+    assert listed(tmp_path / "run" / "skipped.jsonl") == ["q0", "q1", "q2"]
     with pytest.raises(ValueError, match=r"4 of 100 .* more than the 3\.0% that may be skipped"):
-        left_out.add(FAULTS[2:4], 100)
-    assert listed(tmp_path / "run" / "left_out.jsonl") == list(left_out.reasons) == ["q0", "q1", "q2"]
-    assert left_out.reasons["q2"] == "reason 2"
+        skipped.add(FAULTS[2:4], 100)
+    assert listed(tmp_path / "run" / "skipped.jsonl") == list(skipped.reasons) == ["q0", "q1", "q2"]
+    assert skipped.reasons["q2"] == "reason 2"
 
 
 def test_processes_count_together(tmp_path: Path) -> None:
     """Through the file, that of a run taken up again too; a line cut short by a kill is no record."""
-    file = tmp_path / "left_out.jsonl"
+    file = tmp_path / "skipped.jsonl"
     file.write_bytes(b'{"id": "q0", "reason": "before"}\n{"id": "q9", "rea\n')
-    here, there = LeftOut(file, share=0.03), LeftOut(file, share=0.03)
+    here, there = SkippedRecords(file, share=0.03), SkippedRecords(file, share=0.03)
     here.add(FAULTS[:2], 100)
     there.add(FAULTS[2:3], 100)
     with pytest.raises(ValueError, match="4 of 100"):
@@ -51,14 +51,14 @@ def test_processes_count_together(tmp_path: Path) -> None:
 
 
 def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: Path) -> None:
-    file = tmp_path / "left_out.jsonl"
+    file = tmp_path / "skipped.jsonl"
     file.write_bytes(b'{"id": "q0", "rea')
-    left_out = LeftOut(file, share=0.5)
-    left_out.add([], 100)
+    skipped = SkippedRecords(file, share=0.5)
+    skipped.add([], 100)
     with file.open("ab") as more:
         more.write(b'son": "before"}\n')
-    left_out.add([], 100)
-    assert left_out.reasons == {"q0": "before"}
+    skipped.add([], 100)
+    assert skipped.reasons == {"q0": "before"}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,6 @@ def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: P
 )
 def test_the_advice_can_be_followed(share: float, count: int, advice: str) -> None:
     """data.on_error=skip is no help beyond its share, nor where nothing would be left."""
-    faults = [Fault(f"q{k}", "broken") for k in range(count)]
+    faults = [InvalidRecord(f"q{k}", "broken") for k in range(count)]
     with pytest.raises(ValueError, match=re.escape(f"{count} of 100 records cannot be used; {advice}:")):
-        LeftOut(share=share, skippable=0.03).add(faults, 100)
+        SkippedRecords(share=share, skippable=0.03).add(faults, 100)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data.faults import Fault
+from data.invalid import InvalidRecord
 from data.processor import single_line
 
 CHUNK = 1 << 12  # bytes decoded at once, more where an object is longer
@@ -30,7 +30,7 @@ OPTIONAL = {"answer": "multiple_choice_answer", "answer_type": "answer_type", "q
 
 def read_vqav2(
     files: list[Path], folder: Path | None, prompt: str, split: str | None, choose: Callable[[Sequence[int]], list[int]]
-) -> Iterator[dict[str, Any] | Fault]:
+) -> Iterator[dict[str, Any] | InvalidRecord]:
     """Records of the questions at the positions that `choose` takes from all questions' image ids, in file order; what
     is wrong with one of them in its place.
 
@@ -55,7 +55,7 @@ def read_vqav2(
                 raise ValueError(f"{questions.path}: expected a text as question, got {question!r:.200}")
             answered = _answers(annotations, questions, position) if annotations else {"answers": []}
         except ValueError as error:
-            yield Fault(id, str(error))
+            yield InvalidRecord(id, str(error))
             continue
         yield {
             "id": id,

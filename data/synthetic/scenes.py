@@ -4,7 +4,7 @@ A scene is one to three plain figures on a light, noisy background. Everything a
 questions, ten answers to each - is drawn from random numbers seeded by (split, seed, index): two splits or two seeds
 never share a scene, and the first 100 of 2,000 scenes are the same as 100 made alone.
 
-    python -m data.shapes --output DIR --scenes 2000 --seed 1 --split train2014
+    python -m data.synthetic.scenes --output DIR --scenes 2000 --seed 1 --split train2014
 
     DIR/images/COCO_{split}_{image_id:012d}.jpg
     DIR/v2_OpenEnded_mscoco_{split}_questions.json      as visualqa.org publishes them
@@ -15,8 +15,8 @@ Captions follow their prefix as PaliGemma's own pretraining tasks do: "caption e
 "caption en blue circle" that much of it, "no blue circles" included.
 
 The ten answers imitate people: up to three of them differ from the rest, by spelling ("three" for "3"), synonym or
-mistake, so the majority answer always scores 1.0 under the VQA metric. Not here: reading these files (data/vqav2.py,
-data/jsonl.py).
+mistake, so the majority answer always scores 1.0 under the VQA metric. Not here: reading these files
+(data/sources).
 """
 
 import argparse
@@ -231,7 +231,7 @@ def write(output: Path, scenes: int, seed: int, split: str) -> None:
             annotations.append(annotation(question, make_answers(question.answer, rng), ids))
     description = f"Scenes generated with seed {seed}"
     head = {
-        "info": {"description": description, "version": "1.0", "contributor": "data/shapes.py"},
+        "info": {"description": description, "version": "1.0", "contributor": "data/synthetic/scenes.py"},
         "license": {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         "data_type": "mscoco",
         "data_subtype": split,

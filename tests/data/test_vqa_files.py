@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data.records import FEATURES, choose, load_records, majority
-from data.vqav2 import CHUNK
+from data.sources.vqa_files import CHUNK
 from tests.pictures import PICTURE
 
 Files = dict[str, Any]
@@ -101,7 +101,7 @@ def test_it_does_not_matter_where_chunks_end(
     """Within an object, a character or the space before an object, that before the last one included."""
     arguments = write(tmp_path, make(images=2), **style)
     expected = load_records(**{**arguments, "cache_dir": tmp_path / "other"}).to_list()
-    monkeypatch.setattr("data.vqav2.CHUNK", chunk)
+    monkeypatch.setattr("data.sources.vqa_files.CHUNK", chunk)
     assert load_records(**arguments).to_list() == expected
 
 
@@ -341,7 +341,7 @@ def test_a_small_fraction_takes_at_least_one_image() -> None:
 def test_a_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = write(tmp_path, make())
     first = load_records(**arguments, seed=1)
-    monkeypatch.setattr("data.vqav2.ObjectList", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("data.sources.vqa_files.ObjectList", lambda *_: pytest.fail("read again"))
     assert load_records(**arguments, seed=1).to_list() == first.to_list()
     assert load_records(**arguments, seed=2).to_list() == first.to_list()  # all questions: nothing is drawn
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
@@ -384,7 +384,7 @@ def test_memory_is_bounded_and_the_result_is_mapped(tmp_path: Path) -> None:
     assert sum(os.path.getsize(arguments[name]) for name in ("questions", "annotations")) > 7_000_000
     small = write(tmp_path / "small", make())
     command = [sys.executable, "-c", MEASURE, *map(str, [*small.values(), *arguments.values()])]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     figures, file = ran.stdout.splitlines()
     count, peak, arrow = map(int, figures.split())
     assert count == 8_000

@@ -11,26 +11,27 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import shapes
-from data.shapes import Question, Scene
+from data.synthetic import scenes
+from data.synthetic.scenes import Question, Scene
+from data.synthetic.scenes import write as write_scenes
 
 SCENES = 400
 
 
 def scene_of(index: int, split: str = "train2014", seed: int = 1) -> Scene:
-    return shapes.make_scene(shapes.rng_of(split, seed, index, "scene"))
+    return scenes.make_scene(scenes.rng_of(split, seed, index, "scene"))
 
 
 def questions_of(index: int) -> list[Question]:
-    return shapes.make_questions(scene_of(index), shapes.rng_of("train2014", 1, index, "questions"))
+    return scenes.make_questions(scene_of(index), scenes.rng_of("train2014", 1, index, "questions"))
 
 
 def true_answer(scene: Scene, question: str) -> str:
     """The answer worked out from the words of the question alone, apart from the code that asked it."""
     words = re.findall("[a-z]+", question)
-    singular = {f"{shape}s": shape for shape in shapes.SHAPES}
+    singular = {f"{shape}s": shape for shape in scenes.SHAPES}
     named = {singular.get(word, word) for word in words}
-    colors, kinds = named & set(shapes.COLORS), named & set(shapes.SHAPES)
+    colors, kinds = named & set(scenes.COLORS), named & set(scenes.SHAPES)
     meant = [f for f in scene if (not colors or f.color in colors) and (not kinds or f.shape in kinds)]
     if words[0] == "is":
         return "yes" if meant else "no"
@@ -44,7 +45,7 @@ def true_answer(scene: Scene, question: str) -> str:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set, written through the command line."""
     output = tmp_path_factory.mktemp("shapes")
-    shapes.main(["--output", str(output), "--scenes", "12", "--seed", "7", "--split", "val2014"])
+    scenes.main(["--output", str(output), "--scenes", "12", "--seed", "7", "--split", "val2014"])
     return output
 
 
@@ -55,7 +56,7 @@ def test_every_answer_is_true_to_its_scene() -> None:
 
 
 def captions_of(index: int, split: str = "train2014", seed: int = 1) -> list[tuple[str, str]]:
-    return shapes.make_captions(scene_of(index, split, seed), shapes.rng_of(split, seed, index, "captions"))
+    return scenes.make_captions(scene_of(index, split, seed), scenes.rng_of(split, seed, index, "captions"))
 
 
 def test_captions_tell_what_their_prefix_asks_for() -> None:
@@ -64,9 +65,9 @@ def test_captions_tell_what_their_prefix_asks_for() -> None:
     for index in range(SCENES):
         scene = scene_of(index)
         for prefix, caption in captions_of(index):
-            colors, kinds = (set(prefix.split()) & set(names) for names in (shapes.COLORS, shapes.SHAPES))
+            colors, kinds = (set(prefix.split()) & set(names) for names in (scenes.COLORS, scenes.SHAPES))
             meant = [f for f in scene if (not colors or f.color in colors) and (not kinds or f.shape in kinds)]
-            assert shapes.NUMBERS.index(caption.split()[0]) == len(meant), (prefix, caption, scene)
+            assert scenes.NUMBERS.index(caption.split()[0]) == len(meant), (prefix, caption, scene)
             absent += not meant
             if ":" in caption:
                 told = sorted(re.split(", | and ", caption.split(": ")[1]))
@@ -79,10 +80,10 @@ def test_figures_neither_overlap_nor_leave_the_picture() -> None:
     for index in range(SCENES):
         boxes = []
         for figure in scene_of(index):
-            xs, ys = zip(*shapes.outline(figure), strict=True)
+            xs, ys = zip(*scenes.outline(figure), strict=True)
             boxes.append((min(xs), min(ys), max(xs), max(ys)))
             assert min(boxes[-1]) >= 0
-            assert max(boxes[-1]) <= shapes.CANVAS
+            assert max(boxes[-1]) <= scenes.CANVAS
         for a, b in combinations(boxes, 2):
             assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1], (index, a, b)
 
@@ -90,12 +91,12 @@ def test_figures_neither_overlap_nor_leave_the_picture() -> None:
 def test_pictures_show_each_figure_in_its_color() -> None:
     for index in range(20):
         scene = scene_of(index)
-        image = shapes.render(scene, shapes.rng_of("train2014", 1, index, "picture"))
+        image = scenes.render(scene, scenes.rng_of("train2014", 1, index, "picture"))
         for figure in scene:
             pixel = image.getpixel((round(figure.x), round(figure.y)))
             assert isinstance(pixel, tuple)
             assert max(abs(a - b) for a, b in zip(pixel, figure.rgb, strict=True)) < 25
-        corner = image.getpixel((shapes.CANVAS // 3, 0))
+        corner = image.getpixel((scenes.CANVAS // 3, 0))
         assert isinstance(corner, tuple)
         assert min(corner) > 180
 
@@ -108,7 +109,7 @@ def test_answers_are_balanced() -> None:
     for answer_type in ("yes/no", "number", "other"):
         answers = Counter(q.answer for q in questions if q.answer_type == answer_type)
         assert max(answers.values()) / sum(answers.values()) < 0.58, answers
-    assert {q.answer for q in questions} == set(shapes.ALTERNATIVES)
+    assert {q.answer for q in questions} == set(scenes.ALTERNATIVES)
     existence = Counter(q.answer for q in questions if q.answer_type == "yes/no")
     assert abs(existence["yes"] - existence["no"]) < 0.1 * existence.total(), existence
 
@@ -116,21 +117,24 @@ def test_answers_are_balanced() -> None:
 def test_the_majority_of_ten_answers_is_the_true_one_and_scores_fully() -> None:
     disagreeing = 0
     for index in range(SCENES):
-        for answer in shapes.ALTERNATIVES:
-            answers = shapes.make_answers(answer, shapes.rng_of("train2014", 1, index, answer))
+        for answer in scenes.ALTERNATIVES:
+            answers = scenes.make_answers(answer, scenes.rng_of("train2014", 1, index, answer))
             assert len(answers) == 10
             # Leave-one-out leaves at least six matches where three are enough.
             assert answers.count(answer) >= 7
             disagreeing += answers.count(answer) < 10
-    assert 0.3 < disagreeing / (SCENES * len(shapes.ALTERNATIVES)) < 0.7
+    assert 0.3 < disagreeing / (SCENES * len(scenes.ALTERNATIVES)) < 0.7
 
 
 def test_same_command_same_bytes(written: Path, tmp_path: Path) -> None:
     """Run in another process, whose string hashes differ."""
     command = ["--output", ".", "--scenes", "12", "--seed", "7", "--split", "val2014"]
-    root = Path(shapes.__file__).parents[1]
+    root = Path(scenes.__file__).parents[2]
     subprocess.run(
-        [sys.executable, "-m", "data.shapes", *command], check=True, cwd=tmp_path, env={"PYTHONPATH": str(root)}
+        [sys.executable, "-m", "data.synthetic.scenes", *command],
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(root)},
     )
     files = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
     assert len(files) == 12 + 3
@@ -140,7 +144,7 @@ def test_same_command_same_bytes(written: Path, tmp_path: Path) -> None:
 
 
 def test_a_larger_set_begins_with_the_smaller(written: Path, tmp_path: Path) -> None:
-    shapes.write(tmp_path, scenes=3, seed=7, split="val2014")
+    write_scenes(tmp_path, scenes=3, seed=7, split="val2014")
     for image in (tmp_path / "images").iterdir():
         assert image.read_bytes() == (written / "images" / image.name).read_bytes()
     few, many = (json.loads((d / "v2_mscoco_val2014_annotations.json").read_text()) for d in (tmp_path, written))
@@ -158,7 +162,7 @@ def test_other_seeds_and_other_splits_hold_other_scenes() -> None:
 
 
 def test_image_ids_of_other_seeds_differ(written: Path, tmp_path: Path) -> None:
-    shapes.write(tmp_path, scenes=12, seed=8, split="val2014")
+    write_scenes(tmp_path, scenes=12, seed=8, split="val2014")
     names = [{path.name for path in (directory / "images").iterdir()} for directory in (written, tmp_path)]
     assert not names[0] & names[1]
 
@@ -199,7 +203,7 @@ def test_every_question_has_its_picture(written: Path) -> None:
     task = json.loads((written / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
     for asked in task["questions"]:
         with Image.open(written / "images" / f"COCO_val2014_{asked['image_id']:012d}.jpg") as image:
-            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (shapes.CANVAS, shapes.CANVAS))
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (scenes.CANVAS, scenes.CANVAS))
 
 
 def test_captions_are_image_prefix_suffix_lines(written: Path) -> None:
@@ -208,11 +212,11 @@ def test_captions_are_image_prefix_suffix_lines(written: Path) -> None:
     for line in lines:
         assert set(line) == {"image", "prefix", "suffix"}
         assert (written / line["image"]).is_file()
-        index = int(Path(line["image"]).stem.rsplit("_", 1)[1]) % shapes.ID_SPAN - 1
+        index = int(Path(line["image"]).stem.rsplit("_", 1)[1]) % scenes.ID_SPAN - 1
         assert (line["prefix"], line["suffix"]) in captions_of(index, "val2014", 7)
 
 
 @pytest.mark.parametrize(("scenes", "seed"), [(0, 1), (1_000_000, 1), (5, -1), (5, 1_000_000)])
 def test_numbers_out_of_range_are_refused(tmp_path: Path, scenes: int, seed: int) -> None:
     with pytest.raises(ValueError, match=f"scenes={scenes}, seed={seed}"):
-        shapes.write(tmp_path, scenes=scenes, seed=seed, split="train2014")
+        write_scenes(tmp_path, scenes=scenes, seed=seed, split="train2014")

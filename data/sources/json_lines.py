@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.faults import Fault
+from data.invalid import InvalidRecord
 from data.processor import single_line
 
 MAGIC = {
@@ -30,7 +30,7 @@ MAGIC = {
 
 def read_jsonl(
     file: Path, folder: Path, choose: Callable[[Sequence[str]], list[int]]
-) -> Iterator[dict[str, Any] | Fault]:
+) -> Iterator[dict[str, Any] | InvalidRecord]:
     """Records of the lines at the positions that `choose` takes from all good lines' image ids, in the order of the
     file, and every line that is no example: broken, with an id that occurred before, or with an image that leads out
     of the folder by its path.
@@ -44,7 +44,7 @@ def read_jsonl(
     position, found = 0, False
     for line in _lines(file, folder):
         found = True
-        if isinstance(line, Fault) or position in chosen:
+        if isinstance(line, InvalidRecord) or position in chosen:
             yield line
         position += isinstance(line, dict)
     if not found:
@@ -66,7 +66,7 @@ def other_kind(file: Path) -> str | None:
     return None
 
 
-def _lines(file: Path, folder: Path) -> Iterator[dict[str, Any] | Fault]:
+def _lines(file: Path, folder: Path) -> Iterator[dict[str, Any] | InvalidRecord]:
     lines: dict[str, int] = {}
     with file.open("rb") as content:
         for number, line in enumerate(content, start=1):
@@ -78,7 +78,7 @@ def _lines(file: Path, folder: Path) -> Iterator[dict[str, Any] | Fault]:
                 if first != number:
                     raise ValueError(f"id {example['id']!r} is that of line {first} too; give each line its own")
             except (ValueError, RecursionError) as error:
-                yield Fault(f"line {number}", f"{file}, line {number}: {error}")
+                yield InvalidRecord(f"line {number}", f"{file}, line {number}: {error}")
             else:
                 yield example
 

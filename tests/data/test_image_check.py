@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import data.pictures
-from data.faults import LeftOut
-from data.pictures import unusable
+import data.image_check
+from data.image_check import unusable
+from data.invalid import SkippedRecords
 from data.records import decodable, load_records
 from tests.pictures import PICTURE, encoded
 
@@ -56,13 +56,13 @@ def test_a_picture_is_looked_at_again_only_when_it_changed(
     opened: list[str] = []
 
     def watch(name: str) -> None:
-        plain = getattr(data.pictures, name)
+        plain = getattr(data.image_check, name)
 
         def look(path: str) -> None:
             opened.append(path)
             plain(path)
 
-        monkeypatch.setattr(data.pictures, name, look)
+        monkeypatch.setattr(data.image_check, name, look)
 
     watch("check_header")
     watch("open_image")
@@ -105,11 +105,11 @@ def test_records_of_broken_pictures_are_left_out_up_to_a_share(folder: Path, tmp
     source: dict[str, Any] = {"jsonl": file, "images": folder, "cache_dir": tmp_path / "cache"}
     with pytest.raises(ValueError, match=r"(?s)2 of 7 records .*\n  6: image .*nothing.*\n  7: image .*no\.jpg"):
         load_records(**source)
-    left_out = LeftOut(tmp_path / "left_out.jsonl", share=0.5)
-    records = load_records(**source, left_out=left_out)
+    skipped = SkippedRecords(tmp_path / "skipped.jsonl", share=0.5)
+    records = load_records(**source, skipped=skipped)
     assert len(records) == 7
-    assert list(left_out.reasons) == ["6", "7"]
-    assert decodable(records, left_out, tmp_path / "cache")["id"] == ["1", "2", "3", "4"]
-    assert list(left_out.reasons) == ["6", "7", "5"]
+    assert list(skipped.reasons) == ["6", "7"]
+    assert decodable(records, skipped, tmp_path / "cache")["id"] == ["1", "2", "3", "4"]
+    assert list(skipped.reasons) == ["6", "7", "5"]
     with pytest.raises(ValueError, match="3 of 7 records"):
         decodable(records, cache_dir=tmp_path / "cache")

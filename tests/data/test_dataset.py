@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from data import PaliGemmaDataset, Processor, collate
-from data.faults import Fault, LeftOut
+from data.invalid import InvalidRecord, SkippedRecords
 from data.records import FEATURES
 
-BASE = Path(__file__).parent.parent / "assets" / "tiny-base"
+BASE = Path(__file__).parents[2] / "assets" / "tiny-base"
 TEN = ["3", "three", "4", "3 circles", "2", "1", "0", "five", "many", "six"]
 
 
@@ -148,12 +148,14 @@ def test_another_record_takes_the_place_of_one_that_cannot_be_used(
     """The same at every visit, in every process; the others are what they would have been."""
     whole = PaliGemmaDataset(records, processor)
     Path(records[2]["image"]["path"]).write_bytes(b"broken")
-    datasets = [PaliGemmaDataset(records, processor, left_out=LeftOut(tmp_path / "left.jsonl", 0.5)) for _ in range(2)]
+    datasets = [
+        PaliGemmaDataset(records, processor, skipped=SkippedRecords(tmp_path / "left.jsonl", 0.5)) for _ in range(2)
+    ]
     taken = {dataset[2, visit]["id"] for dataset in datasets for visit in range(5)}
     assert len(taken) == 1
     assert taken < {"q0", "q1", "q3"}
-    assert list(datasets[0].left_out.reasons) == ["q2"]
-    assert "cannot identify" in datasets[0].left_out.reasons["q2"]
+    assert list(datasets[0].skipped.reasons) == ["q2"]
+    assert "cannot identify" in datasets[0].skipped.reasons["q2"]
     for index in (0, 1, 3):
         assert torch.equal(datasets[0][index, 1]["input_ids"], whole[index, 1]["input_ids"])
     for index in (0, 1, 3):
@@ -164,12 +166,12 @@ def test_another_record_takes_the_place_of_one_that_cannot_be_used(
 
 def test_what_is_listed_as_skipped_is_never_learned_from(processor: Processor, records: list[dict[str, Any]]) -> None:
     """Also at the visits whose answer would fit: the list says what was skipped. And nothing valid is an error."""
-    skipped = LeftOut(share=0.5)
-    skipped.add([Fault("q1", "one of its answers does not fit")], 4)
-    dataset = PaliGemmaDataset(records, processor, left_out=skipped)
+    skipped = SkippedRecords(share=0.5)
+    skipped.add([InvalidRecord("q1", "one of its answers does not fit")], 4)
+    dataset = PaliGemmaDataset(records, processor, skipped=skipped)
     taken = {dataset[1, visit]["id"] for visit in range(10)}
     assert len(taken) == 1
     assert taken < {"q0", "q2", "q3"}
     assert [dataset[index]["id"] for index in (0, 2, 3)] == ["q0", "q2", "q3"]
     with pytest.raises(ValueError, match="hardly any is valid"):
-        PaliGemmaDataset(records[1:2], processor, left_out=skipped)[0]
+        PaliGemmaDataset(records[1:2], processor, skipped=skipped)[0]

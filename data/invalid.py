@@ -1,6 +1,7 @@
-"""Records that cannot be used: named with the reason, and either they end a run or, up to a share, are left out of it.
+"""Invalid records: named with the reason; either they end a run or, up to a share, they are skipped.
 
-Not here: finding them (the readers, data/pictures.py), and what takes the place of one in training (data/dataset.py).
+Not here: finding them (data/sources, data/image_check.py), and what takes the place of one in training
+(data/dataset.py).
 """
 
 import json
@@ -9,28 +10,28 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-NAMED = 3  # faults that an error spells out
+NAMED = 3  # invalid records that an error spells out
 
 
-class Fault(NamedTuple):
+class InvalidRecord(NamedTuple):
     """A record that cannot be used: its id, or the line it stands in, and the reason in words."""
 
     id: str
     reason: str
 
 
-class LeftOut:
-    """The records that a run leaves out, each once: in memory, and in a file of JSON lines `{"id", "reason"}`.
+class SkippedRecords:
+    """The records that a run skips, each once: in memory, and in a file of JSON lines `{"id", "reason"}`.
 
-    All processes of a run append to the file and count what the others wrote, those of a run taken up again too.
+    All processes of a run append to the file and count what the others wrote, and before a run was resumed.
 
     Args:
         file: the list, made when it is needed; None: in this process's memory alone.
-        share: of all records that may be left out, at most; 0: none.
+        share: of all records that may be skipped, at most; 0: none.
         skippable: the share that data.on_error=skip would allow; None where there is no such key to set.
 
     Attributes:
-        reasons: why each was left out, by its id.
+        reasons: why each was skipped, by its id.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class LeftOut:
         self.reasons: dict[str, str] = {}
         self._read = 0  # bytes of the file that are known
 
-    def add(self, faults: Iterable[Fault], total: int) -> None:
-        """Leave these out of `total` records.
+    def add(self, invalid: Iterable[InvalidRecord], total: int) -> None:
+        """Skip these of `total` records.
 
         Raises:
-            ValueError: then more were left out than may be; names the first. None of them is left out.
+            ValueError: then more were skipped than may be; names the first. None of them is skipped.
         """
         self._catch_up()
-        new = {fault.id: fault.reason for fault in faults if fault.id not in self.reasons}
+        new = {record.id: record.reason for record in invalid if record.id not in self.reasons}
         if not new:
             return
         count = len(self.reasons) + len(new)
@@ -86,7 +87,7 @@ class LeftOut:
                     break  # another process is at it
                 self._read += len(line)
                 try:
-                    fault = json.loads(line)
-                    self.reasons[fault["id"]] = fault["reason"]
+                    record = json.loads(line)
+                    self.reasons[record["id"]] = record["reason"]
                 except (ValueError, KeyError, TypeError):  # cut short when a process was killed
                     continue
