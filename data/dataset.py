@@ -24,7 +24,7 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
 
     Args:
         records: rows as data/records.py describes them, a `datasets.Dataset` or a list.
-        processor: turns pictures and texts into tensors.
+        processor: turns images and texts into tensors.
         answers: "rotate" learns another one of a record's answers at each visit, in an order drawn by `seed`, until
             all were learned; "majority" learns `answer` always.
         skipped: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its

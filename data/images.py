@@ -1,7 +1,7 @@
-"""The one place that opens a picture: whatever a data set holds becomes upright, opaque 8-bit RGB, or an error.
+"""The one place that opens a image: whatever a data set holds becomes upright, opaque 8-bit RGB, or an error.
 
 The header's size is checked before a pixel is decoded, the first frame counts, transparency is laid on white, 16-bit
-grey is scaled to 8 bits (not clipped), every other mode becomes RGB, and the picture is turned as its EXIF orientation
+grey is scaled to 8 bits (not clipped), every other mode becomes RGB, and the image is turned as its EXIF orientation
 says. Not here: colour management (the reference processors ignore ICC profiles too), resizing (data/processor.py).
 """
 
@@ -34,7 +34,7 @@ def open_image(source: ImageSource) -> Image.Image:
     """A new RGB image from a path, encoded bytes, a `datasets.Image(decode=False)` value or a PIL image.
 
     Raises:
-        ValueError: naming the picture, if it is missing, broken, truncated, empty, too large, or of 32-bit numbers.
+        ValueError: naming the image, if it is missing, broken, truncated, empty, too large, or of 32-bit numbers.
     """
     return _opened(source, _upright_rgb)
 
@@ -45,7 +45,7 @@ def check_header(source: ImageSource) -> None:
 
 
 def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
-    """What `use` makes of the opened picture, or the one kind of error."""
+    """What `use` makes of the opened image, or the one kind of error."""
     name, file = _locate(source)
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA  # read at each chunk
     try:
@@ -66,7 +66,7 @@ def is_exhausted(error: Exception) -> bool:
 
 
 def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:
-    """What to call the picture in errors, and where its content is: in the bytes where a value has both."""
+    """What to call the image in errors, and where its content is: in the bytes where a value has both."""
     if isinstance(source, Image.Image):
         return f"the {source.mode} image given", source
     value = source if isinstance(source, Mapping) else {"bytes" if isinstance(source, bytes) else "path": source}

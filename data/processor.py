@@ -7,7 +7,7 @@ Token for token transformers' PaliGemmaProcessor, bit for bit its Pillow image p
 an example: <image> and <bos> at the start of a prefix (transformers' own form) are taken off, for they are put there in
 any case, and any other special token in a text is an error; newlines within a prefix become spaces, for one newline
 says where the answer begins; a text that is too long is an error, or loses the end of its answer where that was asked.
-<loc0000> and <seg000> are words of the vocabulary and stay what they are. Not here: opening pictures (data/images.py),
+<loc0000> and <seg000> are words of the vocabulary and stay what they are. Not here: opening images (data/images.py),
 how long the texts of a data set are (data/lengths.py).
 """
 
@@ -53,7 +53,7 @@ class Processor:
 
     tokenizer: Tokenizer
     pixel_form: PixelForm
-    image_size: int  # height and width of a picture, in pixels
+    image_size: int  # height and width of a image, in pixels
     num_image_tokens: int  # N, one for each patch
     positions: int  # tokens of the longest row that the network was made for
     special_ids: frozenset[int]  # of all special tokens, which no text may hold
@@ -116,7 +116,7 @@ class Processor:
     ) -> dict[str, Tensor]:
         """A right-padded batch as data/collate.py describes it; `labels` only with suffixes.
 
-        ValueError if there are not as many of each, or if a picture cannot be used.
+        ValueError if there are not as many of each, or if a image cannot be used.
         """
         answers = [None] * len(prefixes) if suffixes is None else suffixes
         if not len(images) == len(prefixes) == len(answers):
@@ -190,10 +190,10 @@ class Processor:
         raise ValueError(f"its text needs {prompt + answer:,} tokens{of}; {said}")
 
     def pixels(self, image: ImageSource) -> Tensor:
-        """One picture in the reference's order of roundings, f32[3, H, W]; ValueError if it cannot be used."""
+        """One image in the reference's order of roundings, f32[3, H, W]; ValueError if it cannot be used."""
         form = self.pixel_form
-        picture = open_image(image).resize((self.image_size, self.image_size), form.resample)  # u8[H, W, 3]
-        scaled = (np.asarray(picture, np.float64) * form.factor).astype(np.float32)
+        resized = open_image(image).resize((self.image_size, self.image_size), form.resample)  # u8[H, W, 3]
+        scaled = (np.asarray(resized, np.float64) * form.factor).astype(np.float32)
         values = (scaled - np.array(form.mean, np.float32)) / np.array(form.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 

@@ -1,6 +1,6 @@
 """A source as a configuration names it -> records: their columns, the choice of some, the file they are kept in.
 
-A record holds the absolute path of its picture: `datasets` never opens it, data/images.py does. Not here: reading the
+A record holds the absolute path of its image: `datasets` never opens it, data/images.py does. Not here: reading the
 official files (data/sources/vqa_files.py) and a person's own lines (data/sources/json_lines.py).
 """
 
@@ -28,7 +28,7 @@ TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     id=TEXT,
     image=datasets.Image(decode=False),
-    image_id=TEXT,  # the same for all questions of one picture
+    image_id=TEXT,  # the same for all questions of one image
     question=TEXT,  # as it was asked
     prefix=TEXT,  # the whole prompt, one line
     answers=datasets.List(TEXT),  # empty where unknown
@@ -60,12 +60,12 @@ def load_records(
     Args:
         questions, annotations: the official files, the second one only where answers are needed.
         jsonl: or a file of lines.
-        images: the folder of the pictures, by default that of the lines; without it official questions need none.
+        images: the folder of the images, by default that of the lines; without it official questions need none.
         fraction, count, sample_by, seed: draw this share or number, by whole images or by single questions.
         prompt: the prefix of an official question, with {question} where the question goes.
         split: such as "train2014", where the official files do not say it.
         cache_dir: where the records are kept for the next time, by default beside those of `datasets`.
-        skipped: where what cannot be used goes; by default there may be none. Records whose picture cannot be used by
+        skipped: where what cannot be used goes; by default there may be none. Records whose image cannot be used by
             its header are among them, but keep their places: in training others are taken instead, for an evaluation
             see `decodable`.
 
@@ -108,7 +108,7 @@ def load_records(
 def decodable(
     records: datasets.Dataset, skipped: SkippedRecords | None = None, cache_dir: File | None = None
 ) -> datasets.Dataset:
-    """The records whose pictures can be decoded, after decoding all of them; `skipped` as in `load_records`.
+    """The records whose images can be decoded, after decoding all of them; `skipped` as in `load_records`.
 
     Raises:
         ValueError: more cannot be used than may be left out.
@@ -124,7 +124,7 @@ def decodable(
 
 
 def cache_folder(cache_dir: File | None) -> Path:
-    """Where records and what was seen of pictures are kept for the next time."""
+    """Where records and what was seen of images are kept for the next time."""
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "paligemma_lora")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -135,7 +135,7 @@ def choose(
 ) -> list[int]:
     """Positions of a share or a number of all questions, ascending; of all, if both are None.
 
-    Drawn by image, 10% of VQAv2's questions touch 10% of its pictures; drawn by question, 43%. By image, of the last
+    Drawn by image, 10% of VQAv2's questions touch 10% of its images; drawn by question, 43%. By image, of the last
     one only as many are taken as `count` needs.
     """
     if sample_by not in ("image", "question"):

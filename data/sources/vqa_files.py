@@ -34,7 +34,7 @@ def read_vqav2(
     """Records of the questions at the positions that `choose` takes from all questions' image ids, in file order; what
     is wrong with one of them in its place.
 
-    `files` are the questions and, where there are any, the annotations; `folder` is where the pictures are, or a folder
+    `files` are the questions and, where there are any, the annotations; `folder` is where the images are, or a folder
     of the split's name with them, or None where they need not exist. ValueError if a file is not what it should be as
     a whole, if the files are of two splits, or if the prompt has no {question}.
     """
@@ -108,7 +108,7 @@ def _answers(annotations: "ObjectList", questions: "ObjectList", position: int) 
 class ObjectList:
     """The objects of a list in a JSON file, read one by one: 32 bytes of memory for each.
 
-    `ids` and `image_ids` are i64[N]; `splits` maps what says whose pictures they are about to what it says, or None.
+    `ids` and `image_ids` are i64[N]; `splits` maps what says whose images they are about to what it says, or None.
     """
 
     def __init__(self, path: Path, name: str) -> None:

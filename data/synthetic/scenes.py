@@ -1,6 +1,6 @@
 """Generated scenes with captions and questions, written in VQAv2's own files: the data of the quickstart.
 
-A scene is one to three plain figures on a light, noisy background. Everything about it - figures, picture, captions,
+A scene is one to three plain figures on a light, noisy background. Everything about it - figures, image, captions,
 questions, ten answers to each - is drawn from random numbers seeded by (split, seed, index): two splits or two seeds
 never share a scene, and the first 100 of 2,000 scenes are the same as 100 made alone.
 
@@ -108,7 +108,7 @@ def outline(figure: Figure) -> list[tuple[float, float]]:
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB picture of CANVAS x CANVAS pixels, on a light ground, with noise over everything."""
+    """The scene as an RGB image of CANVAS x CANVAS pixels, on a light ground, with noise over everything."""
     sharpness = 4  # drawn this much larger and shrunk: smooth edges
     image = Image.new("RGB", (CANVAS * sharpness, CANVAS * sharpness), tuple(rng.randint(215, 250) for _ in range(3)))
     draw = ImageDraw.Draw(image)
@@ -211,7 +211,7 @@ def annotation(question: Question, answers: Sequence[str], ids: dict[str, int]) 
 
 
 def write(output: Path, scenes: int, seed: int, split: str) -> None:
-    """Writes the pictures and the three files named above; an image id is seed x 1,000,000 + index + 1."""
+    """Writes the images and the three files named above; an image id is seed x 1,000,000 + index + 1."""
     if not (0 < scenes < ID_SPAN and 0 <= seed < ID_SPAN):
         wanted = f"1 to {ID_SPAN - 1} scenes and a seed of 0 to {ID_SPAN - 1}"
         raise ValueError(f"scenes={scenes}, seed={seed}: image ids have six digits for each; give {wanted}")
@@ -245,7 +245,7 @@ def write(output: Path, scenes: int, seed: int, split: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write generated scenes, questions and answers as VQAv2's own files.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--scenes", type=int, required=True, help="number of pictures (about 5.5 questions each)")
+    parser.add_argument("--scenes", type=int, required=True, help="number of images (about 5.5 questions each)")
     parser.add_argument("--seed", type=int, required=True, help="another seed, other scenes")
     parser.add_argument("--split", required=True, help="named in the files, as train2014 is; another one, other scenes")
     write(**vars(parser.parse_args(argv)))
