@@ -28,21 +28,21 @@ from rich.table import Table
 from data import Processor
 from data.invalid import NAMED, SkippedRecords
 from data.records import decodable, load_records
-from finetune import cli, load_adapter, processes
-from finetune.adapter import training_facts
-from finetune.cli import show
-from finetune.config import RunConfig, load_config
-from finetune.console import new_table
-from finetune.device import DTYPES, pick_device, pick_dtype
-from finetune.durable import describe
-from finetune.evaluate import METRICS_FILE, Evaluation, evaluate, unfinished_note, write_metrics
-from finetune.examples import askable
-from finetune.generation import max_new_tokens_of
-from finetune.locate import find_adapter, find_base
-from finetune.lock import locked
-from finetune.paths import argument, path_argument
-from finetune.quantize import open_base
-from finetune.vqa_accuracy import VQAScore, read_results, score
+from finetune import cli, load_adapter
+from finetune.adapters.generation_config import max_new_tokens_of
+from finetune.adapters.locate import find_adapter, find_base
+from finetune.adapters.storage import training_facts
+from finetune.config.schema import RunConfig, load_config
+from finetune.evaluation.evaluate import METRICS_FILE, Evaluation, evaluate, unfinished_note, write_metrics
+from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
+from finetune.lora.nf4 import open_base
+from finetune.system import distributed
+from finetune.system.atomic import describe
+from finetune.system.console import new_table, progress, show
+from finetune.system.device import DTYPES, pick_device, pick_dtype
+from finetune.system.lock import locked
+from finetune.system.paths import argument, path_argument
+from finetune.training.examples import askable, open_records, skipped_records
 from model import fetch
 
 DEFAULT_PROMPT = "answer en {question}"  # as PaliGemma was transferred to VQAv2
@@ -80,7 +80,7 @@ def evaluate_run(given: argparse.Namespace) -> dict[str, VQAScore]:
     if config.data.validation is None:
         raise ValueError(f"{given.config} has no data.validation: nothing to evaluate on")
     device = pick_device(config.model.device)
-    processes.join(device)
+    distributed.init(device)
     arms = arms_of(given, config)
     # A glance is not put in the place of a result.
     directory = given.output or (None if given.limit else Path(config.output, "eval"))
@@ -99,7 +99,7 @@ def evaluate_arms(
     made_of = questions_of(config, given.limit)
     if directory:
         for arm in arms:
-            processes.once(partial(require_same_questions, directory / arm, made_of))
+            distributed.on_main(partial(require_same_questions, directory / arm, made_of))
     records = records_of_run(config, given)
     dtype, rows = pick_dtype(config.model.dtype, device), config.evaluation.batch_size
     new_tokens = new_tokens_of_run(config)
@@ -112,7 +112,7 @@ def evaluate_arms(
         show_unfinished(arm, result, "evaluation.max_new_tokens")
         if directory:
             facts = {"model": str(path), "adapter": str(adapter) if adapter else None, MADE_OF: made_of}
-            processes.once(partial(result.save, directory / arm, **facts))
+            distributed.on_main(partial(result.save, directory / arm, **facts))
         scores[arm] = result.score
     return scores
 
@@ -143,10 +143,10 @@ def arms_of(given: argparse.Namespace, config: RunConfig) -> dict[str, tuple[str
 
 def records_of_run(config: RunConfig, given: argparse.Namespace) -> Any:
     """The validation records that can be asked, by image and prompt; those that are skipped are listed, or shown."""
-    skipped = cli.skipped_records(config, "validation", listed=given.limit is None and given.output is None)
+    skipped = skipped_records(config, "validation", listed=given.limit is None and given.output is None)
     if skipped.file:
-        processes.once(partial(skipped.file.unlink, missing_ok=True))  # of another time
-    records = decodable(first(cli.open_records(config, "validation", skipped), given.limit), skipped)
+        distributed.on_main(partial(skipped.file.unlink, missing_ok=True))  # of another time
+    records = decodable(first(open_records(config, "validation", skipped), given.limit), skipped)
     base = fetch(config.model.path, config.model.revision, weights=False)
     records = askable(records, Processor.from_pretrained(base), skipped)
     if skipped.reasons:
@@ -195,9 +195,9 @@ def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
     asked = contents(questions=given.questions, annotations=given.annotations, jsonl=given.jsonl)
     made_of = named | asked | {"limit": given.limit}
     device = pick_device(given.device)
-    processes.join(device)
+    distributed.init(device)
     if given.output:
-        processes.once(partial(require_same_questions, given.output, made_of))
+        distributed.on_main(partial(require_same_questions, given.output, made_of))
     records = decodable(first(load_records(**files, prompt=prompt or DEFAULT_PROMPT), given.limit))
     dtype = pick_dtype(given.dtype, device)
     directory = fetch(model, revision)
@@ -210,7 +210,7 @@ def evaluate_checkpoint(given: argparse.Namespace) -> dict[str, VQAScore]:
     result = answer(directory, adapter, processor, records, dtype, device, rows, new_tokens, kept)
     show_unfinished(str(adapter or model), result, "--max-new-tokens")
     if given.output:
-        processes.once(partial(result.save, given.output, **named, **{MADE_OF: made_of}))
+        distributed.on_main(partial(result.save, given.output, **named, **{MADE_OF: made_of}))
     show(f"model: {model}", *([f"adapter: {adapter}"] if adapter else []))  # a path would not fit into the table
     return {"adapter" if adapter else "model": result.score}
 
@@ -294,7 +294,7 @@ def answer(
     model = open_base(directory, dtype, device, quantize)
     if adapter:
         load_adapter(model, adapter)
-    return evaluate(model, processor, records, max_new_tokens, batch_size=batch_size, progress=cli.progress)
+    return evaluate(model, processor, records, max_new_tokens, batch_size=batch_size, progress=progress)
 
 
 def first(records: Any, limit: int | None) -> Any:

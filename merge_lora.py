@@ -12,11 +12,12 @@ import argparse
 from collections.abc import Sequence
 
 from finetune import cli
-from finetune.device import DTYPES, pick_device, pick_dtype
-from finetune.locate import find_adapter, find_base
-from finetune.lock import locked
-from finetune.merge import merge_checkpoint
-from finetune.paths import argument, path_argument
+from finetune.adapters.locate import find_adapter, find_base
+from finetune.adapters.merge import merge_checkpoint
+from finetune.system import console
+from finetune.system.device import DTYPES, pick_device, pick_dtype
+from finetune.system.lock import locked
+from finetune.system.paths import argument, path_argument
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     output, into, force = arguments.output, arguments.into, arguments.force
     with locked(output.with_name(f".{output.name}.lock"), output, "merging"):
         report = merge_checkpoint(base, adapter, output, dtype, device, revision, into, force)
-    cli.show(str(report), f"verified, and written to {output}")
+    console.show(str(report), f"verified, and written to {output}")
 
 
 def build_parser() -> argparse.ArgumentParser:

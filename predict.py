@@ -18,13 +18,13 @@ from typing import Any
 from data import Processor
 from data.images import open_image
 from finetune import cli, load_adapter
-from finetune.device import DTYPES, pick_device, pick_dtype
-from finetune.evaluate import Answer, generate_answers, unfinished_note
-from finetune.generation import max_new_tokens_of
-from finetune.locate import find_adapter, find_base
-from finetune.paths import argument, path_argument
-from finetune.quantize import open_base
-from finetune.terminal import json_line, one_line, visible
+from finetune.adapters.generation_config import max_new_tokens_of
+from finetune.adapters.locate import find_adapter, find_base
+from finetune.evaluation.evaluate import Answer, generate_answers, unfinished_note
+from finetune.lora.nf4 import open_base
+from finetune.system.device import DTYPES, pick_device, pick_dtype
+from finetune.system.paths import argument, path_argument
+from finetune.system.terminal import json_line, one_line, visible
 from model import fetch
 
 

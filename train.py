@@ -26,32 +26,32 @@ from data import PaliGemmaDataset, Processor, collate
 from data.invalid import SkippedRecords
 from data.lengths import TextLengths
 from data.records import decodable
-from finetune import cli, processes, save_adapter
-from finetune.adapter import TrainingFacts
-from finetune.checkpoints import step_of
-from finetune.cli import show
-from finetune.config import RunConfig, describe, load_config
-from finetune.console import new_table
-from finetune.device import pick_device, pick_dtype
-from finetune.durable import write_whole
-from finetune.evaluate import evaluate, generate_answers, mean_loss
-from finetune.examples import Examples, max_new_tokens, open_examples, open_processor, valid
-from finetune.generation import store_max_new_tokens
-from finetune.inspection import problems_of
-from finetune.interrupt import StopOnSignal
-from finetune.lock import locked
-from finetune.lora import adapter_table
-from finetune.paths import argument
-from finetune.plan import GIB, Plan, Planner, assumed, plan_run, require_fit, spill_warning
-from finetune.probe import Shape, learn_by_heart, pictures_of, probe, trial_config
-from finetune.quantize import open_base, quantize
-from finetune.result import Result
-from finetune.resume import find_checkpoint, start_run
-from finetune.start import require_agreement, start
-from finetune.steps import Steps
-from finetune.terminal import shortened
-from finetune.tracking import callbacks_for
-from finetune.trainer import LoRATrainer
+from finetune import cli, save_adapter
+from finetune.adapters.generation_config import store_max_new_tokens
+from finetune.adapters.start_from import require_agreement, start
+from finetune.adapters.storage import TrainingFacts
+from finetune.config.schema import RunConfig, describe, load_config
+from finetune.evaluation.evaluate import evaluate, generate_answers, mean_loss
+from finetune.lora.linear import adapter_table
+from finetune.lora.nf4 import open_base, quantize
+from finetune.preflight.inspection import problems_of
+from finetune.preflight.plan import GIB, Plan, Planner, assumed, plan_run, require_fit, spill_warning
+from finetune.preflight.probe import Shape, learn_by_heart, pictures_of, probe, trial_config
+from finetune.system import distributed
+from finetune.system.atomic import write_whole
+from finetune.system.console import new_table, show
+from finetune.system.device import pick_device, pick_dtype
+from finetune.system.lock import locked
+from finetune.system.paths import argument
+from finetune.system.terminal import shortened
+from finetune.training.batch_sampler import Steps
+from finetune.training.checkpoints import step_of
+from finetune.training.examples import Examples, max_new_tokens, open_examples, open_processor, skipped_records, valid
+from finetune.training.interrupt import StopOnSignal
+from finetune.training.result import Result
+from finetune.training.resume import find_checkpoint, start_run
+from finetune.training.tracking import callbacks_for
+from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
 from model.random_init import from_random
 from model.safetensors_io import refuse_unreadable
@@ -64,8 +64,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--probe times the steps that --dry-run plans: give both")
     looks = arguments.dry_run or arguments.check or arguments.inspect or arguments.overfit is not None
     # A look makes no use of the other processes, and --dry-run none of the device.
-    processes.join(torch.device("cpu") if looks else pick_device(config.model.device))
-    if processes.count() > 1 and looks:
+    distributed.init(torch.device("cpu") if looks else pick_device(config.model.device))
+    if distributed.count() > 1 and looks:
         raise ValueError(
             "--dry-run, --check, --inspect and --overfit look before a run, in one process: leave out the launcher"
         )
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
 
 def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
     """The run, from its start or from where it was stopped, to its result."""
-    found, notes = processes.once(partial(find_checkpoint, config, arguments.resume, arguments.accept_changes))
+    found, notes = distributed.on_main(partial(find_checkpoint, config, arguments.resume, arguments.accept_changes))
     checkpoint = Path(found) if found else None
     for note in notes:
         show(note)
@@ -119,7 +119,7 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
         show(f"warning: {warning}")
     adapt(model, config, anew=checkpoint is not None)
     show_trained(model)
-    processes.once(partial(start_run, config))
+    distributed.on_main(partial(start_run, config))
     trainer = LoRATrainer(
         config,
         model,
@@ -138,10 +138,10 @@ def learn(config: RunConfig, arguments: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopping and trainer.state.global_step < steps.total:
         again = cli.command("train.py", arguments.config, *arguments.overrides)
-        again = again if processes.count() == 1 else "the same command"
+        again = again if distributed.count() == 1 else "the same command"
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to go on: {again}")
     trainer.finish()
-    processes.once(partial(Result.finish, Path(config.output)))
+    distributed.on_main(partial(Result.finish, Path(config.output)))
     after = cli.command("evaluate.py", arguments.config, *arguments.overrides)
     if config.data.validation is None:
         after = cli.command("predict.py", "--help")
@@ -227,7 +227,7 @@ def check(config: RunConfig) -> None:
         count = len(skipped.reasons)
         show(f"data.{part}: {usable:,} records can be used, {count:,} cannot")
         show(*(f"  {name}: {reason}" for name, reason in skipped.reasons.items()))
-        allowed = cli.skipped_records(config, part, listed=False)
+        allowed = skipped_records(config, part, listed=False)
         if count > allowed.share * total:
             refused.append(f"{count:,} records of data.{part} cannot be used; {allowed.advice(count, usable + count)}")
         elif count:
@@ -240,7 +240,7 @@ def inspect(config: RunConfig) -> None:
     """The first examples as the network sees them, checked for what would ruin the training. Nothing is written."""
     directory = fetch(config.model.path, config.model.revision)
     processor = open_processor(directory, config.data)
-    examples = open_examples(config, "train", processor, cli.skipped_records(config, "train", listed=False))
+    examples = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     model = open_model(directory, config)
     first = [dataset[index] for index in range(min(8, len(dataset)))]

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import side_by_side
-from finetune.adapter import PREFIX, load_adapter
-from finetune.protocol import trained_parameters
-from finetune.quantize import open_base
+from finetune.adapters.storage import PREFIX, load_adapter
+from finetune.lora.nf4 import open_base
+from finetune.lora.protocol import trained_parameters
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name
 

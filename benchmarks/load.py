@@ -20,7 +20,7 @@ import torch
 from benchmarks import side_by_side
 from benchmarks.random_checkpoint import write_checkpoint
 from finetune import cli
-from finetune.paths import path_argument
+from finetune.system.paths import path_argument
 from model import PaliGemma
 
 NAME = "benchmarks.load"

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from finetune import cli
-from finetune.device import DTYPES
-from finetune.paths import path_argument
+from finetune.system.device import DTYPES
+from finetune.system.paths import path_argument
 from model import PaliGemmaConfig
 from model.random_init import from_random
 

@@ -32,11 +32,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.random_checkpoint import write_checkpoint
-from finetune.adapter import save_adapter
-from finetune.device import DTYPES, is_out_of_memory, pick_device, pick_dtype
-from finetune.lora import LoRAConfig, inject_lora
-from finetune.paths import path_argument
-from finetune.protocol import adapters
+from finetune.adapters.storage import save_adapter
+from finetune.lora.linear import LoRAConfig, inject_lora
+from finetune.lora.protocol import adapters
+from finetune.system.device import DTYPES, is_out_of_memory, pick_device, pick_dtype
+from finetune.system.paths import path_argument
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from model.checkpoint import canonical_name
 from model.ops.bf16_on_cpu import this_cpu

@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks import side_by_side
 from benchmarks.arms import ARMS, DENSE, RANK, REFERENCES, USUAL, make_batch, take_step
 from finetune import cli
-from finetune.paths import path_argument
+from finetune.system.paths import path_argument
 from model import PaliGemmaConfig
 
 NAME = "benchmarks.train_step"

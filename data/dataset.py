@@ -1,6 +1,6 @@
 """Records -> examples: which answer a visit to a record learns from, and the tensors of that visit.
 
-Not here: which visits make up a step (finetune/steps.py), and batches (data/collate.py).
+Not here: which visits make up a step (finetune/training/batch_sampler.py), and batches (data/collate.py).
 """
 
 import random

@@ -31,6 +31,14 @@ REFUSED = -1  # the length of a text that the processor refuses
 Lengths = npt.NDArray[np.int32]
 
 
+@dataclasses.dataclass(frozen=True)
+class Longest:
+    """Tokens of the longest text (prefix, newline, answer with `<eos>`) and of the longest answer of the data."""
+
+    text: int
+    answer: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextLengths:
     """Tokens of the records' texts, as a processor makes them, and what is wrong with them.

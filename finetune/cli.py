@@ -6,22 +6,15 @@ import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from finetune import processes, terminal
-from finetune.adapter import trained_on
-from finetune.allocator import use_expandable_segments
-from finetune.terminal import visible
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from data.invalid import SkippedRecords
-    from finetune.config import RunConfig
+from finetune.adapters.storage import trained_on
+from finetune.system import distributed, terminal
+from finetune.system.allocator import use_expandable_segments
+from finetune.system.terminal import visible
 
 MISTAKE, NOT_FINITE, STOPPED, INTERRUPTED = 2, 4, 75, 130
 NEW_TOKENS_HELP = "longest answer, in tokens (default: that of the longest trained answer, stored with the adapter)"
@@ -43,48 +36,20 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         with terminal.plain_warnings():
             main(sys.argv[1:])
-    except (ValueError, OSError, processes.ElsewhereError) as error:
+    except (ValueError, OSError, distributed.ElsewhereError) as error:
         tqdm.write(visible(f"error: {error}"), file=sys.stderr)  # on a line of its own, below any bar
         sys.exit(MISTAKE)
     except (FloatingPointError, StoppedError) as error:  # of all processes of a run alike
         mistake = isinstance(error, FloatingPointError)
-        if processes.writes():
+        if distributed.is_main():
             tqdm.write(visible(f"error: {error}" if mistake else str(error)), file=sys.stderr)
-        with contextlib.suppress(processes.ElsewhereError):  # one was killed meanwhile
-            processes.gather("said")  # before one is gone, and the launcher ends the others
+        with contextlib.suppress(distributed.ElsewhereError):  # one was killed meanwhile
+            distributed.gather("said")  # before one is gone, and the launcher ends the others
         sys.exit(NOT_FINITE if mistake else STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    processes.leave()
-
-
-def show(*objects: str | Table) -> None:
-    """Print lines and tables, in one process of a run."""
-    from finetune import console  # here: not every program that ends as they do needs rich
-
-    if processes.writes():
-        console.show(*objects)
-
-
-def open_records(config: RunConfig, part: str, skipped: SkippedRecords | None = None) -> Any:
-    """The records of data.train or data.validation (`part`), as `load_records` opens them; those that cannot be used go
-    to `skipped`, by default where the configuration says.
-    """
-    from data.records import load_records  # here, as below: merging and the benchmarks need no data
-
-    source, prompt, seed = getattr(config.data, part).model_dump(), config.data.prompt, config.train.seed
-    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, part))
-
-
-def skipped_records(config: RunConfig, part: str, listed: bool = True) -> SkippedRecords:
-    """How many records of a part may be skipped by the configuration, and, if they are `listed`, in which file."""
-    from data.invalid import SkippedRecords
-
-    allowed = config.data.skip_at_most
-    if config.data.on_error == "fail":
-        return SkippedRecords(skippable=allowed)
-    return SkippedRecords(Path(config.output, f"skipped_{part}.jsonl") if listed else None, allowed, allowed)
+    distributed.destroy()
 
 
 def positive(text: str) -> int:
@@ -106,9 +71,3 @@ def quantization(asked: str, adapter: str | Path | None) -> str | None:
     if asked == "auto":
         return trained_on(adapter) if adapter else None
     return None if asked == "none" else asked
-
-
-def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """A progress bar over batches, on stderr; of several processes the first shows its share."""
-    hidden = not processes.writes()
-    return tqdm(batches, total=total, desc="answering", unit="batch", leave=False, file=sys.stderr, disable=hidden)

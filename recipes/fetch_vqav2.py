@@ -26,8 +26,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from data.records import load_records
 from finetune import cli
-from finetune.console import PlainConsole
-from finetune.paths import path_argument
+from finetune.system import console
+from finetune.system.console import PlainConsole
+from finetune.system.paths import path_argument
 from recipes.remote_zip import ATTEMPTS, Archive, Member
 
 SPLITS = {"train2014": "Train", "val2014": "Val"}  # as pictures are named and as the archives of questions are
@@ -92,7 +93,7 @@ def fetch_vqav2(
         pictures += [archive.member(name, output / split) for name in names]
     fetch(pictures, output, verify, "pictures")
     size = sum(file.info.file_size for file in (*texts, *pictures))
-    cli.show(f"{len(pictures):,} pictures with their questions and annotations, {size:,} bytes, are in {output}")
+    console.show(f"{len(pictures):,} pictures with their questions and annotations, {size:,} bytes, are in {output}")
 
 
 def chosen_pictures(questions: Path, choice: Mapping[str, Any]) -> list[str]:

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from data.records import decodable
-from finetune import cli
-from finetune.config import RunConfig
-from finetune.device import pick_device
-from finetune.plan import GIB
-from finetune.result import Result
-from finetune.strict_yaml import dump
-from finetune.vqa_accuracy import VQAScore, read_results, score
+from finetune.config.schema import RunConfig
+from finetune.config.strict_yaml import dump
+from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
+from finetune.preflight.plan import GIB
+from finetune.system.device import pick_device
+from finetune.training.examples import open_records, skipped_records
+from finetune.training.result import Result
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
@@ -50,8 +50,8 @@ def write_result(config: RunConfig, steps: int) -> Path:
 def scores_of(config: RunConfig) -> dict[str, Any]:
     """Accuracy with its 95% confidence interval for each arm that has answers: of all questions, and by answer type."""
     assert config.data.validation is not None, "what has answers was evaluated"
-    skipped = cli.skipped_records(config, "validation")
-    records = decodable(cli.open_records(config, "validation", skipped), skipped)
+    skipped = skipped_records(config, "validation")
+    records = decodable(open_records(config, "validation", skipped), skipped)
     types = sorted({record["answer_type"] for record in records} - {""})
     by_type = {name: [record for record in records if record["answer_type"] == name] for name in types}
     scores: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def data_of(config: RunConfig) -> dict[str, dict[str, int]]:
     sizes = {}
     for name in ("train", "validation"):
         if getattr(config.data, name) is not None:
-            records = cli.open_records(config, name)
+            records = open_records(config, name)
             sizes[name] = {"questions": len(records), "pictures": len(set(records["image_id"][:]))}
     return sizes
 

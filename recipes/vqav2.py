@@ -25,12 +25,12 @@ import torch
 import evaluate
 import train
 from finetune import cli
-from finetune.cli import show
-from finetune.config import RunConfig, Source, dump_config, load_config
-from finetune.console import PlainConsole
-from finetune.device import pick_device, pick_dtype
-from finetune.paths import expand
-from finetune.plan import GIB
+from finetune.config.schema import RunConfig, Source, dump_config, load_config
+from finetune.preflight.plan import GIB
+from finetune.system.console import PlainConsole, show
+from finetune.system.device import pick_device, pick_dtype
+from finetune.system.paths import expand
+from finetune.training.examples import open_records
 from model import fetch
 from recipes.fetch_vqav2 import ANNOTATIONS_URL, PICTURES_URL, SPLITS, fetch_vqav2
 from recipes.result import write_result
@@ -87,7 +87,7 @@ def pictures(walk: Walk) -> None:
 
 def is_there(walk: Walk, part: str) -> bool:
     try:
-        cli.open_records(walk.config, part)
+        open_records(walk.config, part)
     except ValueError:
         return False
     return True
@@ -178,7 +178,7 @@ def take(walk: Walk) -> None:
             done.add(name)
             release()
     heading(len(LOOKS) + len(STEPS) + 1, "result")
-    records = cli.open_records(walk.config, "train")
+    records = open_records(walk.config, "train")
     output = write_result(walk.config, train.plan_steps(walk.config, len(records)).total)
     show((output / "report.md").read_text(encoding="utf-8"))
     show(f"saved {output}/report.json and report.md: nothing in them says who or where you are")

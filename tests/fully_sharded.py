@@ -1,4 +1,4 @@
-"""Two processes on the CPU with torch's fully_shard on every decoder layer: run by tests/test_sharding.py.
+"""Two processes on the CPU with torch's fully_shard on every decoder layer: run by tests/lora/test_sharding.py.
 
 python -m tests.fully_sharded FILE: the loss, what each process holds, and whether loss and gradients are those of one
 process, as JSON.
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from finetune import LoRAConfig, inject_lora
-from finetune.protocol import adapters, set_dropout_seeds, trained_parameters
+from finetune.lora.protocol import adapters, set_dropout_seeds, trained_parameters
 from model import PaliGemma, PaliGemmaConfig
 from tests import tiny
 

@@ -44,11 +44,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune import LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
-from finetune.adapter import LAYOUTS, PREFIX
-from finetune.checkpoints import newest_whole, read_moments, read_parameters, write_checkpoint
-from finetune.durable import MANIFEST, write_whole
-from finetune.protocol import AdapterModule, adapters, trained_parameters
-from finetune.quantize import open_base
+from finetune.adapters.storage import LAYOUTS, PREFIX
+from finetune.lora.nf4 import open_base
+from finetune.lora.protocol import AdapterModule, adapters, trained_parameters
+from finetune.system.atomic import MANIFEST, write_whole
+from finetune.training.checkpoints import newest_whole, read_moments, read_parameters, write_checkpoint
 from model import PaliGemma
 from model.config import TextConfig, VisionConfig
 from model.random_init import from_random

@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 
 import train
+from data.lengths import Longest
 from data.synthetic import scenes
-from finetune.config import load_config
-from finetune.durable import damage
-from finetune.plan import Longest
+from finetune.config.schema import load_config
+from finetune.system.atomic import damage
 from model import PaliGemmaConfig
 
 ROOT = Path(__file__).parent.parent

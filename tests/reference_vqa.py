@@ -1,7 +1,7 @@
 """A second, literal VQA evaluation, in the shape of the official program: slow, mutating, step by step.
 
-An oracle for `finetune.vqa_accuracy` that shares nothing with it: annotations and results are dictionaries as the
-files hold them, the ground truth is normalised in place (so evaluate an instance once), every annotation equal to the
+An oracle for the VQA metric that shares nothing with it: annotations and results are dictionaries as the files hold
+them, the ground truth is normalised in place (so evaluate an instance once), every annotation equal to the
 one left out is left out with it, and the contraction table has all of its 120 entries, also those that never match.
 Below it, cases that hit every rule, and the census that shows that they do.
 """

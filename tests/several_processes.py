@@ -1,4 +1,4 @@
-"""Runs of several processes, with a fault in one of them or without, for tests/test_processes.py to look at.
+"""Runs of several processes, with a fault in one of them or without, for tests/system/test_distributed.py to look at.
 
     python -m tests.several_processes DIRECTORY
 
@@ -27,9 +27,11 @@ import torch
 import evaluate
 import train
 from data.synthetic import scenes
-from finetune import cli, device, durable, processes
-from finetune.plan import Mode, Plan
-from finetune.trainer import LoRATrainer
+from finetune import cli
+from finetune.preflight.plan import Plan
+from finetune.system import atomic, device, distributed
+from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.trainer import LoRATrainer
 from tests import kill_test, rounding
 
 PATIENCE = 600.0  # seconds for a run, which takes two
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)  # no threads in this process: it forks
     compute_in_fp64()
     # Planning takes longer than a run.
-    train.plan_run = lambda *_: (kill_test.Unplanned(), Plan(Mode(3), {}, 0), "by nobody")  # type: ignore[assignment]
+    train.plan_run = lambda *_: (kill_test.Unplanned(), Plan(ExecutionPlan(3), {}, 0), "by nobody")  # type: ignore[assignment]
     for split, seed in (("train2014", 1), ("val2014", 2)):
         scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     codes: dict[str, list[int]] = {}
@@ -155,7 +157,7 @@ def at(step: int, rank: int, act: Callable[[list[dict[str, Any]]], None]) -> Fau
         cut_step = LoRATrainer.cut_step
 
         def faulty(self: LoRATrainer, model: Any, examples: Any, tokens: int) -> torch.Tensor:
-            if (self.state.global_step, processes.rank()) == (step, rank):
+            if (self.state.global_step, distributed.rank()) == (step, rank):
                 act(examples)
             return cut_step(self, model, examples, tokens)
 
@@ -166,14 +168,14 @@ def at(step: int, rank: int, act: Callable[[list[dict[str, Any]]], None]) -> Fau
 
 def full_disk() -> None:
     """The disk is full when step 2 is written."""
-    sync = durable.sync
+    sync = atomic.sync
 
     def full(path: Path) -> None:
         if "step-000002" in str(path):
             raise OSError(28, "No space left on device")
         sync(path)
 
-    durable.sync = full
+    atomic.sync = full
 
 
 def not_finite() -> None:
@@ -199,7 +201,7 @@ def little_memory() -> None:
     micro_step = LoRATrainer.micro_step
 
     def small(self: LoRATrainer, model: Any, part: Any, *given: Any) -> torch.Tensor:
-        if processes.rank() == 1 and len(part) > 1:
+        if distributed.rank() == 1 and len(part) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return micro_step(self, model, part, *given)
 

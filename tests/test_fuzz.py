@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import durable
+from finetune.system import atomic
 from tests.fuzz import OUTCOMES, fuzz
 
 
@@ -18,6 +18,6 @@ def test_spoilt_files_are_refused_or_load_as_what_they_say(tmp_path: Path) -> No
 
 
 def test_a_manifest_that_nobody_looks_at_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "damage", lambda directory: None)
+    monkeypatch.setattr(atomic, "damage", lambda directory: None)
     _, violations = fuzz(tmp_path, files=60, seed=0)
     assert any("the manifest does not list it like this" in violation for violation in violations)

@@ -20,9 +20,10 @@ from benchmarks.acceptance import correctness, correctness_training, memory, mem
 from benchmarks.acceptance.bench import Bench
 from benchmarks.acceptance.card import Card, Memory, covered
 from benchmarks.acceptance.findings import Check, Finding, Part, Report, SkippedError, at_most, run_part
-from finetune import evaluate, trainer
-from finetune.lora import adapters
-from finetune.trainer import LoRATrainer
+from finetune.evaluation import evaluate
+from finetune.lora.linear import adapters
+from finetune.training import trainer
+from finetune.training.trainer import LoRATrainer
 from model import IGNORE_INDEX, PaliGemma
 
 ON_A_CPU = ["--device", "cpu", "--size", "tiny"]

@@ -1,41 +1,71 @@
-"""Which room may know of which: model <- finetune <- scripts and recipes; data stands alone."""
+"""Which room may import which, and that no two files import each other, also not for their types alone."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"model", "data", "finetune", "recipes"}
-# finetune meets data where it evaluates, where it opens a run's examples, and in what the scripts share.
-MAY_IMPORT = {"model": set(), "data": set(), "finetune": {"model"}, "recipes": {"model", "data", "finetune"}}
+# A room imports from itself and from those before it; `data` and `model` know nothing of each other.
+ROOMS = ["model", "data", "finetune.system", "finetune.lora", "finetune.adapters", "finetune.config"]
+ROOMS += ["finetune.training", "finetune.preflight", "finetune.evaluation", "finetune.cli", "finetune.config.__main__"]
+ROOMS += ["recipes"]
+WITHOUT_DATA = ROOMS[2:6]  # what needs no examples
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for room in ("model", "data", "finetune", "recipes")
+    for path in (ROOT / room).rglob("*.py")
+}
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, functions included."""
+def room_of(name: str) -> str | None:
+    """The room of a file; None for the names that `finetune` offers, which stand outside."""
+    within = [room for room in ROOMS if name == room or name.startswith(f"{room}.")]
+    return max(within, key=len, default=None)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of the modules that a file imports anywhere: in functions and under TYPE_CHECKING, too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.partition(".")[0])
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, f"{path}: import by full names"
+            nested = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= nested & FILES.keys() or {node.module}
     return names
 
 
-@pytest.mark.parametrize("path", [p for room in sorted(ROOMS) for p in sorted((ROOT / room).glob("*.py"))], ids=str)
-def test_rooms_import_in_one_direction(path: Path) -> None:
-    room = path.parent.name
-    allowed = MAY_IMPORT[room] | {room} | ({"data"} if path.name in ("evaluate.py", "cli.py", "examples.py") else set())
-    assert imported(path) & ROOMS <= allowed
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_rooms_import_in_one_direction(name: str) -> None:
+    if (room := room_of(name)) is None:
+        assert name == "finetune.__init__"
+        return
+    before = set(ROOMS[: ROOMS.index(room) + 1])
+    allowed = {"data": {"data"}, "model": {"model"}}.get(room, before - ({"data"} if room in WITHOUT_DATA else set()))
+    assert {room_of(other) for other in imports_of(FILES[name])} - {None} <= allowed
 
 
-def test_the_network_needs_torch_and_safetensors_only() -> None:
-    outside = set().union(*(imported(path) for path in (ROOT / "model").glob("*.py")))
-    assert outside - set(sys.stdlib_module_names) == {"torch", "safetensors", "huggingface_hub", "model"}
+def test_there_is_no_import_cycle() -> None:
+    graph = {name.removesuffix(".__init__"): imports_of(path) for name, path in FILES.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("model.paligemma") < order.index("model")
+
+
+def test_what_the_network_imports_of_others() -> None:
+    """torch and safetensors; huggingface_hub where the Hub is asked, and nowhere else."""
+    for name, path in FILES.items():
+        if room_of(name) == "model":
+            outside = {imported.partition(".")[0] for imported in imports_of(path)} - set(sys.stdlib_module_names)
+            assert outside <= {"torch", "safetensors", "model"} | (
+                {"huggingface_hub"} if name == "model.hub" else set()
+            )
 
 
 @pytest.mark.parametrize(
@@ -43,11 +73,14 @@ def test_the_network_needs_torch_and_safetensors_only() -> None:
     [
         # The network, LoRA, adapters and merging: where only torch, safetensors and transformers are installed.
         (
-            "model, finetune.lora, finetune.adapter, finetune.merge",
+            "model, finetune.lora.linear, finetune.adapters.storage, finetune.adapters.merge",
             "datasets, peft, accelerate, PIL, wandb, pydantic, yaml, rich, bitsandbytes",
         ),
-        ("data, finetune.evaluate, finetune.vqa_accuracy", "datasets, peft, wandb, bitsandbytes, pydantic"),
-        ("finetune.trainer, finetune.tracking", "peft, wandb, bitsandbytes, datasets"),
+        (
+            "data, finetune.evaluation.evaluate, finetune.evaluation.vqa_accuracy",
+            "datasets, peft, wandb, bitsandbytes, pydantic",
+        ),
+        ("finetune.training.trainer, finetune.training.tracking", "peft, wandb, bitsandbytes, datasets"),
     ],
 )
 def test_what_imports_without_which_packages(modules: str, absent: str) -> None:

@@ -23,14 +23,14 @@ from safetensors.torch import save
 
 from data.processor import Processor
 from finetune import LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
-from finetune.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, WRITTEN, adapter_tensors, peft_config
-from finetune.config import ConfigError, RunConfig, dump_config, load_config
-from finetune.protocol import adapters
-from finetune.vqa_accuracy import normalize_answer, score, vqa_accuracy
+from finetune.adapters.storage import CONFIG_FILE, PREFIX, WEIGHTS_FILE, WRITTEN, adapter_tensors, peft_config
+from finetune.config.schema import ConfigError, RunConfig, dump_config, load_config
+from finetune.evaluation.vqa_accuracy import normalize_answer, score, vqa_accuracy
+from finetune.lora.protocol import adapters
 from model import PaliGemma
 from tests import tiny
+from tests.config.test_schema import keys
 from tests.reference_vqa import REFERENCE, ReferenceEvaluation, rule_texts
-from tests.test_config import keys
 
 SECOND = 1000  # milliseconds
 steady = settings(derandomize=True, database=None, deadline=60 * SECOND, max_examples=200)

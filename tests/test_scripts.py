@@ -24,11 +24,12 @@ import merge_lora
 import predict
 import train
 from data.synthetic import scenes
-from finetune import cli, terminal
-from finetune.adapter import training_facts
-from finetune.config import load_config
-from finetune.result import Result
-from finetune.trainer import LoRATrainer
+from finetune import cli
+from finetune.adapters.storage import training_facts
+from finetune.config.schema import load_config
+from finetune.system import terminal
+from finetune.training.result import Result
+from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
@@ -664,7 +665,7 @@ def test_a_device_that_is_not_there_is_refused(base: Path, tmp_path: Path) -> No
 
 
 def test_a_card_without_bfloat16_is_told_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.device import pick_dtype
+    from finetune.system.device import pick_dtype
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -21,9 +21,9 @@ import evaluate
 import train
 from data.records import load_records
 from data.synthetic import scenes
-from finetune.config import load_config
-from finetune.result import Result
-from finetune.vqa_accuracy import score, write_results
+from finetune.config.schema import load_config
+from finetune.evaluation.vqa_accuracy import score, write_results
+from finetune.training.result import Result
 from model import PaliGemma
 from recipes import fetch_vqav2, remote_zip, result, vqav2
 from tests.test_fetch_vqav2 import Server, zipped

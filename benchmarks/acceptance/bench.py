@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from benchmarks import arms, side_by_side
 from benchmarks.acceptance.card import Card
 from data import collate
-from finetune.adapter import save_adapter
-from finetune.lora import LoRAConfig, inject_lora
-from finetune.protocol import trained_parameters
+from finetune.adapters.storage import save_adapter
+from finetune.lora.linear import LoRAConfig, inject_lora
+from finetune.lora.protocol import trained_parameters
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name
 from model.random_init import init_weights

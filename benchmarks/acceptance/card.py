@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks import side_by_side
 from benchmarks.side_by_side import GIB
-from finetune.device import pick_device
+from finetune.system.device import pick_device
 
 # Dense bf16 products with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets and architecture papers.
 PEAKS = {

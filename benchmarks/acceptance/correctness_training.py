@@ -22,24 +22,24 @@ from benchmarks.acceptance.training import (
     quiet,
     step_gradients,
 )
-from finetune.plan import Mode
-from finetune.protocol import trained_parameters
-from finetune.steps import Steps
+from finetune.lora.protocol import trained_parameters
+from finetune.training.batch_sampler import Steps
+from finetune.training.execution_plan import ExecutionPlan
 
 ROWS = 6
 DROPOUT = 0.3
 STEPS = 20
 
 
-def modes(layers: int) -> dict[str, Mode]:
+def modes(layers: int) -> dict[str, ExecutionPlan]:
     """Ways to take one step, which give the same gradients."""
     return {
-        "micro_batches": Mode(2),
-        "single_rows": Mode(1),
-        "recompute_half": Mode(ROWS, layers // 2),
-        "recompute_all": Mode(ROWS, layers),
-        "offload_vision": Mode(ROWS, offload_vision=True),
-        "all_together": Mode(2, layers, offload_vision=True),
+        "micro_batches": ExecutionPlan(2),
+        "single_rows": ExecutionPlan(1),
+        "recompute_half": ExecutionPlan(ROWS, layers // 2),
+        "recompute_all": ExecutionPlan(ROWS, layers),
+        "offload_vision": ExecutionPlan(ROWS, offload_vision=True),
+        "all_together": ExecutionPlan(2, layers, offload_vision=True),
     }
 
 
@@ -51,13 +51,13 @@ def cuts(bench: Bench) -> Iterator[Finding]:
 def dropout(bench: Bench) -> Iterator[Finding]:
     yield from in_each_mode(bench, "dropout", DROPOUT)
     examples = bench.examples(ROWS)
-    without, dropped = (step_gradients(bench, torch.float32, Mode(ROWS), examples, p) for p in (0.0, DROPOUT))
+    without, dropped = (step_gradients(bench, torch.float32, ExecutionPlan(ROWS), examples, p) for p in (0.0, DROPOUT))
     change = distance(joined(dropped), joined(without))
     yield judged("dropout.acts", change >= 0.01, f"{change:.2g}", ">= 0.01 of the gradient", value=change)
 
 
 def in_each_mode(bench: Bench, name: str, p: float) -> Iterator[Finding]:
-    examples, whole = bench.examples(ROWS), Mode(ROWS)
+    examples, whole = bench.examples(ROWS), ExecutionPlan(ROWS)
     truth = step_gradients(bench, torch.float64, whole, examples, p)
     bench.keep_only(torch.float32)
     far = worst(step_gradients(bench, torch.float32, whole, examples, p), truth)
@@ -74,7 +74,7 @@ def steps(bench: Bench) -> Iterator[Finding]:
 
     def ours(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         model = bench.adapted(dtype)
-        trainer = make_trainer(bench, model, examples, Mode(2), bench.scratch(), size, STEPS)
+        trainer = make_trainer(bench, model, examples, ExecutionPlan(2), bench.scratch(), size, STEPS)
         with quiet():
             trainer.train()
         return trainer.curve, joined(trained_parameters(model))
@@ -111,7 +111,7 @@ def resume(bench: Bench) -> Iterator[Finding]:
 
     def run(checkpoint: str | None = None) -> tuple[Tensor, str]:
         model, output = bench.adapted(torch.float32, 0.1), bench.scratch()
-        trainer = make_trainer(bench, model, examples, Mode(2), output, 4, 6, save_every=3)
+        trainer = make_trainer(bench, model, examples, ExecutionPlan(2), output, 4, 6, save_every=3)
         with quiet():
             trainer.train(resume_from_checkpoint=checkpoint)
         return joined(trained_parameters(model)).clone(), str(output / "checkpoints" / "step-000003")
@@ -129,7 +129,9 @@ def synchronisations(bench: Bench) -> Iterator[Finding]:
     """How often the host waits for the device in a micro-batch, from steps of the same rows in 2 and in 8 of them."""
     examples, counted = bench.examples(8), dict[int, Counter[str]]()
     for rows in (4, 1):
-        trainer = make_trainer(bench, bench.adapted(torch.bfloat16, 0.1), examples, Mode(rows), bench.scratch())
+        trainer = make_trainer(
+            bench, bench.adapted(torch.bfloat16, 0.1), examples, ExecutionPlan(rows), bench.scratch()
+        )
         trainer.training_step(trainer.network, examples)
         with bench.card.synchronisations() as counted[rows]:
             trainer.training_step(trainer.network, examples)

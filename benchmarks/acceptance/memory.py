@@ -17,7 +17,7 @@ from benchmarks.acceptance.bench import Bench
 from benchmarks.acceptance.contenders import CONTENDERS
 from benchmarks.acceptance.findings import NO_BOUND, Finding, Part, imported, judged
 from benchmarks.train_step import find_largest
-from finetune.device import is_out_of_memory
+from finetune.system.device import is_out_of_memory
 
 CAP = 6.95  # GiB for torch's allocator: 8 GB less a display's share and the context
 

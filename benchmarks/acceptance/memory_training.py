@@ -20,11 +20,12 @@ from benchmarks.acceptance.rounding import distance, joined
 from benchmarks.acceptance.training import make_trainer
 from benchmarks.side_by_side import GIB
 from data import collate
-from finetune.evaluate import in_batches
-from finetune.lora import LoRAConfig
-from finetune.plan import CONTEXT, Mode, Plan, Planner
-from finetune.protocol import trained_parameters
-from finetune.trainer import LoRATrainer
+from finetune.evaluation.evaluate import in_batches
+from finetune.lora.linear import LoRAConfig
+from finetune.lora.protocol import trained_parameters
+from finetune.preflight.plan import CONTEXT, Plan, Planner
+from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
 
 LIMIT = 0.1  # how far a planned figure may be from the measured one
@@ -153,7 +154,7 @@ def offload(bench: Bench) -> Iterator[Finding]:
     """What leaves the device when the vision encoder is kept in host memory, and stays away in a step's decoder."""
     model, examples = sole_model(bench), bench.examples(4)
     tower = sum(parameter.nbytes for parameter in model.vision_tower.parameters()) / GIB
-    trainer = make_trainer(bench, model, examples, Mode(2, offload_vision=True), bench.scratch())
+    trainer = make_trainer(bench, model, examples, ExecutionPlan(2, offload_vision=True), bench.scratch())
     trainer.training_step(trainer.network, examples)
     gradients_of(trained_parameters(model))
     bench.release()
@@ -169,7 +170,7 @@ def offload(bench: Bench) -> Iterator[Finding]:
 def recovers(bench: Bench) -> Iterator[Finding]:
     """A step that finds no room is repeated in smaller micro-batches, and is the same step."""
     model, examples = sole_model(bench), bench.examples(EXAMPLES)
-    trainer = make_trainer(bench, model, examples, Mode(EXAMPLES), bench.scratch(), micro_batch="auto")
+    trainer = make_trainer(bench, model, examples, ExecutionPlan(EXAMPLES), bench.scratch(), micro_batch="auto")
     with (
         bench.card.capped(CAP),
         bench.card.little_room(model.language_model.model),

@@ -17,9 +17,9 @@ from benchmarks import arms, side_by_side
 from benchmarks.acceptance.bench import Bench, gradients_of
 from benchmarks.acceptance.contenders import CONTENDERS
 from benchmarks.acceptance.findings import NO_BOUND, Check, Finding, Part, SkippedError, at_most, judged
-from finetune.lora import LoRAConfig, inject_lora
-from finetune.protocol import trained_parameters
-from finetune.quantize import quantize
+from finetune.lora.linear import LoRAConfig, inject_lora
+from finetune.lora.nf4 import quantize
+from finetune.lora.protocol import trained_parameters
 
 ROUNDS, STEPS = 5, 3  # turns of each contender; steps timed in a turn
 ROWS = (4, 16)  # of a step: where launches count, and where products do
@@ -112,18 +112,19 @@ def profile(bench: Bench) -> Iterator[Finding]:
 
 def flops(bench: Bench, rows: int) -> float:
     """Floating-point operations of a step's products, by our count."""
-    from finetune.plan import Mode, Planner
+    from finetune.preflight.plan import Planner
+    from finetune.training.execution_plan import ExecutionPlan
 
     tokens = bench.config.vision.num_patches + arms.PREFIX_TOKENS + arms.SUFFIX_TOKENS
     lora = LoRAConfig(rank=arms.RANK, alpha=arms.RANK)
     planner = Planner(bench.config, lora, torch.bfloat16, tokens, arms.SUFFIX_TOKENS, rows, bench.device)
-    return planner.work(Mode(rows)) * rows * TERA
+    return planner.work(ExecutionPlan(rows)) * rows * TERA
 
 
 def dropout(bench: Bench) -> Iterator[Finding]:
     """A step of the trainer, with dropout and without."""
     from benchmarks.acceptance.training import make_trainer
-    from finetune.plan import Mode
+    from finetune.training.execution_plan import ExecutionPlan
 
     bench.keep_only(torch.bfloat16)
     rows = ROWS[0]
@@ -131,7 +132,7 @@ def dropout(bench: Bench) -> Iterator[Finding]:
 
     def trainer_step(p: float) -> Step:
         model = bench.adapted(torch.bfloat16, p)
-        trainer = make_trainer(bench, model, examples, Mode(rows), bench.scratch())
+        trainer = make_trainer(bench, model, examples, ExecutionPlan(rows), bench.scratch())
         trained = trained_parameters(model)
 
         def step() -> None:

@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 
 from benchmarks.acceptance.bench import Bench, Example, gradients_of
 from data import collate
-from finetune.config import RunConfig
-from finetune.plan import Mode
-from finetune.protocol import trained_parameters
-from finetune.steps import Steps
-from finetune.trainer import LoRATrainer
+from finetune.config.schema import RunConfig
+from finetune.lora.protocol import trained_parameters
+from finetune.training.batch_sampler import Steps
+from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
 
 LEARNING_RATE, BETAS, MAX_GRAD_NORM = 1e-3, (0.9, 0.999), 1.0
@@ -57,7 +57,7 @@ def make_trainer(
     bench: Bench,
     model: PaliGemma,
     examples: Sequence[Example],
-    mode: Mode,
+    mode: ExecutionPlan,
     output: Path,
     batch_size: int | None = None,
     steps: int = 1,
@@ -97,7 +97,7 @@ def make_trainer(
 
 
 def step_gradients(
-    bench: Bench, dtype: torch.dtype, mode: Mode, examples: Sequence[Example], dropout: float = 0.0
+    bench: Bench, dtype: torch.dtype, mode: ExecutionPlan, examples: Sequence[Example], dropout: float = 0.0
 ) -> dict[str, Tensor]:
     """The gradients of one step of the trainer, by parameter."""
     model = bench.adapted(dtype, dropout)

@@ -6,7 +6,8 @@
     images/COCO_{split}_{image_id:012d}.jpg      or images/{split}/COCO_...
 
 The training annotations are 380 MB of JSON and several times that as Python objects, so files are read object by
-object: once for where each stands, once more for those that were chosen. Not here: scoring (finetune/vqa_accuracy.py).
+object: once for where each stands, once more for those that were chosen. Not here: scoring
+(finetune/evaluation/vqa_accuracy.py).
 """
 
 import codecs

@@ -1,0 +1,1 @@
+"""How good is it? Generating answers, and the VQA metric."""

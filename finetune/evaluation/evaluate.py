@@ -1,0 +1,201 @@
+"""Answers generated and scored: the loss of the majority answer, and the official VQA accuracy.
+
+Every picture passes the vision tower once for all its questions. Several processes share the pictures, and each has
+all answers in the end. Logits of a data set are never kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from data import Processor, collate
+from finetune.evaluation.vqa_accuracy import VQAScore, score, write_results
+from finetune.system import distributed
+from finetune.system.device import first_line, free_memory, is_out_of_memory
+from model import IGNORE_INDEX, PaliGemma
+
+METRICS_FILE = "metrics.json"
+Record = Mapping[str, Any]
+Result = TypeVar("Result")
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (batches, how many) -> the same, shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one network answered, and how good that is."""
+
+    answers: dict[str, str]
+    score: VQAScore
+    unfinished: int
+    """Answers that reached `max_new_tokens` without `<eos>`."""
+    max_new_tokens: int
+
+    def save(self, directory: Path, **facts: Any) -> None:
+        """Write `results.json` in the official format and `metrics.json` with the score and `facts` about the run."""
+        directory.mkdir(parents=True, exist_ok=True)
+        write_results(directory / "results.json", self.answers)
+        generated = {"unfinished": self.unfinished, "max_new_tokens": self.max_new_tokens}
+        write_metrics(directory, self.score, **generated, **facts)
+
+
+def write_metrics(directory: Path, score: VQAScore, **facts: Any) -> None:
+    """Write `metrics.json` with a score, and `facts` about what was scored."""
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics = json.dumps({**score.to_dict(), **facts}, indent=2, ensure_ascii=False) + "\n"
+    (directory / METRICS_FILE).write_text(metrics, encoding="utf-8")
+
+
+class Answer(NamedTuple):
+    """A generated text, and whether it ended in `<eos>`; otherwise `max_new_tokens` cut it off."""
+
+    text: str
+    finished: bool
+
+
+def unfinished_note(unfinished: int, answers: int, max_new_tokens: int, where: str) -> str | None:
+    """What a person should know of answers that were cut off, or None. where: what sets the limit."""
+    if not unfinished:
+        return None
+    return (
+        f"{unfinished:,} of {answers:,} answers did not end within {max_new_tokens} tokens and are cut off: if they "
+        f"should be longer, raise {where}"
+    )
+
+
+def silent(batches: Iterable[Any], total: int) -> Iterable[Any]:
+    return batches
+
+
+def evaluate(
+    model: PaliGemma, processor: Processor, records: Sequence[Record], max_new_tokens: int, **settings: Any
+) -> Evaluation:
+    """Answers to all records, scored by the official metric; `settings` as in `generate_answers`."""
+    answers = generate_answers(model, processor, records, max_new_tokens, **settings)
+    texts = {name: answer.text for name, answer in answers.items()}
+    unfinished = sum(not answer.finished for answer in answers.values())
+    return Evaluation(texts, score(texts, records), unfinished, max_new_tokens)
+
+
+def generate_answers(
+    model: PaliGemma,
+    processor: Processor,
+    records: Sequence[Record],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Progress = silent,
+    **sampling: Any,
+) -> dict[str, Answer]:
+    """The answer to each record by its id, in the records' order; `sampling` is passed on to `PaliGemma.generate`."""
+
+    def answer(rows: list[Record], features: Tensor) -> dict[str, Answer]:
+        texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
+        inputs: dict[str, Any] = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        new = model.generate(**inputs, image_features=features, max_new_tokens=max_new_tokens, **sampling).tolist()
+        given = (Answer(processor.decode(tokens), processor.eos_id in tokens) for tokens in new)
+        return dict(zip((row["id"] for row in rows), given, strict=True))
+
+    answers: dict[str, Answer] = {}
+    for answered in in_batches(model, processor, records, batch_size, answer, progress):
+        answers |= answered
+    answers = {name: answer for shard in distributed.gather(answers) for name, answer in shard.items()}
+    return {record["id"]: Answer(*answers[record["id"]]) for record in records}  # a list, from another process
+
+
+@torch.inference_mode()
+def mean_loss(model: PaliGemma, processor: Processor, records: Sequence[Record], batch_size: int = 16) -> float:
+    """Cross-entropy of the majority answers, in nats per token; records without an answer are left out."""
+    answered = [record for record in records if record["answers"]]
+
+    def lose(rows: list[Record], features: Tensor) -> tuple[float, int]:
+        texts = collate([processor.encode(row["prefix"], row["answer"]) for row in rows], processor.pad_id)
+        inputs = {name: tensor.to(model.device) for name, tensor in texts.items()}
+        loss = model(**inputs, image_features=features, num_items_in_batch=1).loss
+        return float(loss), int((texts["labels"] != IGNORE_INDEX).sum())
+
+    losses = list(in_batches(model, processor, answered, batch_size, lose))
+    total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
+    total, tokens = distributed.total(total), int(distributed.total(tokens))
+    return total / tokens if tokens else float("nan")
+
+
+@torch.inference_mode()
+def in_batches(
+    model: PaliGemma,
+    processor: Processor,
+    records: Sequence[Record],
+    batch_size: int,
+    work: Callable[[list[Record], Tensor], Result],
+    progress: Progress = silent,
+) -> Iterator[Result]:
+    """What `work` makes of all records, batch by batch: of their rows and the image tokens [B, N, D] of their images.
+
+    Questions of one image are side by side, so that each image passes the vision encoder once. Of several processes
+    each has its share of the images. A batch that runs out of memory is repeated in halves, as are all after it.
+    """
+    model.eval()
+    places = sorted((record["image_id"], i) for i, record in enumerate(records))
+    images = list(dict.fromkeys(image_id for image_id, _ in places))
+    mine = set(images[distributed.rank() :: distributed.count()])
+    batches = Batches([i for image_id, i in places if image_id in mine], batch_size)
+    features: dict[str, Tensor] = {}
+    for batch in progress(batches, len(batches)):
+        rows = [records[i] for i in batch]
+        try:
+            features = encode_new(model, processor, rows, features)
+            result = work(rows, torch.stack([features[row["image_id"]] for row in rows]))
+        except Exception as error:
+            if not is_out_of_memory(error) or len(rows) == 1:
+                raise
+            reason = first_line(error)
+        else:
+            yield result
+            continue
+        features = {}
+        free_memory(model.device)
+        batches.halve(reason)
+
+
+class Batches:
+    """Indices in batches of `size`; one that was too large comes again, in halves."""
+
+    def __init__(self, indices: list[int], size: int) -> None:
+        self.indices, self.size, self.done, self.last = indices, size, 0, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while self.done < len(self.indices):
+            batch = self.indices[self.done : self.done + self.size]
+            self.last = len(batch)
+            self.done += len(batch)
+            yield batch
+
+    def halve(self, reason: str) -> None:
+        self.done -= self.last
+        self.size = self.last // 2
+        warnings.warn(
+            f"out of memory with {self.last} questions at once ({reason}): repeated, and from here on {self.size} at "
+            "once; a smaller evaluation.batch_size (--batch-size) saves the attempt",
+            stacklevel=3,
+        )
+
+
+def encode_new(
+    model: PaliGemma, processor: Processor, rows: list[Record], known: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Image tokens [N, D] of the rows' images, by id: those that are known, others encoded; no more are kept."""
+    images = {row["image_id"]: row["image"] for row in rows}
+    features = {name: known[name] for name in images if name in known}
+    if new := [name for name in images if name not in features]:
+        pixels = torch.stack([processor.pixels(images[name]) for name in new])
+        features |= zip(new, model.encode_images(pixels.to(model.device)), strict=True)
+    return features

@@ -1,0 +1,1 @@
+"""What the machine gives: devices and their memory, processes, files written whole, locks, the terminal."""

@@ -1,0 +1,1 @@
+"""How does a step run? The Trainer, its batches, checkpoints and what resumes from them."""

@@ -1,0 +1,104 @@
+"""What a run learns from and is evaluated on, opened as its configuration says: records whose texts were tokenised, so
+that lengths are known and what does not fit is named before anything is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from data import Processor
+from data.invalid import SkippedRecords
+from data.lengths import Longest, TextLengths, measure
+from data.records import load_records
+from finetune.config.schema import DataConfig, RunConfig
+from finetune.system.console import show
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Records as data/records.py describes them, those that are skipped among them, and their lengths."""
+
+    records: Any
+    lengths: TextLengths
+    skipped: SkippedRecords
+
+    @property
+    def longest(self) -> Longest:
+        """What the plan takes from the data."""
+        return Longest(self.lengths.longest_text, self.lengths.longest_answer)
+
+    @property
+    def valid(self) -> Any:
+        """The records that are not skipped."""
+        return valid(self.records, self.skipped)
+
+
+def open_records(config: RunConfig, part: str, skipped: SkippedRecords | None = None) -> Any:
+    """The records of data.train or data.validation (`part`), as `load_records` opens them; those that cannot be used go
+    to `skipped`, by default where the configuration says.
+    """
+    source, prompt, seed = getattr(config.data, part).model_dump(), config.data.prompt, config.train.seed
+    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, part))
+
+
+def skipped_records(config: RunConfig, part: str, listed: bool = True) -> SkippedRecords:
+    """How many records of a part may be skipped by the configuration, and, if they are `listed`, in which file."""
+    allowed = config.data.skip_at_most
+    if config.data.on_error == "fail":
+        return SkippedRecords(skippable=allowed)
+    return SkippedRecords(Path(config.output, f"skipped_{part}.jsonl") if listed else None, allowed, allowed)
+
+
+def open_processor(directory: Path, data: DataConfig) -> Processor:
+    """The processor of a checkpoint, with the limit that a configuration sets."""
+    limit = None if data.max_text_tokens == "auto" else data.max_text_tokens
+    return Processor.from_pretrained(directory, limit, data.truncate_answers)
+
+
+def open_examples(
+    config: RunConfig, split: str, processor: Processor, skipped: SkippedRecords | None = None
+) -> Examples:
+    """Examples of data.train or data.validation (`split`), with a line about what was changed in their texts.
+
+    Args:
+        skipped: where invalid records go, by default where the configuration says.
+
+    Raises:
+        ValueError: the records cannot be read; or more of them are invalid than may be skipped.
+    """
+    skipped = skipped or skipped_records(config, split)
+    records = open_records(config, split, skipped)
+    # Of a validation record the majority answer is scored; which one is learned from is a matter of training.
+    lengths = measure(records, processor, config.data.answers if split == "train" else "majority")
+    skipped.add(lengths.invalid.values(), len(records))
+    for note in lengths.notes():
+        show(f"data.{split}: {note}")
+    return Examples(records, lengths, skipped)
+
+
+def askable(records: Any, processor: Processor, skipped: SkippedRecords) -> Any:
+    """The records whose prompts can be asked, with a line about what was changed in those.
+
+    Raises:
+        ValueError: more cannot be asked than may be skipped.
+    """
+    lengths = measure(records, processor, answers=None)
+    skipped.add(lengths.invalid.values(), len(records))
+    for note in lengths.notes():
+        show(note)
+    return valid(records, skipped)
+
+
+def valid(records: Any, skipped: SkippedRecords) -> Any:
+    """The records that are not among the skipped."""
+    if not skipped.reasons:
+        return records
+    return records.select([i for i, name in enumerate(records["id"][:]) if name not in skipped.reasons])
+
+
+def max_new_tokens(config: RunConfig, lengths: TextLengths) -> int:
+    """The most tokens of a generated answer: as configured, or as many as the longest trained answer has."""
+    configured = config.evaluation.max_new_tokens
+    return lengths.longest_answer if configured == "auto" else configured

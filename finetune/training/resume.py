@@ -1,0 +1,141 @@
+"""The run directory: its resolved configuration, what its data were, and whether a run may go on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import RunConfig, dump_config, load_config, what_changes
+from finetune.system.atomic import damage, describe, write_text_whole
+from finetune.training.checkpoints import checkpoints, newest_whole
+from finetune.training.result import Result
+
+DATA_FILE = "data.json"
+
+
+def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what a person should know of it.
+
+    Args:
+        resume: "auto", the newest of the run that is whole, or none; "none"; or the directory of a checkpoint.
+        accept_changes: go on with a configuration that leads to another result.
+
+    Raises:
+        ValueError: the run was made with another configuration, would be overwritten, or has no checkpoint that is
+            whole.
+    """
+    output = Path(config.output)
+    if resume not in ("auto", "none"):
+        if reason := damage(Path(resume)):
+            raise ValueError(
+                f"--resume {resume}: {reason}; expected auto, none or a checkpoint, such as "
+                f"{output}/checkpoints/step-000100"
+            )
+        return Path(resume), []
+    found = checkpoints(output / "checkpoints")
+    if resume == "none" and found:
+        raise ValueError(
+            f"{output} holds checkpoints: to start afresh choose another output=..., or delete the directory"
+        )
+    if not found:
+        made = output / ("adapter" if config.lora else "model")
+        if not made.exists():
+            return None, []
+        if is_of_a_stopped_run(output, config):
+            return None, [f"{output} was stopped before its first checkpoint: it begins again, and {made} gives way"]
+        raise ValueError(f"{made} exists, without checkpoints to go on from: choose another output=..., or delete it")
+    newest, skipped = newest_whole(output / "checkpoints")
+    if newest is None:
+        raise ValueError(
+            f"{output} holds no checkpoint that is whole: delete the directory to start afresh\n  "
+            + "\n  ".join(skipped)
+        )
+    changed = differences(load_config(output / "config.yaml"), config)
+    changed.setdefault("result", []).extend(edited(output, config))
+    result = changed.get("result", [])
+    if result and not accept_changes:
+        raise ValueError(
+            f"{output} holds checkpoints of a configuration that leads to another result; resume what was begun "
+            f"({output}/config.yaml, and the data as they were), choose another output=..., or accept what changed "
+            "with --accept-changes:\n  " + "\n  ".join(result)
+        )
+    notes = [f"skipped {line}" for line in skipped]
+    notes += [f"changed since, accepted: {line}" for line in result]
+    notes += [f"changed since, the same result up to rounding: {line}" for line in changed.get("numerics", [])]
+    return newest, notes
+
+
+def is_of_a_stopped_run(output: Path, config: RunConfig) -> bool:
+    """Whether what was kept there is that of this very run, which had not come to its end."""
+    kept = Result.read(output)
+    if kept is None or kept.finished or not (output / "config.yaml").is_file():
+        return False
+    return not differences(load_config(output / "config.yaml"), config).get("result") and not edited(output, config)
+
+
+def start_run(config: RunConfig) -> None:
+    """Make the run directory and write the resolved configuration into it.
+
+    Raises:
+        ValueError: it cannot be written; one that was there stands.
+    """
+    output = Path(config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text_whole(output / "config.yaml", dump_config(config))
+        write_text_whole(output / DATA_FILE, json.dumps(contents(config), indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error}\nfix that and start the same command again") from error
+
+
+def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
+    """Size and sha256 of every file that the run's examples come from, by its key in the configuration."""
+    parts = {"train": config.data.train, "validation": config.data.validation}
+    return {
+        f"data.{part}.{name}": describe(Path(file))
+        for part, source in parts.items()
+        for name in ("questions", "annotations", "jsonl")
+        if source is not None and (file := getattr(source, name)) and Path(file).is_file()
+    }
+
+
+def judged_by(config: RunConfig) -> dict[str, Any]:
+    """What a run's figures depend on beside the weights: the validation data and how answers to them are generated."""
+    of_answers = {"prompt": config.data.prompt, "max_text_tokens": config.data.max_text_tokens}
+    files = {key: about for key, about in contents(config).items() if key.startswith("data.validation.")}
+    asked = {"seed": config.train.seed, "evaluation": config.evaluation.model_dump(exclude={"batch_size"})}
+    validation = config.data.validation.model_dump() if config.data.validation else None
+    return {"validation": validation, "files": files, **of_answers, **asked}
+
+
+def edited(output: Path, config: RunConfig) -> list[str]:
+    """Files of examples that are not what they were when the run was started, as lines to show."""
+    try:
+        before = json.loads((output / DATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [f"{key}: the content of the file" for key, now in contents(config).items() if before.get(key, now) != now]
+
+
+def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
+    """Keys whose values differ, as lines to show, by what they change: the "result", the "numerics" or "nothing"."""
+    old, new = flat(before), flat(now)
+    found: dict[str, list[str]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        was, is_now = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if was != is_now:
+            found.setdefault(what_changes(key), []).append(f"{key}: was {was}, is {is_now}")
+    return found
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Values by dotted key."""
+
+    def below(section: dict[str, Any], prefix: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in section.items():
+            values |= below(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return values
+
+    return below(config.model_dump(mode="json"), "")

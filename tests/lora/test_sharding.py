@@ -1,0 +1,35 @@
+"""What is adapted can be sharded: torch's fully_shard finds every weight, and nothing stays whole beside the shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_hold_half_of_every_layer_and_compute_the_same(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.fully_sharded", str(tmp_path / "found.json")]
+    environment = os.environ | {"MASTER_PORT": port}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 2 * 2  # processes, in fp64 and in bf16
+    for process in found:
+        assert process["sharded"]
+        assert process["whole"] == 0  # weights that something still holds
+        assert process["share"] == pytest.approx(0.5, abs=0.02)
+        assert process["loss"] < 1e-12
+        assert process["gradients"]
+        assert process["trained"] == 2 * 21 + 1

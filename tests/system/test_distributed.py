@@ -1,0 +1,253 @@
+"""Several processes learn, answer and stop as one does; a fault in one of them ends the run and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from finetune.system import distributed
+from finetune.training.checkpoints import newest_whole
+from tests import kill_test, rounding, several_processes
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs forked processes")
+
+FP32 = torch.finfo(torch.float32).eps  # runs are computed in fp64 (tests/several_processes.py), and stored in fp32
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that tests/several_processes.py does."""
+    directory = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-m", "tests.several_processes", str(directory)]
+    done = subprocess.run(command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+def codes(runs: Path, name: str) -> list[int]:
+    found: list[int] = json.loads((runs / "codes.json").read_text())[name]
+    return found
+
+
+def said(runs: Path, name: str, rank: int) -> str:
+    return (runs / f"{name}.{rank}.txt").read_text()
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """What was logged at each step, timings aside."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if "second" not in name and "runtime" not in name}
+        for line in lines
+    ]
+
+
+def assert_same_adapter(run: Path, other: Path) -> None:
+    """But for a last digit, where what is stored in fp32 was about to be rounded the other way."""
+    ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (run, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        exact = rounding.EXACT * theirs[name].abs().max().item()
+        torch.testing.assert_close(tensor, theirs[name], rtol=FP32, atol=exact, msg=name)
+
+
+def test_two_processes_learn_what_one_does(runs: Path) -> None:
+    """Loss, gradient norm, rate, validation loss and accuracy of every step, in parts of four and three examples."""
+    assert (codes(runs, "one"), codes(runs, "two")) == ([0], [0, 0])
+    one, two = curve(runs / "one"), curve(runs / "two")
+    assert len([line for line in one if "loss" in line]) == 4
+    assert len([line for line in one if "eval_loss" in line]) == 2
+    assert [line.keys() for line in two] == [line.keys() for line in one]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=4 * FP32)  # micro-batches' losses are added up in fp32
+    assert_same_adapter(runs / "two", runs / "one")
+
+
+def test_one_process_writes_and_prints(runs: Path) -> None:
+    names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (runs / "one", runs / "two")]
+    assert names[0] == names[1]
+    assert re.search(r"parameters are trained(?s:.*)saved .*adapter; next: ", said(runs, "two", 0))
+    assert said(runs, "two", 1) == ""
+
+
+def test_answers_and_their_accuracy_are_those_of_one_process(runs: Path) -> None:
+    assert (codes(runs, "one, evaluated"), codes(runs, "two, evaluated")) == ([0], [0, 0])
+    answers = {}
+    for arm in ("base", "adapter"):
+        one, two = runs / "one/eval" / arm, runs / "two/eval" / arm
+        answers[arm] = (one / "results.json").read_text()
+        assert (two / "results.json").read_text() == answers[arm]
+        ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (two, one))
+        assert {**ours, "adapter": None} == {**theirs, "adapter": None}
+    assert answers["adapter"] != answers["base"]
+    assert len({row["answer"] for row in json.loads(answers["base"])}) > 9
+    assert "VQA accuracy, percent" in said(runs, "two, evaluated", 0)
+    assert said(runs, "two, evaluated", 1) == ""
+
+
+def test_a_killed_process_ends_the_run_and_one_process_goes_on_with_it(runs: Path) -> None:
+    assert codes(runs, "killed") == [2, -signal.SIGKILL]
+    assert "error: another process of the run has ended" in said(runs, "killed", 0)
+    assert "Traceback" not in said(runs, "killed", 0)
+    assert codes(runs, "killed, gone on") == [0]
+    steps = [line["step"] for line in curve(runs / "killed") if "loss" in line]
+    assert steps == [1, 2, 3, 4]  # two before, two after
+    assert_same_adapter(runs / "killed", runs / "one")
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_three_go_on(runs: Path) -> None:
+    assert codes(runs, "told") == [75, 75]
+    assert "SIGTERM: finishing this step" in said(runs, "told", 1)
+    assert "stopped after step 1; to go on: the same command" in said(runs, "told", 0)
+    assert "stopped after" not in said(runs, "told", 1)
+    assert codes(runs, "told, gone on") == [0, 0, 0]
+    assert [line["step"] for line in curve(runs / "told") if "loss" in line] == [1, 2, 3, 4]
+    assert_same_adapter(runs / "told", runs / "one")
+
+
+def test_a_full_disk_ends_all_processes_and_nobody_waits(runs: Path) -> None:
+    assert codes(runs, "full disk") == [2, 2]
+    assert "no checkpoint of step 2 could be written, those before it stand" in said(runs, "full disk", 0)
+    assert "the first process of the run could not go on, and says why" in said(runs, "full disk", 1)
+    newest, skipped = newest_whole(runs / "full disk/checkpoints")
+    assert newest is not None
+    assert (newest.name, skipped) == ("step-000001", [])
+
+
+def test_a_value_that_is_not_finite_is_found_in_the_process_that_has_it(runs: Path) -> None:
+    assert codes(runs, "not finite") == [4, 4]
+    told = said(runs, "not finite", 0)
+    broken = said(runs, "not finite", 1).split("broken: ")[1].split()[0]
+    assert re.search(r"error: step 2: .* norm inf; first in the gradient of ", told)
+    assert broken in told.split("of the examples ")[1].split(";")[0].split(", ")
+    assert "error: step 2" not in said(runs, "not finite", 1)
+    newest, _ = newest_whole(runs / "not finite/checkpoints")
+    assert newest is not None
+    assert newest.name == "step-000001"
+
+
+def test_out_of_memory_in_one_process_is_its_own_affair(runs: Path) -> None:
+    assert codes(runs, "little memory") == [0, 0]
+    assert "micro-batches of 1 instead of 3" in said(runs, "little memory", 1)
+    assert "out of memory" not in said(runs, "little memory", 0)
+    assert_same_adapter(runs / "little memory", runs / "one")
+
+
+def test_a_worker_that_dies_in_one_process_ends_all(runs: Path) -> None:
+    assert codes(runs, "worker killed") == [2, 2]
+    assert "error: a worker process that prepares examples has ended" in said(runs, "worker killed", 1)
+    assert "error: another process of the run has ended" in said(runs, "worker killed", 0)
+    newest, skipped = newest_whole(runs / "worker killed/checkpoints")
+    assert newest is not None
+    assert (newest.name, skipped) == ("step-000002", [])
+
+
+def test_a_workers_death_is_not_taken_for_that_of_another_process() -> None:
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"), distributed.others():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(distributed.ElsewhereError, match="another process of the run has ended"), distributed.others():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_more_processes_than_examples_are_refused(runs: Path) -> None:
+    assert codes(runs, "too many") == [2, 2]
+    assert "error: train.batch_size=1 for 2 processes" in said(runs, "too many", 0)
+
+
+def test_what_looks_before_a_run_is_for_one_process(runs: Path) -> None:
+    assert codes(runs, "looking") == [2, 2]
+    assert "leave out the launcher" in said(runs, "looking", 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "wrong"),
+    [
+        ("WORLD_SIZE=2", "WORLD_SIZE=2, but no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: left over"),
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0", "LOCAL_RANK=0, but no MASTER_ADDR, MASTER_PORT: left over"),
+        ("RANK=1", "RANK=1, but no WORLD_SIZE, LOCAL_RANK,"),
+        ("LOCAL_RANK=0 MASTER_PORT=1", "LOCAL_RANK=0, but no WORLD_SIZE, RANK, MASTER_ADDR: .* unset LOCAL_RANK; in"),
+        ("WORLD_SIZE=two", "WORLD_SIZE=two, which are not whole numbers"),
+        ("WORLD_SIZE=", "WORLD_SIZE=, which are not whole numbers"),
+        ("PMI_SIZE=4", "PMI_SIZE=4, but no WORLD_SIZE,"),
+        ("WORLD_SIZE=2 RANK=2 LOCAL_RANK=2 MASTER_ADDR=a MASTER_PORT=1", "and has none of this number: left over"),
+    ],
+)
+def test_an_environment_that_a_launcher_left_behind_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: str, wrong: str
+) -> None:
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    with pytest.raises(ValueError, match=wrong):
+        distributed.init(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("environment", ["", "WORLD_SIZE=1", "WORLD_SIZE=1 RANK=0 LOCAL_RANK=0", "MASTER_PORT=29500"])
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch, environment: str) -> None:
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    distributed.init(torch.device("cpu"))
+    assert distributed.count() == 1
+
+
+def test_waiting_for_processes_that_do_not_come_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting in ["WORLD_SIZE=2", "RANK=0", "LOCAL_RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=7"]:
+        monkeypatch.setenv(*setting.split("="))
+    monkeypatch.setattr(distributed, "PATIENCE", 0.01)
+    with distributed.saying_who_is_awaited():
+        time.sleep(0.5)
+    assert "process 0 of 2, counted from 0, has waited for the others at localhost:7" in capsys.readouterr().err
+
+
+def as_launched(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The environment that a launcher makes for the first of so many processes."""
+    told = {"WORLD_SIZE": count, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_one_card_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_launched(monkeypatch, 2)
+    with pytest.raises(ValueError, match="cuda:1 is one card for 2 processes"):
+        distributed.init(torch.device("cuda:1"))
+
+
+def test_what_accelerate_makes_of_the_configuration_for_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(kill_test.ROOT / "configs/accelerate_fsdp.yaml")
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))
+    as_launched(monkeypatch, arguments.num_processes)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
+    with pytest.raises(ValueError, match="the launcher asks for FSDP"):
+        distributed.init(torch.device("cpu"))
+
+
+def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, tmp_path: Path) -> None:
+    """`accelerate launch` as README shows it, with processes that prepare the examples."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", "configs/accelerate_2cpu.yaml", "train.py", "configs/quickstart.yaml"]
+    changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=10000", "train.save_every=10000"]
+    changes += ["train.eval_every=null", "train.learning_rate=1e-3", "train.schedule=constant", "train.warmup=0"]
+    changes += ["data.workers=1", *several_processes.CHANGES[-1:]]
+    with kill_test.running([*launch, *changes]) as launcher:
+        kill_test.wait_for_steps(launcher, tmp_path / "run")
+        launcher.send_signal(signal.SIGTERM)
+        told = launcher.communicate()[1]
+    assert launcher.returncode != 0
+    newest, skipped = newest_whole(tmp_path / "run/checkpoints")
+    assert newest is not None, told
+    stopped = int(newest.name.removeprefix("step-"))
+    assert f"stopped after step {stopped}; to go on: the same command" in told
+    assert skipped == []

@@ -1,0 +1,26 @@
+"""What watches a run: nothing that goes wrong there ends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.training.batch_sampler import Steps
+from finetune.training.tracking import MetricsFile
+
+
+def test_on_a_full_disk_a_line_of_metrics_is_left_out_whole_and_that_is_said_once(
+    tmp_path: Path, small_files: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files end at 2,000 bytes; a short line finds room where a long one did not."""
+    metrics: Any = MetricsFile(tmp_path / "metrics.jsonl", Steps(40, 10, 0, 9))
+    state = type("State", (), {"global_step": 3})
+    for length in (700, 500, 900, 900, 40):
+        metrics.on_log(None, state, None, {"loss": "x" * length})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["loss"]) for line in lines] == [700, 500, 40]
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl: lines are missing from step 3 on: ") == 1
