@@ -31,6 +31,7 @@ from finetune.system.console import PlainConsole, show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.system.paths import expand
 from finetune.training.examples import open_records
+from finetune.training.setup import plan_steps
 from model import fetch
 from recipes.fetch_vqav2 import ANNOTATIONS_URL, PICTURES_URL, SPLITS, fetch_vqav2
 from recipes.result import write_result
@@ -179,7 +180,7 @@ def take(walk: Walk) -> None:
             release()
     heading(len(LOOKS) + len(STEPS) + 1, "result")
     records = open_records(walk.config, "train")
-    output = write_result(walk.config, train.plan_steps(walk.config, len(records)).total)
+    output = write_result(walk.config, plan_steps(walk.config, len(records)).total)
     show((output / "report.md").read_text(encoding="utf-8"))
     show(f"saved {output}/report.json and report.md: nothing in them says who or where you are")
 

@@ -31,6 +31,7 @@ import torch
 import train
 from data.lengths import Longest
 from data.synthetic import scenes
+from finetune import run
 from finetune.config.schema import load_config
 from finetune.system.atomic import damage
 from model import PaliGemmaConfig
@@ -108,8 +109,8 @@ def wait_for_writing(output: Path, seconds: float) -> None:
 def plan_once() -> None:
     """Let the processes to come share one plan, which takes as long as their training, and writes nothing."""
     config = load_config(ROOT / "configs/quickstart.yaml", overrides(Path("data"), Path("unused")))
-    made = train.plan_run(config, PaliGemmaConfig.from_directory(Path(config.model.path)), Longest(32, 4))
-    train.plan_run = lambda *_: made
+    made = run.plan_run(config, PaliGemmaConfig.from_directory(Path(config.model.path)), Longest(32, 4))
+    run.plan_run = lambda *_: made
 
 
 def begin(directory: Path, name: str) -> int:

@@ -28,6 +28,7 @@ import evaluate
 import train
 from data.synthetic import scenes
 from finetune import cli
+from finetune import run as training_run
 from finetune.preflight.plan import Plan
 from finetune.system import atomic, device, distributed
 from finetune.training.execution_plan import ExecutionPlan
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)  # no threads in this process: it forks
     compute_in_fp64()
     # Planning takes longer than a run.
-    train.plan_run = lambda *_: (kill_test.Unplanned(), Plan(ExecutionPlan(3), {}, 0), "by nobody")  # type: ignore[assignment]
+    training_run.plan_run = lambda *_: (kill_test.Unplanned(), Plan(ExecutionPlan(3), {}, 0), "by nobody")  # type: ignore[assignment]
     for split, seed in (("train2014", 1), ("val2014", 2)):
         scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     codes: dict[str, list[int]] = {}
@@ -79,13 +80,13 @@ def compute_in_fp64() -> None:
     """Let float32 mean float64 in this process and those it forks, for base and adapters."""
     device.DTYPES["float32"] = torch.float64
     rounding.KeepFP64().__enter__()
-    adapt = train.adapt
+    adapt = training_run.adapt
 
     def adapt_in_fp64(model: Any, config: Any, anew: bool = False) -> None:
         adapt(model, config, anew)
         rounding.in_dtype(model, torch.float64)
 
-    train.adapt = adapt_in_fp64
+    training_run.adapt = adapt_in_fp64
 
 
 def run_processes(

@@ -9,7 +9,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model import IGNORE_INDEX, PaliGemma
+from data import PaliGemmaDataset, collate
+from finetune.config.schema import RunConfig
+from finetune.system.console import new_table, show
+from finetune.system.terminal import shortened
+from finetune.training.examples import open_examples, open_processor, skipped_records
+from finetune.training.setup import open_model
+from model import IGNORE_INDEX, PaliGemma, fetch
+
+
+def inspect(config: RunConfig) -> None:
+    """The first examples as the network sees them, checked for what would ruin the training. Nothing is written."""
+    directory = fetch(config.model.path, config.model.revision)
+    processor = open_processor(directory, config.data)
+    examples = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
+    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
+    model = open_model(directory, config)
+    first = [dataset[index] for index in range(min(8, len(dataset)))]
+    table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
+    for index, example in enumerate(first):
+        answer = example["input_ids"][example["token_type_ids"] == 1]
+        prefix = processor.prompt(dataset.records[index]["prefix"])
+        texts = map(shortened, (prefix, processor.decode(answer)))
+        table.add_row(example["id"], *texts, str(len(example["input_ids"])), str(len(answer)))
+    show(table)
+    batch = {name: tensor.to(model.device) for name, tensor in collate(first, processor.pad_id).items()}
+    if problems := problems_of(model, batch):
+        raise ValueError("these examples would ruin the training:\n  " + "\n  ".join(problems))
+    show("in order: image tokens, <bos>, prefix, newline, answer, <eos>; and no answer leaks into what comes before it")
 
 
 def problems_of(model: PaliGemma, batch: dict[str, Tensor]) -> list[str]:

@@ -303,15 +303,14 @@ def kept_bytes(model: PaliGemma, tokens: int, supervised: int, vision: bool, row
     attention bias) is kept whether layers are computed again or not.
     """
     decoder, config = model.language_model.model, model.config
-    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    alive: list[Tensor] = []  # or an address could be met again
+    # The storages are held, or an address could be met again.
+    known = {storage._cdata: storage for storage in (parameter.untyped_storage() for parameter in model.parameters())}
     kept, current = [0] * (len(decoder.layers) + 1), -1
 
     def count(tensor: Tensor, place: int) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            known.add(storage._cdata)
-            alive.append(tensor)
+            known[storage._cdata] = storage
             kept[place] += storage.nbytes()
 
     def pack(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from finetune.config.schema import ConfigError, load_config
 from finetune.lora.nf4 import NESTED, NF4Linear, decoder_linears, dense, dequantize, open_base, packed_bytes, weight_of
 from finetune.lora.protocol import adapters, trained_parameters
 from finetune.preflight.plan import Planner, kept_bytes
+from finetune.training import setup
 from finetune.training.checkpoints import checkpoints
 from finetune.training.execution_plan import ExecutionPlan
 from model import PaliGemma
@@ -261,6 +262,6 @@ def test_packed_weights_count_as_what_they_stand_for(
 ) -> None:
     said = []
     for model in (packed, PaliGemma.from_pretrained(checkpoint, torch.float32)):
-        train.show_trained(model)
+        setup.show_trained(model)
         said.append(capsys.readouterr().out.split(" of ")[1].split()[0])
     assert said[0] == said[1]

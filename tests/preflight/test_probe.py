@@ -24,6 +24,7 @@ from data.synthetic.scenes import write as write_scenes
 from finetune import LoRAConfig, inject_lora
 from finetune.config.schema import RunConfig
 from finetune.preflight import probe
+from finetune.preflight.dry_run import three_digits
 from finetune.preflight.plan import Planner
 from finetune.preflight.probe import MadeUp, Pace, Shape, Trial, learn_by_heart, pictures_of, trial_config
 from finetune.training.batch_sampler import Steps
@@ -351,4 +352,4 @@ def test_a_dry_run_of_a_small_run_shows_its_work_and_a_step_larger_than_the_data
     [(0.0000123456, "0.0000123"), (0.5, "0.500"), (2.4649, "2.46"), (99.96, "100.0"), (327487.6, "327,488"), (0, "0")],
 )
 def test_three_digits_are_shown_without_an_exponent(value: float, shown: str) -> None:
-    assert train.three_digits(value) == shown
+    assert three_digits(value) == shown

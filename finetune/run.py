@@ -1,0 +1,157 @@
+"""A training run, from its configuration to its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data import PaliGemmaDataset, Processor, collate
+from data.lengths import TextLengths
+from data.records import decodable
+from finetune import cli, save_adapter
+from finetune.adapters.generation_config import store_max_new_tokens
+from finetune.adapters.storage import TrainingFacts
+from finetune.config.schema import RunConfig
+from finetune.evaluation.evaluate import evaluate, mean_loss
+from finetune.preflight.dry_run import planned_evaluation
+from finetune.preflight.plan import GIB, plan_run, require_fit, spill_warning
+from finetune.system import distributed
+from finetune.system.atomic import write_whole
+from finetune.system.console import show
+from finetune.training.checkpoints import step_of
+from finetune.training.examples import max_new_tokens, open_examples, open_processor
+from finetune.training.interrupt import StopOnSignal
+from finetune.training.result import Result
+from finetune.training.resume import find_checkpoint, start_run
+from finetune.training.setup import adapt, open_model, plan_steps, show_trained
+from finetune.training.tracking import callbacks_for
+from finetune.training.trainer import LoRATrainer
+from model import PaliGemma, PaliGemmaConfig, fetch
+
+
+def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_changes: bool = False) -> None:
+    """The run, from its start or from where it was stopped, to its result.
+
+    words: of the command line, to show how to go on. resume, accept_changes: as in `find_checkpoint`.
+    """
+    found, notes = distributed.on_main(partial(find_checkpoint, config, resume, accept_changes))
+    checkpoint = Path(found) if found else None
+    for note in notes:
+        show(note)
+    directory = fetch(config.model.path, config.model.revision)
+    processor = open_processor(directory, config.data)
+    examples = open_examples(config, "train", processor)
+    if examples.skipped.reasons:
+        skipped = examples.skipped
+        show(f"{len(skipped.reasons):,} records cannot be used, others take their places: see {skipped.file}")
+    planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
+    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
+    require_fit(config, plan, whose)
+    asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
+    steps = plan_steps(config, len(dataset))
+    if checkpoint and step_of(checkpoint) == steps.total and not accept_changes:
+        result = Result.read(Path(config.output))
+        if result and result.finished and result_directory(config).exists():
+            show(f"{config.output} is finished: nothing is left to train; kept {result}")
+            return
+    if checkpoint and step_of(checkpoint) > steps.total:
+        raise ValueError(
+            f"{checkpoint} is beyond the {steps.total:,} steps of this configuration: make the run longer "
+            "(train.max_steps, train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
+        )
+    model = open_model(directory, config)
+    show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
+    if warning := spill_warning(model.device):
+        show(f"warning: {warning}")
+    adapt(model, config, anew=checkpoint is not None)
+    show_trained(model)
+    distributed.on_main(partial(start_run, config))
+    trainer = LoRATrainer(
+        config,
+        model,
+        dataset,
+        steps,
+        plan.mode,
+        collate=partial(collate, pad_id=processor.pad_id),
+        save_result=partial(save_result, model, config, examples.lengths),
+        evaluate=evaluation_of(
+            planned_evaluation(config, planner, plan, new_tokens), model, processor, asked, new_tokens
+        ),
+        callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
+    )
+    if checkpoint and step_of(checkpoint) == steps.total:
+        show(f"{config.output}: all steps are trained, the result is left to be kept")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopping and trainer.state.global_step < steps.total:
+        again = cli.command("train.py", *words)
+        again = again if distributed.count() == 1 else "the same command"
+        raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to go on: {again}")
+    trainer.finish()
+    distributed.on_main(partial(Result.finish, Path(config.output)))
+    after = cli.command("evaluate.py", *words)
+    if config.data.validation is None:
+        after = cli.command("predict.py", "--help")
+    result = Result.read(Path(config.output))
+    if result and result.step < steps.total:  # a last step that was kept has said so just now
+        show(f"kept {result}")
+    show(f"saved {result_directory(config)}; next: {after}")
+
+
+def asked_in_training(config: RunConfig, processor: Processor) -> Any:
+    """A fixed selection of the valid validation questions, whose pictures were decoded; None where the run has none."""
+    if config.data.validation is None or config.train.eval_every is None:
+        return None
+    examples = open_examples(config, "validation", processor)
+    records, skipped = examples.valid, examples.skipped
+    if config.evaluation.count is not None and config.evaluation.count < len(records):
+        records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
+    return decodable(records, skipped)
+
+
+def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any, new_tokens: int) -> Any:
+    """What measures the model during training: loss and accuracy on these records; None without them.
+
+    new_tokens: the most that an answer may have.
+    """
+    if records is None:
+        return None
+    rows = config.evaluation.batch_size
+
+    def measure() -> dict[str, float]:
+        evaluated = evaluate(model, processor, records, new_tokens, batch_size=rows)
+        by_type = {f"accuracy_{name}": value for name, value in evaluated.score.by_answer_type.items()}
+        loss = mean_loss(model, processor, records, rows)
+        return {"loss": loss, "accuracy": evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
+
+    return measure
+
+
+def result_directory(config: RunConfig) -> Path:
+    return Path(config.output) / ("adapter" if config.lora else "model")
+
+
+def facts_of(config: RunConfig, lengths: TextLengths, result: Result) -> TrainingFacts:
+    """How the run trains, as far as the use of its result depends on it."""
+    prompt = config.data.prompt if config.data.train.questions else None  # lines have prompts of their own
+    return dataclasses.replace(
+        result.facts, prompt=prompt, max_new_tokens=lengths.longest_answer, max_text_tokens=lengths.longest_text
+    )
+
+
+def save_result(model: PaliGemma, config: RunConfig, lengths: TextLengths, result: Result) -> None:
+    """The result of the run: an adapter, or the whole checkpoint where all of it was trained; and why this one."""
+    directory, facts = result_directory(config), facts_of(config, lengths, result)
+
+    def fill(path: Path) -> None:
+        model.save_pretrained(path)
+        store_max_new_tokens(path, facts.max_new_tokens)
+
+    with result.written(Path(config.output)):
+        if config.lora:
+            save_adapter(model, directory, config.model.path, config.model.revision, facts)
+        else:
+            write_whole(directory, fill, sum(parameter.nbytes for parameter in model.parameters()), replace=True)
+    show(f"kept {result}")

@@ -1,0 +1,70 @@
+"""What a run trains: its network, opened and adapted as the configuration says, and its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from finetune.adapters.start_from import start
+from finetune.config.schema import RunConfig
+from finetune.lora.linear import adapter_table
+from finetune.lora.nf4 import open_base, quantize
+from finetune.system.console import new_table, show
+from finetune.system.device import pick_device, pick_dtype
+from finetune.training.batch_sampler import Steps
+from model import PaliGemma
+from model.random_init import from_random
+
+
+def open_model(directory: Path, config: RunConfig) -> PaliGemma:
+    """The network to start from, on its device."""
+    device = pick_device(config.model.device)
+    dtype = pick_dtype(config.model.dtype, device)
+    if config.model.weights == "random":
+        return from_random(directory, config.train.seed, dtype, device)
+    return open_base(directory, dtype, device, config.model.quantize)
+
+
+def random_model(directory: Path, config: RunConfig, device: torch.device) -> PaliGemma:
+    """A network that takes as long as the one to start from, whose weights are not read."""
+    dtype = pick_dtype(config.model.dtype, device)
+    if config.model.quantize:
+        return quantize(from_random(directory, config.train.seed, dtype), device)
+    return from_random(directory, config.train.seed, dtype, device)
+
+
+def plan_steps(config: RunConfig, examples: int) -> Steps:
+    train = config.train
+    if train.max_steps:
+        return Steps(examples, train.batch_size, train.seed, train.max_steps)
+    assert train.epochs is not None, "the configuration has epochs or max_steps"
+    return Steps.for_epochs(examples, train.batch_size, train.seed, train.epochs)
+
+
+def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:
+    """Put the adapters in, or free all parameters. `anew`: not with the values of lora.start_from."""
+    if config.lora is None:
+        model.requires_grad_(True)
+    else:
+        start(model, dataclasses.replace(config.lora, start_from=None) if anew else config.lora, config.train.seed)
+
+
+def table_of_adapters(model: PaliGemma) -> Table:
+    table = new_table("tower", "module", "adapted", "rank", "parameters", title="what is trained")
+    for scope, name, count, rank, parameters in adapter_table(model):
+        table.add_row(scope, name, str(count), str(rank) if rank else "in full", f"{parameters:,}")
+    return table
+
+
+def show_trained(model: PaliGemma) -> None:
+    """What will be trained."""
+    table = table_of_adapters(model)
+    if table.row_count:
+        show(table)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # A byte of an NF4 weight holds two of its values.
+    everything = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
+    show(f"{trained:,} of {everything:,} parameters are trained, on {model.device} in {model.dtype}")
