@@ -123,7 +123,7 @@ def test_the_end_of_a_run_says_once_what_was_kept(
         def measure(*_: Any, figures: Any = figures) -> Any:
             return lambda: {"loss": 1.0, "accuracy": next(figures)}
 
-        monkeypatch.setattr(train, "evaluation_of", measure)
+        monkeypatch.setattr("finetune.run.evaluation_of", measure)
         train.main([*arguments(base, tmp_path / f"run{best}"), "train.save_every=100"])
         shown = capsys.readouterr().out.splitlines()
         kept = [line for line in shown if line.startswith("kept ")]

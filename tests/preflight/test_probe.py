@@ -158,7 +158,7 @@ def test_hours_are_steps_times_seconds(
         asked.append(shape)
         return PACE
 
-    monkeypatch.setattr(train, "probe", given)
+    monkeypatch.setattr("finetune.preflight.dry_run.probe", given)
     argv = arguments(scenes, tmp_path / "run", "train.max_steps=1000", "train.batch_size=40", "train.micro_batch=20")
     train.main([*argv, "--dry-run", "--probe"])
     out = " ".join(capsys.readouterr().out.split())
