@@ -622,7 +622,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Console(width=120).print(table(counts))
     if violations:
         sys.exit("not as promised:\n  " + "\n  ".join(violations))
-    print(f"{counts.total():,} spoilt files: none was loaded silently wrong, and none ended in another error")
+    print(f"{counts.total():,} corrupted files: none was loaded silently wrong, and none ended in another error")
 
 
 def fuzz(directory: Path, files: int, seed: int) -> tuple[Counter[tuple[bool, str, str]], list[str]]:

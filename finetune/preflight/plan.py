@@ -74,7 +74,7 @@ class Work:
     Attributes:
         picture: one picture through vision tower and connector; there and back where they are trained.
         row: one row through the decoder and its head, there and back, nothing computed again.
-        again: what computing a decoder layer again adds to a row, by layer.
+        again: what recomputing a decoder layer adds to a row, by layer.
     """
 
     picture: int

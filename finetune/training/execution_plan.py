@@ -14,6 +14,6 @@ class ExecutionPlan:
     offload_vision: bool = False
 
     def __str__(self) -> str:
-        again = f"the first {self.recompute_layers} layers" if self.recompute_layers else "nothing"
+        recomputed = f"the first {self.recompute_layers} layers" if self.recompute_layers else "nothing"
         away = "; the vision tower leaves the device while the decoder works" if self.offload_vision else ""
-        return f"micro-batches of {self.micro_batch}, computing {again} again{away}"
+        return f"micro-batches of {self.micro_batch}, recomputing {recomputed}{away}"
