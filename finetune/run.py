@@ -17,7 +17,8 @@ from finetune.adapters.storage import TrainingFacts
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
-from finetune.preflight.plan import GIB, plan_run, require_fit, spill_warning
+from finetune.preflight.plan import GIB
+from finetune.preflight.run_plan import plan_run, require_fit, spill_warning
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
 from finetune.system.console import show
@@ -47,9 +48,10 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
     if examples.skipped.reasons:
         skipped = examples.skipped
         show(f"{len(skipped.reasons):,} records cannot be used, others take their places: see {skipped.file}")
-    planner, plan, whose = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
+    planned = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
+    plan = planned.plan
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
-    require_fit(config, plan, whose)
+    require_fit(config, planned)
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
     steps = plan_steps(config, len(dataset))
     if checkpoint and step_of(checkpoint) == steps.total and not accept_changes:
@@ -63,7 +65,7 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
             "(train.max_steps, train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
         )
     model = open_model(directory, config)
-    show(f"plan: {plan.mode}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {whose}")
+    show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
     if warning := spill_warning(model.device):
         show(f"warning: {warning}")
     adapt(model, config, anew=checkpoint is not None)
@@ -74,12 +76,10 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
         model,
         dataset,
         steps,
-        plan.mode,
+        plan.execution,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config, examples.lengths),
-        evaluate=evaluation_of(
-            planned_evaluation(config, planner, plan, new_tokens), model, processor, asked, new_tokens
-        ),
+        evaluate=evaluation_of(planned_evaluation(config, planned, new_tokens), model, processor, asked, new_tokens),
         callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
     )
     if checkpoint and step_of(checkpoint) == steps.total:

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,10 @@ from data.lengths import Longest
 from data.synthetic import scenes
 from finetune import run
 from finetune.config.schema import load_config
+from finetune.preflight.plan import Plan
+from finetune.preflight.run_plan import RunPlan
 from finetune.system.atomic import damage
+from finetune.training.execution_plan import ExecutionPlan
 from model import PaliGemmaConfig
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +49,12 @@ class Unplanned:
 
     def evaluation_batch(self, batch_size: int, *_: int) -> int:
         return batch_size
+
+
+def unplanned(*_: object) -> RunPlan:
+    """Stands for `plan_run`: micro-batches of 3, whatever the run."""
+    planner: Any = Unplanned()
+    return RunPlan(planner, Plan(ExecutionPlan(3), {}, 0), "no budget")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -78,7 +78,7 @@ def phases(bench: Bench) -> Iterator[Finding]:
         model = bench.adapted(torch.bfloat16)
         bench.keep_only()
         meter.mark("inject")
-        trainer = make_trainer(bench, model, examples, plan.mode, bench.scratch())
+        trainer = make_trainer(bench, model, examples, plan.execution, bench.scratch())
         meter.mark("trainer")
         measure_steps(trainer, examples, meter)
         at_once = planner.evaluation_batch(ANSWERS_AT_ONCE, NEW_TOKENS, plan.budget)
@@ -93,7 +93,7 @@ def phases(bench: Bench) -> Iterator[Finding]:
     if not bench.card.is_cuda:
         raise SkippedError(SKIPPED_ON_CPU)
     step = max((meter.phases[name] for name in STEP), key=lambda found: found.reserved)
-    yield planned_beside("step", plan.total - CONTEXT, step, components=plan.components, mode=str(plan.mode))
+    yield planned_beside("step", plan.total - CONTEXT, step, components=plan.components, execution=str(plan.execution))
     evaluation = planner.evaluation(at_once, NEW_TOKENS) - CONTEXT
     yield planned_beside("evaluation", evaluation, meter.phases["evaluation"], questions_at_once=at_once)
 

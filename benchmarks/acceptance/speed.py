@@ -118,7 +118,7 @@ def flops(bench: Bench, rows: int) -> float:
     tokens = bench.config.vision.num_patches + arms.PREFIX_TOKENS + arms.SUFFIX_TOKENS
     lora = LoRAConfig(rank=arms.RANK, alpha=arms.RANK)
     planner = Planner(bench.config, lora, torch.bfloat16, tokens, arms.SUFFIX_TOKENS, rows, bench.device)
-    return planner.work(ExecutionPlan(rows)) * rows * TERA
+    return planner.tflop(ExecutionPlan(rows)) * rows * TERA
 
 
 def dropout(bench: Bench) -> Iterator[Finding]:

@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
 from data import collate
 from finetune.adapters.start_from import require_agreement
 from finetune.config.schema import RunConfig
-from finetune.preflight.plan import GIB, Plan, Planner, assumed, plan_run, require_fit, spill_warning
-from finetune.preflight.probe import Shape, pictures_of, probe
+from finetune.preflight.plan import GIB, Plan, Planner
+from finetune.preflight.probe import StepWorkload, images_per_step, time_step
+from finetune.preflight.run_plan import RunPlan, assumed_lengths, plan_run, require_fit, spill_warning
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device
 from finetune.training.batch_sampler import Steps
@@ -25,47 +27,58 @@ from model.safetensors_io import refuse_unreadable
 def dry_run(config: RunConfig, probed: bool) -> None:
     """What the run would take, from the configuration and config.json alone; of weights only headers are read.
 
-    probed: say how long, too.
+    probed: time the phases of a step as well.
 
     Raises:
         ValueError: it does not fit; says what to change.
     """
     directory = fetch(config.model.path, config.model.revision, weights=False)
     dimensions = PaliGemmaConfig.from_directory(directory)
+    require_readable(config, directory, dimensions)
+    examples = readable_examples(config, directory)
+    planned = plan_run(config, dimensions, examples.longest if examples else assumed_lengths(config.data))
+    planner, plan = planned.planner, planned.plan
+    show(table_of_adapters(planner.model))
+    show(table_of_memory(planned))
+    source = "the longest of the data" if examples else "assumed: the data cannot be read"
+    show(f"rows of {planner.tokens} tokens, answers of {planner.supervised} ({source}); {plan.execution}")
+    steps, workload = workload_of(config, planner, examples)
+    images = workload.images / workload.examples
+    tflop = planner.tflop_of_length(plan.execution, workload.tokens, workload.supervised, images)
+    of_run = f", {three_digits(tflop * workload.examples * steps.total)} for the run" if steps else ""
+    show(
+        f"{three_digits(tflop)} TFLOP an example in rows of {workload.tokens} tokens, answers of "
+        f"{workload.supervised}{of_run}"
+    )
+    if config.data.validation is not None:
+        new_tokens = max_new_tokens(config, examples.lengths) if examples else planner.supervised
+        planned_evaluation(config, planned, new_tokens)
+    if warning := spill_warning(planner.device):
+        show(f"warning: {warning}")
+    require_fit(config, planned)
+    show("it fits")
+    if probed:
+        show_step_time(config, directory, plan, workload, steps)
+
+
+def require_readable(config: RunConfig, directory: Path, dimensions: PaliGemmaConfig) -> None:
+    """ValueError where the base cannot be opened, or lora.start_from does not fit it, by their headers."""
     if config.model.weights == "pretrained":
         refuse_unreadable(directory)
-    resumes = any(Path(config.output, "checkpoints").glob("step-*"))  # and has no use for lora.start_from
+    resumes = any(Path(config.output, "checkpoints").glob("step-*"))  # and does not read lora.start_from
     if config.lora and config.lora.start_from and not resumes:
         with torch.device("meta"):
             require_agreement(PaliGemma(dimensions), config.lora)
-    examples = readable_examples(config, directory)
-    longest = examples.longest if examples else assumed(config.data)
-    planner, plan, whose = plan_run(config, dimensions, longest)
-    show(table_of_adapters(planner.model))
-    table = new_table("component", "GiB", title=f"memory on {planner.device}")
+
+
+def table_of_memory(planned: RunPlan) -> Table:
+    plan = planned.plan
+    table = new_table("component", "GiB", title=f"memory on {planned.planner.device}")
     for name, size in plan.components.items():
         table.add_row(name, f"{size / GIB:.3f}")
     table.add_row("total", f"{plan.total / GIB:.3f}")
-    table.add_row(f"budget: {whose}", f"{plan.budget / GIB:.3f}")
-    show(table)
-    known = "the longest of the data" if examples else "assumed, for the data cannot be read"
-    show(f"rows of {planner.tokens} tokens, answers of {planner.supervised} ({known}); {plan.mode}")
-    steps, shape = shape_of(config, planner, examples)
-    work = planner.mean_work(plan.mode, shape.tokens, shape.supervised, shape.pictures / shape.examples)
-    of_run = f", {three_digits(work * shape.examples * steps.total)} for the run" if steps else ""
-    show(
-        f"{three_digits(work)} TFLOP an example in rows of {shape.tokens} tokens, answers of {shape.supervised}{of_run}"
-    )
-    if config.data.validation is not None:
-        planned_evaluation(
-            config, planner, plan, max_new_tokens(config, examples.lengths) if examples else planner.supervised
-        )
-    if warning := spill_warning(planner.device):
-        show(f"warning: {warning}")
-    require_fit(config, plan, whose)
-    show("it fits")
-    if probed:
-        show_pace(config, directory, plan, shape, steps)
+    table.add_row(f"budget: {planned.budget_source}", f"{plan.budget / GIB:.3f}")
+    return table
 
 
 def readable_examples(config: RunConfig, directory: Path) -> Examples | None:
@@ -77,14 +90,14 @@ def readable_examples(config: RunConfig, directory: Path) -> Examples | None:
         return None
 
 
-def shape_of(config: RunConfig, planner: Planner, examples: Examples | None) -> tuple[Steps | None, Shape]:
-    """The steps, as far as the data can be read, and what each is made of, by rows of mean length."""
+def workload_of(config: RunConfig, planner: Planner, examples: Examples | None) -> tuple[Steps | None, StepWorkload]:
+    """The steps, where the data can be read, and what each is made of, in rows of mean length."""
     size = config.train.batch_size
     if examples is None:
-        return None, Shape(size, size, planner.tokens, planner.supervised)
+        return None, StepWorkload(size, size, planner.tokens, planner.supervised)
     records, lengths = examples.records, examples.lengths
     steps = plan_steps(config, len(records))
-    pictures = pictures_of(steps, records["image_id"][:])
+    images = images_per_step(steps, records["image_id"][:])
     show(f"{len(records):,} examples, {steps.total:,} steps, up to {steps.total * size * planner.tokens:,} tokens")
     if size > len(records):
         show(
@@ -92,7 +105,7 @@ def shape_of(config: RunConfig, planner: Planner, examples: Examples | None) -> 
             "takes some of them more than once; a smaller train.batch_size makes more steps of an epoch"
         )
     tokens = planner.config.vision.num_patches + 1 + math.ceil(lengths.mean_text)
-    return steps, Shape(size, pictures, tokens, math.ceil(lengths.mean_answer))
+    return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_answer))
 
 
 def three_digits(value: float) -> str:
@@ -101,28 +114,31 @@ def three_digits(value: float) -> str:
     return f"{value:,.{max(places, 0)}f}"
 
 
-def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, steps: Steps | None) -> None:
-    """How long the run would take, from parts of a step on its device, in a network of random weights."""
+def show_step_time(config: RunConfig, directory: Path, plan: Plan, workload: StepWorkload, steps: Steps | None) -> None:
+    """How long the run would take, from the phases of a step on its device, in a network of random weights."""
     device = pick_device(config.model.device)
     model = random_model(directory, config, device)
     adapt(model, config, anew=True)
-    pad_id, micro_batch = model.config.pad_token_id, plan.mode.micro_batch
-    pace = probe(config, model, plan.mode, shape, partial(collate, pad_id=pad_id))
-    parts = {
-        f"{micro_batch} images": pace.pictures,
-        f"{micro_batch} rows forward and backward": pace.rows,
-        "an update": pace.update,
-        "moving the vision tower": pace.move,
+    pad_id, micro_batch = model.config.pad_token_id, plan.execution.micro_batch
+    time = time_step(config, model, plan.execution, workload, partial(collate, pad_id=pad_id))
+    phases = {
+        f"{micro_batch} images": time.encode,
+        f"{micro_batch} rows forward and backward": time.decode,
+        "an update": time.update,
+        "moving the vision encoder": time.move,
     }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    show(f"timed on {name}, in rows of {shape.tokens} tokens, {shape.supervised} of them supervised:")
-    show(", ".join(f"{part} {seconds:.3f} s" for part, seconds in parts.items()))
-    if pace.peak is not None:
-        show(f"at most {pace.peak / GIB:.2f} GiB were reserved, the context aside; planned were {plan.total / GIB:.2f}")
-    seconds = pace.seconds(shape, micro_batch)
+    show(f"timed on {name}, in rows of {workload.tokens} tokens, {workload.supervised} of them supervised:")
+    show(", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in phases.items()))
+    if time.peak is not None:
+        show(
+            f"at most {time.peak / GIB:.2f} GiB were reserved, without the context; planned were "
+            f"{plan.total / GIB:.2f} with it"
+        )
+    seconds = time.seconds(workload, micro_batch)
     show(
-        f"a step of {shape.examples} examples with {shape.pictures:.1f} images: {seconds:.2f} s, "
-        f"{pace.speed(shape, micro_batch):.3g} TFLOP/s"
+        f"a step of {workload.examples} examples with {workload.images:.1f} images: {seconds:.2f} s, "
+        f"{time.speed(workload, micro_batch):.3g} TFLOP/s"
     )
     if steps:
         show(
@@ -131,13 +147,13 @@ def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, step
         )
 
 
-def planned_evaluation(config: RunConfig, planner: Planner, plan: Plan, new_tokens: int) -> RunConfig:
-    """The run, with as many questions at once in its evaluations as fit the budget; said where they are fewer."""
-    asked = config.evaluation.batch_size
-    size = planner.evaluation_batch(asked, new_tokens, plan.budget)
+def planned_evaluation(config: RunConfig, planned: RunPlan, new_tokens: int) -> RunConfig:
+    """The run, with as many questions at once in its evaluations as fit the budget; shown where they are fewer."""
+    asked, budget = config.evaluation.batch_size, planned.plan.budget
+    size = planned.planner.evaluation_batch(asked, new_tokens, budget)
     if size < asked and config.data.validation is not None and config.train.eval_every is not None:
         show(
             f"evaluations answer {size} questions at once, not {asked}: those would take "
-            f"{planner.evaluation(asked, new_tokens) / GIB:.2f} of {plan.budget / GIB:.2f} GiB"
+            f"{planned.planner.evaluation(asked, new_tokens) / GIB:.2f} of {budget / GIB:.2f} GiB"
         )
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": size})})

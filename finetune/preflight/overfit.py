@@ -1,60 +1,187 @@
-"""`train.py --overfit N`: whether a few examples can be learned at all."""
+"""`train.py --overfit N`: whether a few examples can be learned at all.
+
+A run that can learn anything memorises a handful of examples within a hundred steps, each of which takes all of them.
+One that cannot has a learning rate, targets or examples that no amount of data will make up for.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data import PaliGemmaDataset, collate
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import generate_answers
-from finetune.preflight.plan import plan_run
-from finetune.preflight.probe import learn_by_heart, trial_config
+from finetune.preflight.run_plan import plan_run
 from finetune.system.console import new_table, show
+from finetune.training.batch_sampler import Steps
 from finetune.training.examples import open_examples, open_processor
+from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.setup import adapt, open_model, show_trained
-from model import PaliGemmaConfig, fetch
+from finetune.training.trainer import Collate, Example, LoRATrainer
+from model import PaliGemma, PaliGemmaConfig, fetch
+
+Answers = list[tuple[str, str, str]]  # question, expected answer, given answer
+
+MAX_STEPS = 100
+ANSWER_EVERY = 5  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Overfit:
+    """How it went: the loss of each step, and the answers that were given last."""
+
+    losses: list[float]
+    answers: Answers
+
+    @property
+    def right(self) -> int:
+        return sum(expected == given for _, expected, given in self.answers)
+
+    @property
+    def learned(self) -> bool:
+        """All answers are right, and the loss has halved: the network may have known the answers before."""
+        return self.right == len(self.answers) and self.losses[-1] < self.losses[0] / 2
 
 
 def overfit(config: RunConfig, count: int) -> None:
-    """Whether learning works at all: the first examples, learned by heart. Nothing is written.
+    """Train on the first `count` examples alone, and show whether they were learned. Nothing is written.
 
     Raises:
-        ValueError: it does not; says what to look at.
+        ValueError: they were not; says what to look at.
     """
-    config = trial_config(config, count)
+    config = overfit_config(config, count)
     directory = fetch(config.model.path, config.model.revision)
     processor = open_processor(directory, config.data)
     examples = open_examples(config, "train", processor)
     records = examples.valid
     if not 0 < count <= len(records):
         raise ValueError(f"--overfit {count}: expected 1 to {len(records):,}, the examples of data.train")
-    _, plan, _ = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
+    plan = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest).plan
     model = open_model(directory, config)
     records = records.select(range(count))
     dataset = PaliGemmaDataset(records, processor, config.data.answers, skipped=examples.skipped)
     adapt(model, config)
     show_trained(model)
-    wanted = [
+    expected = [
         example["input_ids"][example["token_type_ids"] == 1] for example in map(dataset.__getitem__, range(count))
     ]
 
-    def ask() -> list[tuple[str, str, str]]:
-        answers = generate_answers(model, processor, records, max(map(len, wanted)), config.evaluation.batch_size)
-        texts = (processor.decode(ids) for ids in wanted)
-        return list(zip(records["question"], texts, (answer.text for answer in answers.values()), strict=True))
+    def answer() -> Answers:
+        given = generate_answers(model, processor, records, max(map(len, expected)), config.evaluation.batch_size)
+        texts = (processor.decode(ids) for ids in expected)
+        return list(zip(records["question"], texts, (one.text for one in given.values()), strict=True))
 
-    trial = learn_by_heart(config, model, dataset, plan.mode, partial(collate, pad_id=processor.pad_id), ask)
-    table = new_table("question", "wanted", "answered")
-    for row in trial.rows:
+    found = train_until_learned(
+        config, model, dataset, plan.execution, partial(collate, pad_id=processor.pad_id), answer
+    )
+    show_outcome(config, found)
+
+
+def show_outcome(config: RunConfig, found: Overfit) -> None:
+    """The answers as a table, and in a sentence whether they were learned; ValueError where they were not."""
+    table = new_table("question", "expected", "answered")
+    for row in found.answers:
         table.add_row(*row)
     show(table)
-    found = (
-        f"{trial.right} of {count} answered as wanted after {len(trial.losses)} steps, loss {trial.losses[0]:.3f} -> "
-        f"{trial.losses[-1]:.3f}"
+    outcome = (
+        f"{found.right} of {len(found.answers)} answered as expected after {len(found.losses)} steps, loss "
+        f"{found.losses[0]:.3f} -> {found.losses[-1]:.3f}"
     )
-    if not trial.learned:
+    if not found.learned:
         raise ValueError(
-            f"it has not learned them: {found}. Look at train.learning_rate ({config.train.learning_rate}), at "
-            "lora.targets (what is trained is listed above), and with --inspect at the examples"
+            f"the examples were not learned: {outcome}. Look at train.learning_rate ({config.train.learning_rate}), "
+            "at lora.targets (what is trained is listed above), and with --inspect at the examples"
         )
-    show(f"it learns: {found}")
+    show(f"it learns: {outcome}")
+
+
+def overfit_config(run: RunConfig, count: int) -> RunConfig:
+    """The run with the same `count` examples in each step: majority answers, constant learning rate, no dropout."""
+    train = run.train
+    micro_batch = train.micro_batch if train.micro_batch == "auto" else min(train.micro_batch, count)
+    size = {"epochs": None, "max_steps": MAX_STEPS, "batch_size": count, "micro_batch": micro_batch}
+    schedule = {"schedule": "constant", "warmup": 0.05, "log_every": 1, "eval_every": None}
+    return run.model_copy(
+        update={
+            "data": run.data.model_copy(update={"answers": "majority", "workers": 0}),
+            "lora": run.lora and dataclasses.replace(run.lora, dropout=0.0),
+            "train": train.model_copy(update=size | schedule),
+        }
+    )
+
+
+def train_until_learned(
+    run: RunConfig,
+    model: PaliGemma,
+    dataset: Dataset[Example],
+    execution: ExecutionPlan,
+    collate: Collate,
+    answer: Callable[[], Answers],
+) -> Overfit:
+    """Train on all examples of `dataset` in each step until they are answered as expected; nothing is saved.
+
+    Args:
+        run: as `overfit_config` makes it.
+        model: with adapters in place.
+        answer: lets the model answer.
+
+    Raises:
+        ValueError: loss or gradients became infinite.
+    """
+    count, stop = run.train.batch_size, StopWhenLearned(answer)
+    with tempfile.TemporaryDirectory() as directory:
+        run = run.model_copy(update={"output": directory})
+        trainer = LoRATrainer(
+            run,
+            model,
+            dataset,
+            Steps(count, count, run.train.seed, MAX_STEPS),
+            execution,
+            collate,
+            save_result=lambda _: None,
+            callbacks=[stop],
+            checkpointed=False,
+        )
+        stop.on_device = trainer.vision_on_device
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            rate, where = run.train.learning_rate, str(error).partition("; the step was not taken")[0]
+            raise ValueError(
+                f"nothing can be learned like this: lower train.learning_rate ({rate}); {where}"
+            ) from error
+    return stop.found
+
+
+class StopWhenLearned(TrainerCallback):
+    """Lets the model answer every few steps, and stops the training when all answers are learned.
+
+    on_device: within this context the whole network is on its device.
+    """
+
+    def __init__(self, answer: Callable[[], Answers]) -> None:
+        self.answer, self.found = answer, Overfit([], [])
+        self.on_device: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.found.losses.append(logs["loss"])
+        if state.global_step % ANSWER_EVERY == 0:
+            with self.on_device():
+                self.found = Overfit(self.found.losses, self.answer())
+            control.should_training_stop = self.found.learned

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal
 
@@ -26,6 +29,9 @@ DOT_ROWS = 8  # from here on fp32 is faster than torch's dot products
 
 # x W^T, its gradients for x and for W, the gradient of attention, and a convolution.
 Direction = Literal["forward", "input_grad", "weight_grad", "attention_grad", "convolution"]
+
+
+_native: ContextVar[bool] = ContextVar("native", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,4 +74,14 @@ def upcasts(direction: Direction, x: Tensor, weight: Tensor) -> bool:
     """Whether to take the product of x [n, ...] and a weight in fp32 on this CPU."""
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.bfloat16:
         return False
-    return choose(this_cpu(), direction, len(x), tuple(weight.shape)) == "upcast"
+    return not _native.get() and choose(this_cpu(), direction, len(x), tuple(weight.shape)) == "upcast"
+
+
+@contextmanager
+def native_products() -> Iterator[None]:
+    """Within this context torch's own choice is taken: to count on a CPU what another device saves for backward."""
+    token = _native.set(True)
+    try:
+        yield
+    finally:
+        _native.reset(token)

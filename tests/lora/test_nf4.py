@@ -22,7 +22,8 @@ from finetune.adapters.storage import LAYOUTS, trained_on
 from finetune.config.schema import ConfigError, load_config
 from finetune.lora.nf4 import NESTED, NF4Linear, decoder_linears, dense, dequantize, open_base, packed_bytes, weight_of
 from finetune.lora.protocol import adapters, trained_parameters
-from finetune.preflight.plan import Planner, kept_bytes
+from finetune.preflight.count import saved_bytes
+from finetune.preflight.plan import Planner
 from finetune.training import setup
 from finetune.training.checkpoints import checkpoints
 from finetune.training.execution_plan import ExecutionPlan
@@ -128,17 +129,17 @@ def test_a_packed_weight_takes_what_is_planned_and_keeps_nothing_more(checkpoint
     stored = packed.weight.nbytes + sum(packed.get_buffer(f"weight_{name}").nbytes for name in ("absmax", "nested"))
     stored -= 4 * NESTED
     assert stored == packed_bytes(512 * 1024)
-    networks = [open_base(checkpoint, torch.bfloat16, "cpu", kept) for kept in (None, "nf4")]
+    networks = [open_base(checkpoint, torch.bfloat16, "cpu", quantize) for quantize in (None, "nf4")]
     for network in networks:
         inject_lora(network, LORA)
         network.train()
-    assert kept_bytes(networks[0], 12, 3, False) == kept_bytes(networks[1], 12, 3, False)
+    assert saved_bytes(networks[0], 12, 3, False) == saved_bytes(networks[1], 12, 3, False)
 
 
 def test_the_plan_counts_packed_weights(checkpoint: Path) -> None:
     packed = open_base(checkpoint, torch.bfloat16, "cpu", "nf4")
     config, device = packed.config, torch.device("cpu")
-    planners = [Planner(config, LORA, torch.bfloat16, 20, 3, 4, device, kept) for kept in (None, "nf4")]
+    planners = [Planner(config, LORA, torch.bfloat16, 20, 3, 4, device, quantize) for quantize in (None, "nf4")]
     plain, four_bits = (planner.plan(ExecutionPlan(2), 10**9).components for planner in planners)
     weights = sum(p.nbytes for p in packed.parameters())
     modules = [module for module in packed.modules() if isinstance(module, NF4Linear)]

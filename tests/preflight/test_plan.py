@@ -19,21 +19,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from finetune import LoRAConfig, inject_lora
 from finetune.config.schema import load_config
-from finetune.preflight.plan import (
-    GIB,
-    TERA,
-    Planner,
-    assumed,
-    counting,
-    kept_bytes,
-    plan_run,
-    require_fit,
-    spill_warning,
-)
+from finetune.preflight.count import TERA, flop_counter, saved_bytes
+from finetune.preflight.plan import GIB, Planner
+from finetune.preflight.run_plan import assumed_lengths, plan_run, require_fit, spill_warning
 from finetune.system import distributed
 from finetune.system.allocator import VARIABLES, expandable_segments, reserved_bytes, use_expandable_segments
 from finetune.training.execution_plan import ExecutionPlan
 from model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
+from model.ops import bf16_on_cpu
+from model.ops.bf16_on_cpu import CPU, native_products
 from tests import tiny
 
 NARROW = PaliGemmaConfig(
@@ -52,32 +46,33 @@ TARGETS = {
     "both towers": LoRAConfig(rank=4, targets=("language.*", "vision.*"), dropout=0.1),
     "in full": LoRAConfig(rank=4, targets=("language.down_proj",), train_in_full=("connector.linear",)),
 }
-MODES = [ExecutionPlan(1), ExecutionPlan(1, recompute_layers=1), ExecutionPlan(1, recompute_layers=4)]
+EXECUTION_PLANS = [ExecutionPlan(1), ExecutionPlan(1, recompute_layers=1), ExecutionPlan(1, recompute_layers=4)]
 
 
 def planner(lora: LoRAConfig | None, tokens: int = 40, supervised: int = 3, device: str = "cuda") -> Planner:
     return Planner(NARROW, lora, torch.bfloat16, tokens, supervised, 8, torch.device(device))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("execution", EXECUTION_PLANS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 40, 3), (4, 64, 8), (3, 129, 1)])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_planned_activations_are_what_saved_tensor_hooks_count(
-    targets: str, shape: tuple[int, int, int], mode: ExecutionPlan
+    targets: str, shape: tuple[int, int, int], execution: ExecutionPlan
 ) -> None:
     rows, tokens, supervised = shape
     model = PaliGemma(NARROW).to(torch.bfloat16)
     inject_lora(model, TARGETS[targets])
     model.train()
-    model.language_model.model.set_recompute(mode.recompute_layers)
+    model.language_model.model.set_recompute(execution.recompute_layers)
     model.language_model.model.fold_heads = False  # as on the card that is planned for
     made = planner(TARGETS[targets], tokens, supervised)
-    counted = sum(kept_bytes(model, tokens, supervised, made.vision_trains, rows))
-    planned = made.activations(dataclasses.replace(mode, micro_batch=rows))
+    with native_products():  # as there, too
+        counted = sum(saved_bytes(model, tokens, supervised, made.vision_trains, rows))
+    planned = made.activations(dataclasses.replace(execution, micro_batch=rows))
     assert planned == pytest.approx(counted, rel=0.03)
 
 
-def test_a_real_step_keeps_what_was_planned() -> None:
+def test_a_real_step_saves_what_was_planned() -> None:
     """Through `forward`, padding and labels, in a network of the published proportions of gate and up."""
     model = PaliGemma(NARROW).to(torch.bfloat16)
     model.language_model.model.fold_heads = False  # as on the card that is planned for
@@ -86,21 +81,21 @@ def test_a_real_step_keeps_what_was_planned() -> None:
     hf = NARROW.to_hf(torch.bfloat16)
     batch = tiny.batch(hf, [16, 20, 17], [3, 3, 3])
     features = model.encode_images(batch.pop("pixel_values")).detach()
-    kept, known, alive = 0, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, []
+    saved, known, alive = 0, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
+        nonlocal saved
         if tensor.untyped_storage().data_ptr() not in known:
             known.add(tensor.untyped_storage().data_ptr())
             alive.append(tensor)
-            kept += tensor.untyped_storage().nbytes()
+            saved += tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch, image_features=features)
     planned = planner(TARGETS["language"], tokens=16 + 23, supervised=3)
     logits = 9 * 512 * 4  # log-softmax in fp32
-    assert planned.activations(ExecutionPlan(3)) == pytest.approx(kept - logits, rel=0.03)
+    assert planned.activations(ExecutionPlan(3)) == pytest.approx(saved - logits, rel=0.03)
 
 
 def measured_peak(step: Callable[[], object]) -> int:
@@ -120,7 +115,7 @@ def test_the_planned_peak_is_what_the_allocator_gives(
     config: PaliGemmaConfig, rows: int, text: int, answer: int, layers: int
 ) -> None:
     """Within 10%, for short and for long answers, of what comes and goes in a step; in fp32 on the CPU."""
-    mode = ExecutionPlan(rows, recompute_layers=layers)
+    execution = ExecutionPlan(rows, recompute_layers=layers)
     model = PaliGemma(config)
     inject_lora(model, TARGETS["language"])
     model.train().language_model.model.set_recompute(layers)
@@ -135,69 +130,70 @@ def test_the_planned_peak_is_what_the_allocator_gives(
     step()  # makes the gradients
     tokens = config.vision.num_patches + 1 + text
     made = Planner(config, TARGETS["language"], torch.float32, tokens, answer, rows, torch.device("cpu"))
-    planned = made.plan(mode, 10**12).components
-    names = ("activations", "logits", "buffers of a layer beyond that (estimate)")
+    planned = made.plan(execution, 10**12).components
+    names = ("activations", "logits", "buffers of a layer's backward (estimate)")
     assert sum(planned[name] for name in names) == pytest.approx(measured_peak(step), rel=0.1)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("execution", EXECUTION_PLANS, ids=str)
 @pytest.mark.parametrize(("prompt", "answer"), [(17, 3), (4, 127)])
 @pytest.mark.parametrize("targets", [*TARGETS, "no adapters"])
-def test_planned_work_is_what_is_counted_in_a_real_step(
-    targets: str, prompt: int, answer: int, mode: ExecutionPlan
+def test_planned_flops_are_those_of_a_real_step(
+    targets: str, prompt: int, answer: int, execution: ExecutionPlan
 ) -> None:
     """Of a padless row with values, image included; what is recomputed to two per cent, the rest exactly."""
     lora = TARGETS.get(targets)
     model = PaliGemma(NARROW)
     if lora:
         inject_lora(model, lora)
-    model.train().language_model.model.set_recompute(mode.recompute_layers)
+    model.train().language_model.model.set_recompute(execution.recompute_layers)
     made = planner(lora, tokens=16 + prompt + answer, supervised=answer)
     batch = tiny.batch(NARROW.to_hf(torch.bfloat16), [prompt], [answer])
-    with sdpa_kernel(SDPBackend.MATH), counting() as counter:  # its products are seen, those of other kernels are not
+    # The products of the math kernel are seen by the counter, those of other kernels are not.
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
         with torch.set_grad_enabled(made.vision_trains):
             features = model.encode_images(batch.pop("pixel_values"))
         loss = model(**batch, image_features=features).loss
         assert loss is not None
         loss.backward()
-    exact = mode.recompute_layers == 0
+    exact = execution.recompute_layers == 0
     counted = counter.get_total_flops() / TERA
-    assert made.work(mode) == pytest.approx(counted, rel=1e-9 if exact else 0.02)
+    assert made.tflop(execution) == pytest.approx(counted, rel=1e-9 if exact else 0.02)
 
 
-def test_the_chosen_mode_fits_and_less_memory_means_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chosen_plan_fits_and_less_memory_means_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "finetune.preflight.plan.reserved_bytes", lambda sizes, _: sum(sizes)
     )  # one segment holds it all
     made = planner(TARGETS["language"])
     free = made.plan(ExecutionPlan(8), 10**12)
-    assert made.choose(10**12).mode == ExecutionPlan(8)
+    assert made.choose(10**12).execution == ExecutionPlan(8)
     least = made.choose(0)
     assert not least.fits
-    assert least.total == min(made.plan(mode, 0).total for mode in made.modes(None, None))
-    assert (least.mode.micro_batch, least.mode.offload_vision) == (1, True)
-    assert least.mode.recompute_layers > 0
+    assert least.total == min(made.plan(execution, 0).total for execution in made.candidates(None, None))
+    assert (least.execution.micro_batch, least.execution.offload_vision) == (1, True)
+    assert least.execution.recompute_layers > 0
     costs = []
     for budget in torch.linspace(least.total, free.total, 12, dtype=torch.float64).ceil().long().tolist():
         plan = made.choose(budget)
         assert plan.fits
-        costs.append(made.cost(plan.mode))
+        costs.append(made.cost(plan.execution))
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1]
 
 
 def test_what_is_given_is_taken() -> None:
     made = planner(TARGETS["language"])
-    assert made.choose(10**12, micro_batch=3, recompute=2).mode == ExecutionPlan(3, 2)
-    assert made.choose(10**12, recompute=0).mode == ExecutionPlan(8)
+    assert made.choose(10**12, micro_batch=3, recompute=2).execution == ExecutionPlan(3, 2)
+    assert made.choose(10**12, recompute=0).execution == ExecutionPlan(8)
 
 
-def test_the_tower_stays_where_it_is_trained_or_has_nowhere_to_go() -> None:
-    assert not planner(TARGETS["both towers"]).choose(0).mode.offload_vision
-    assert not planner(TARGETS["language"], device="cpu").choose(0).mode.offload_vision
+def test_the_vision_encoder_stays_where_it_is_trained_or_has_nowhere_to_go() -> None:
+    assert not planner(TARGETS["both towers"]).choose(0).execution.offload_vision
+    assert not planner(TARGETS["language"], device="cpu").choose(0).execution.offload_vision
     everything = planner(None).plan(ExecutionPlan(1), 0)
     assert everything.components["base weights"] == 0
-    assert everything.components["optimizer"] == 2 * everything.components["gradients"] > 0
+    assert everything.components["optimizer state"] == 2 * everything.components["gradients"] > 0
 
 
 def test_the_published_3b_is_counted_from_its_dimensions() -> None:
@@ -207,27 +203,36 @@ def test_the_published_3b_is_counted_from_its_dimensions() -> None:
     assert plan.components["trained weights"] == 4 * 8 * 1_225_728
     # Of a token in a layer: the inputs of two norms, q, k, v, what attention gives, gate and up.
     a_token = 2 * (2 * 2048 + 2 * 2048 + 2 * 256 + 2 * 16384) + 2 * 4 + 8 * 4
-    assert made.kept.layers["nothing"][5] == 272 * a_token
-    assert made.kept.layers["layer"][5] == 272 * 2 * 2048
+    assert made.saved.layers[5] == 272 * a_token
+    assert made.saved.recomputed_layers[5] == 272 * 2 * 2048
 
 
-def test_the_work_of_the_published_3b_by_hand() -> None:
+@pytest.mark.parametrize("cpu", [CPU(True, False, False), CPU(True, True, True)], ids=["upcasts", "native"])
+def test_a_plan_for_a_card_does_not_depend_on_the_cpu_that_makes_it(cpu: CPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without bf16 instructions saves no log-sum-exp of attention, which it recomputes in fp32; a card does."""
+    monkeypatch.setattr(bf16_on_cpu, "this_cpu", lambda: cpu)
+    on_a_card, here = planner(TARGETS["language"]), planner(TARGETS["language"], device="cpu")
+    log_sum_exp = 4 * NARROW.text.num_attention_heads * 40
+    assert on_a_card.saved.layers[1] - here.saved.layers[1] == (0 if cpu.bf16_instructions else log_sum_exp)
+
+
+def test_the_flops_of_the_published_3b_by_hand() -> None:
     """One row of 272 tokens, 3 of them supervised, rank 16: 2.33 TFLOP."""
     made = Planner(PaliGemmaConfig(), LoRAConfig(rank=16), torch.bfloat16, 272, 3, 1, torch.device("cuda"))
     mlp, query_and_output, key_and_value = 3 * 2048 * 16384, 2 * 2048 * 2048, 2 * 2048 * 256
     vision = 27 * (4 * 1152**2 + 2 * 1152 * 4304) + 588 * 1152 + 1152 * 2048
-    picture = 2 * 256 * vision + 27 * 4 * 256**2 * 1152
+    image = 2 * 256 * vision + 27 * 4 * 256**2 * 1152
     attended = 2 * (17 * 272 + 3) * 272 * 2048  # multiplications of scores and of their use, all heads
     frozen = 17 * 272 * (mlp + query_and_output + key_and_value) + 3 * (mlp + query_and_output) + 272 * key_and_value
     low_rank = 17 * 272 * 16 * 68_096  # of a layer, in and out of all seven linears together
-    by_hand = picture + 2 * 2 * (frozen + 3 * 2048 * 257216) + 2 * 3 * attended + 2 * 3.5 * low_rank
-    assert made.work(ExecutionPlan(1)) == pytest.approx(by_hand / TERA, rel=2e-3)
-    assert made.work(ExecutionPlan(1)) == pytest.approx(2.33, abs=0.005)
-    assert made.work(ExecutionPlan(1), pictures=0) == pytest.approx(
-        made.work(ExecutionPlan(1)) - picture / TERA, rel=1e-9
+    by_hand = image + 2 * 2 * (frozen + 3 * 2048 * 257216) + 2 * 3 * attended + 2 * 3.5 * low_rank
+    assert made.tflop(ExecutionPlan(1)) == pytest.approx(by_hand / TERA, rel=2e-3)
+    assert made.tflop(ExecutionPlan(1)) == pytest.approx(2.33, abs=0.005)
+    assert made.tflop(ExecutionPlan(1), images=0) == pytest.approx(
+        made.tflop(ExecutionPlan(1)) - image / TERA, rel=1e-9
     )
     again = 2 * 272 * (2 * 2048 * 16384 + query_and_output + key_and_value) / TERA  # all of a layer but down
-    assert made.work(ExecutionPlan(1, 5)) - made.work(ExecutionPlan(1)) == pytest.approx(5 * again, rel=0.03)
+    assert made.tflop(ExecutionPlan(1, 5)) - made.tflop(ExecutionPlan(1)) == pytest.approx(5 * again, rel=0.03)
 
 
 def test_what_the_configuration_says_of_itself_is_what_the_plan_finds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,33 +241,36 @@ def test_what_the_configuration_says_of_itself_is_what_the_plan_finds(monkeypatc
     said = " ".join(path.read_text().replace("#", "").split())
     monkeypatch.setattr("finetune.preflight.plan.expandable_segments", lambda: True)
     run = load_config(path, ["model.device=cpu", "memory.budget_gib=7.4"])
-    made, without, _ = plan_run(run, PaliGemmaConfig(), assumed(run.data))
+    planned = plan_run(run, PaliGemmaConfig(), assumed_lengths(run.data))
+    made, without = planned.planner, planned.plan
     on_cuda = load_config(path, ["model.device=cuda", "memory.budget_gib=7.4"])
-    there, on_a_card, _ = plan_run(on_cuda, PaliGemmaConfig(), assumed(run.data))
-    assert without.mode == ExecutionPlan(2)
-    assert on_a_card.mode == ExecutionPlan(4, offload_vision=True)
+    planned = plan_run(on_cuda, PaliGemmaConfig(), assumed_lengths(run.data))
+    there, on_a_card = planned.planner, planned.plan
+    assert without.execution == ExecutionPlan(2)
+    assert on_a_card.execution == ExecutionPlan(4, offload_vision=True)
     asked = run.evaluation.batch_size
     assert there.evaluation_batch(asked, there.supervised, on_a_card.budget) == asked
     monkeypatch.setattr("finetune.preflight.plan.expandable_segments", lambda: False)
     fixed = there.choose(on_a_card.budget)
-    assert fixed.mode == ExecutionPlan(3, offload_vision=True)
+    assert fixed.execution == ExecutionPlan(3, offload_vision=True)
     assert f"three rows in {fixed.total / GIB:.2f} GiB" in said
     for plan, rows in ((without, "two rows"), (on_a_card, "four rows")):
         base, activations = (plan.components[name] / GIB for name in ("base weights", "activations"))
         for number in (f"{plan.total / GIB:.2f} GiB", f"base weights {base:.2f}", rows, f" {activations:.2f}"):
             assert number in said, number
-        assert f"Time: {made.work(plan.mode):.2f} TFLOP" in said
+        assert f"Time: {made.tflop(plan.execution):.2f} TFLOP" in said
     assert run.train.epochs is not None
     examples = run.train.epochs * 44_376
-    assert f"{examples:,.0f} examples, {examples * made.work(without.mode) / 14 / 3600:.1f} hours" in said
+    assert f"{examples:,.0f} examples, {examples * made.tflop(without.execution) / 14 / 3600:.1f} hours" in said
     assert f"{examples / run.train.batch_size + 1:,.0f} steps" in said
 
 
-def test_each_of_several_processes_plans_its_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_of_several_processes_plans_its_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "count", lambda: 3)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=9 * GIB))
     run = load_config(Path(__file__).parents[2] / "configs/vqav2_8gb.yaml", ["model.device=cpu"])
-    made, plan, _ = plan_run(run, NARROW, assumed(run.data))
+    planned = plan_run(run, NARROW, assumed_lengths(run.data))
+    made, plan = planned.planner, planned.plan
     assert (run.train.batch_size, made.batch_size, plan.budget) == (64, 22, 3 * GIB)
 
 
@@ -275,7 +283,7 @@ def test_dry_run_says_what_fits_from_config_json_alone(tmp_path: Path, capsys: p
     assert "it fits" in out
     assert "optimizer" in out
     assert "steps and lengths are not known, for the data cannot be read" in " ".join(out.split())
-    assert "rows of 37 tokens, answers of 8 (assumed, for the data cannot be read)" in " ".join(out.split())
+    assert "rows of 37 tokens, answers of 8 (assumed: the data cannot be read)" in " ".join(out.split())
     with pytest.raises(ValueError, match=r"this does not fit: 0\.\d+ GiB are needed at least, the budget is 0\.10"):
         train.main([*argv, "memory.budget_gib=0.1"])
 
@@ -293,7 +301,7 @@ def test_a_card_can_be_planned_for_where_there_is_none(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    ("change", "mend"),
+    ("change", "fix"),
     [
         ("memory.budget_gib=0.1", "raise memory.budget_gib"),
         ("train.micro_batch=32", "leave train.micro_batch and train.recompute at auto"),
@@ -302,16 +310,16 @@ def test_a_card_can_be_planned_for_where_there_is_none(tmp_path: Path, capsys: p
         ("lora.rank=4", "model.quantize=nf4"),
     ],
 )
-def test_what_does_not_fit_is_told_what_helps(change: str, mend: str) -> None:
+def test_what_does_not_fit_is_told_what_helps(change: str, fix: str) -> None:
     path, budget = Path(__file__).parents[2] / "configs/vqav2_8gb.yaml", "memory.budget_gib=0.1"
     run = load_config(path, ["model.device=cpu", budget, change])
-    _, plan, whose = plan_run(run, NARROW, assumed(run.data))
-    with pytest.raises(ValueError, match=mend):
-        require_fit(run, plan, whose)
+    planned = plan_run(run, NARROW, assumed_lengths(run.data))
+    with pytest.raises(ValueError, match=fix):
+        require_fit(run, planned)
     plainly = load_config(path, ["model.device=cpu", budget, "model.quantize=nf4"])
     with pytest.raises(ValueError, match="does not fit") as found:
-        require_fit(plainly, plan, whose)
-    assert mend not in str(found.value) or "budget" in mend
+        require_fit(plainly, planned)
+    assert fix not in str(found.value) or "budget" in fix
 
 
 MIB = 2**20
@@ -373,7 +381,7 @@ def test_a_card_that_grows_no_segments_is_planned_for_with_more(monkeypatch: pyt
     rounded = "weights rounded to segments"
     assert grown.components[rounded] < 22 * MIB
     assert 80 * MIB < fixed.components[rounded] < 130 * MIB
-    assert fixed.components["between allocations (estimate)"] > 1.9 * grown.components["between allocations (estimate)"]
+    assert fixed.components["fragmentation (estimate)"] > 1.9 * grown.components["fragmentation (estimate)"]
     on_cpu = Planner(NARROW, TARGETS["language"], torch.bfloat16, 40, 3, 8, torch.device("cpu")).plan(
         ExecutionPlan(2), 0
     )

@@ -25,9 +25,7 @@ from torch.utils.data import Dataset
 import train
 from data.synthetic import scenes
 from finetune import cli, run
-from finetune.preflight.plan import Plan
 from finetune.system import workers
-from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.trainer import LoRATrainer
 from tests import kill_test
 
@@ -163,7 +161,7 @@ def main(what: str, *arguments: str) -> None:
 
 def train_with(directory: Path, fault: str) -> None:
     """A run with two workers, and a fault in its third step."""
-    run.plan_run = lambda *_: (kill_test.Unplanned(), Plan(ExecutionPlan(3), {}, 0), "by nobody")  # type: ignore[assignment]
+    run.plan_run = kill_test.unplanned  # type: ignore[assignment]
     for split, seed in (("train2014", 1), ("val2014", 2)):
         scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     cut_step = LoRATrainer.cut_step
