@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 # A room imports from itself and from those before it; `data` and `model` know nothing of each other.
 ROOMS = ["model", "data", "finetune.system", "finetune.lora", "finetune.adapters", "finetune.config"]
 ROOMS += ["finetune.training", "finetune.evaluation", "finetune.preflight", "finetune.cli", "finetune.config.__main__"]
-ROOMS += ["finetune.run", "recipes"]
+ROOMS += ["finetune.report", "finetune.run", "finetune.pipeline"]
 WITHOUT_DATA = ROOMS[2:6]  # what needs no examples
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for room in ("model", "data", "finetune", "recipes")
+    for room in ("model", "data", "finetune")
     for path in (ROOT / room).rglob("*.py")
 }
 

@@ -302,7 +302,9 @@ def test_options_that_mean_nothing_in_a_form_are_refused(argv: list[str], messag
         evaluate.main(argv)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "predict", "merge_lora", "train", "recipes.vqav2", "recipes.fetch_vqav2"])
+@pytest.mark.parametrize(
+    "name", ["evaluate", "predict", "merge_lora", "train", "finetune.pipeline", "data.download.vqav2"]
+)
 def test_every_option_has_a_line_of_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parsers = []
 

@@ -19,14 +19,17 @@ import torch
 
 import evaluate
 import train
+from data.download import remote_zip
+from data.download import vqav2 as fetch_vqav2
 from data.records import load_records
 from data.synthetic import scenes
+from finetune import pipeline as vqav2
 from finetune.config.schema import load_config
 from finetune.evaluation.vqa_accuracy import score, write_results
+from finetune.report import result_page as result
 from finetune.training.result import Result
 from model import PaliGemma
-from recipes import fetch_vqav2, remote_zip, result, vqav2
-from tests.test_fetch_vqav2 import Server, zipped
+from tests.data.test_download_vqav2 import Server, zipped
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")

@@ -27,7 +27,7 @@ from finetune.system.device import pick_device
 from finetune.training.examples import open_records, skipped_records
 from finetune.training.result import Result
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
 PATHS = {"path", "questions", "annotations", "images", "jsonl", "output"}  # keys of the configuration that hold one
 

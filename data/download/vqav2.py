@@ -1,6 +1,6 @@
 """VQAv2 from its official addresses, with no more pictures than a run looks at.
 
-    python -m recipes.fetch_vqav2 --output downloads/vqav2 --fraction 0.1 --seed 0 --validation 5000
+    python -m data.download.vqav2 --output downloads/vqav2 --fraction 0.1 --seed 0 --validation 5000
 
     DIR/v2_OpenEnded_mscoco_{split}_questions.json      questions and annotations of train2014 and val2014, whole
     DIR/v2_mscoco_{split}_annotations.json
@@ -8,28 +8,29 @@
 
 COCO's archives are 13.5 and 6.6 GB; of these only the directory and the chosen pictures cross the network. Killed at
 any moment, the same command goes on. Not here: the choice, which is that of a configuration with the same fraction,
-count and seed (data/records.py), and how members are fetched (recipes/remote_zip.py).
+count and seed (data/records.py), and how members are fetched (remote_zip.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from string import Template
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from data.download.remote_zip import ATTEMPTS, Archive, Member
 from data.records import load_records
-from finetune import cli
-from finetune.system import console
-from finetune.system.console import PlainConsole
-from finetune.system.paths import path_argument
-from recipes.remote_zip import ATTEMPTS, Archive, Member
 
 SPLITS = {"train2014": "Train", "val2014": "Val"}  # as pictures are named and as the archives of questions are
 ANNOTATIONS_URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"  # the links of visualqa.org/download.html
@@ -53,7 +54,7 @@ def fetch(files: Sequence[Member], output: Path, verify: bool, what: str) -> Non
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=PlainConsole(stderr=True)) as progress, ThreadPoolExecutor(CONNECTIONS) as pool:
+    with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(CONNECTIONS) as pool:
         advance = partial(progress.advance, progress.add_task(what, total=sum(one.end - one.begin for one in missing)))
         running = {pool.submit(file.fetch, advance): file for file in missing}
         try:
@@ -93,7 +94,7 @@ def fetch_vqav2(
         pictures += [archive.member(name, output / split) for name in names]
     fetch(pictures, output, verify, "pictures")
     size = sum(file.info.file_size for file in (*texts, *pictures))
-    console.show(f"{len(pictures):,} pictures with their questions and annotations, {size:,} bytes, are in {output}")
+    print(f"{len(pictures):,} pictures with their questions and annotations, {size:,} bytes, are in {output}")
 
 
 def chosen_pictures(questions: Path, choice: Mapping[str, Any]) -> list[str]:
@@ -103,9 +104,19 @@ def chosen_pictures(questions: Path, choice: Mapping[str, Any]) -> list[str]:
         return sorted({image["path"] for image in images})
 
 
+def path_argument(text: str) -> Path:
+    """A path in which `~`, `$NAME` and `${NAME}` are expanded; `$$` is a dollar sign."""
+    try:
+        return Path(Template(text).substitute(os.environ)).expanduser()
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the environment variable {error} is not set") from error
+    except (ValueError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; write $$ for a dollar sign, ./~ for a tilde") from error
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.fetch_vqav2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data.download.vqav2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=path_argument, default=Path("downloads/vqav2"), help="default: %(default)s")
     parser.add_argument("--fraction", type=float, default=0.1, help="data.train.fraction (default: %(default)s)")
@@ -128,5 +139,20 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{given.output} cannot be written ({error}); make room or give another --output") from error
 
 
+def run() -> int:
+    """Call `main` with the command line, and return the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may have what the encoding lacks
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(run())

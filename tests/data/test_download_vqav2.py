@@ -1,5 +1,5 @@
 """The whole way from addresses to files that load_records accepts, against a server of its own that can fail in every
-way a network does. Both modules: recipes/fetch_vqav2.py and recipes/remote_zip.py.
+way a network does. Both modules: data/download/vqav2.py and data/download/remote_zip.py.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from typing import IO, Any
 
 import pytest
 
+from data.download import remote_zip
+from data.download import vqav2 as fetch_vqav2
 from data.records import load_records
 from data.synthetic.scenes import write as write_scenes
 from finetune.config.schema import load_config
-from recipes import fetch_vqav2, remote_zip
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCENES = {"train2014": 240, "val2014": 60}
 FRACTION, COUNT, SEED = 0.1, 25, 7
 PATIENCE = 600.0  # seconds, for what takes one
@@ -311,7 +312,7 @@ def test_a_killed_process_goes_on(
         parts = {name: size for name, size in sizes.items() if name.endswith((".part", ".new"))}
         return parts == halves and len(sizes) == others
 
-    command = [sys.executable, "-m", "recipes.fetch_vqav2", *arguments(server, tmp_path)]
+    command = [sys.executable, "-m", "data.download.vqav2", *arguments(server, tmp_path)]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it from birth
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         assert server.broken_off.wait(PATIENCE)

@@ -1,7 +1,7 @@
 """The real run, step by step, on a person's own card: PaliGemma learns VQAv2, and what it learned is measured.
 
-    python -m recipes.vqav2                                       configs/vqav2_8gb.yaml
-    python -m recipes.vqav2 CONFIG.yaml section.key=value ...     another run, or a changed one
+    python -m finetune.pipeline                                       configs/vqav2_8gb.yaml
+    python -m finetune.pipeline CONFIG.yaml section.key=value ...     another run, or a changed one
 
 Looks at the card, asks the Hub for the gated checkpoint, fetches questions, annotations and the pictures that the
 configuration draws, plans, inspects the first examples, learns eight of them by heart, trains, evaluates base and
@@ -24,17 +24,17 @@ import torch
 
 import evaluate
 import train
+from data.download.vqav2 import ANNOTATIONS_URL, PICTURES_URL, SPLITS, fetch_vqav2
 from finetune import cli
 from finetune.config.schema import RunConfig, Source, dump_config, load_config
 from finetune.preflight.plan import GIB
+from finetune.report.result_page import write_result
 from finetune.system.console import PlainConsole, show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.system.paths import expand
 from finetune.training.examples import open_records
 from finetune.training.setup import plan_steps
 from model import fetch
-from recipes.fetch_vqav2 import ANNOTATIONS_URL, PICTURES_URL, SPLITS, fetch_vqav2
-from recipes.result import write_result
 
 CONFIG = "configs/vqav2_8gb.yaml"
 BY_HEART = 8  # examples
@@ -197,7 +197,7 @@ def release() -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.vqav2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m finetune.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", default=CONFIG, help=f"default: {CONFIG}")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over the file; values are YAML")

@@ -1,0 +1,1 @@
+"""What came out? The report of a run."""

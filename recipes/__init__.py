@@ -1,1 +1,0 @@
-"""From nothing to a run: what has to be there before train.py, as commands."""
