@@ -1,12 +1,13 @@
-"""The real run, step by step, on a person's own card: PaliGemma learns VQAv2, and what it learned is measured.
+"""All stages of a VQAv2 run on one GPU: check, download, plan, train, evaluate, report.
 
     python -m finetune.pipeline                                       configs/vqav2_8gb.yaml
     python -m finetune.pipeline CONFIG.yaml section.key=value ...     another run, or a changed one
 
-Looks at the card, asks the Hub for the gated checkpoint, fetches questions, annotations and the pictures that the
-configuration draws, plans, inspects the first examples, learns eight of them by heart, trains, evaluates base and
-adapter, and writes OUTPUT/report.json and report.md. Stopped at any moment, the same command goes on: what is done is
-noted in OUTPUT/done.json and not done again. Not here: how a step is done; nearly each is a command of its own, too.
+Checks the device and the access to the gated checkpoint, downloads the questions, annotations and images that the
+configuration selects, plans the memory, inspects the first examples, overfits eight of them, trains, evaluates base and
+adapter, and writes OUTPUT/report.json and report.md. If the command is interrupted, run it again: it resumes, and skips
+the completed stages, which are listed in OUTPUT/pipeline.json. Not here: how a stage works. Most stages are a command
+of their own, too.
 """
 
 from __future__ import annotations
@@ -16,181 +17,202 @@ import dataclasses
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-import evaluate
-import train
-from data.download.vqav2 import ANNOTATIONS_URL, PICTURES_URL, SPLITS, fetch_vqav2
+from data.download.vqav2 import ANNOTATIONS_URL, IMAGES_URL, SPLITS, fetch_vqav2
 from finetune import cli
 from finetune.config.schema import RunConfig, Source, dump_config, load_config
+from finetune.evaluation.run import evaluate_run
+from finetune.evaluation.table import accuracy_table
+from finetune.preflight.dry_run import dry_run
+from finetune.preflight.inspection import inspect
+from finetune.preflight.overfit import overfit
 from finetune.preflight.plan import GIB
-from finetune.report.result_page import write_result
+from finetune.report.result_page import write_report
+from finetune.run import learn
+from finetune.system import distributed
+from finetune.system.atomic import write_text_whole
 from finetune.system.console import PlainConsole, show
 from finetune.system.device import pick_device, pick_dtype
+from finetune.system.lock import locked
 from finetune.system.paths import expand
 from finetune.training.examples import open_records
 from finetune.training.setup import plan_steps
 from model import fetch
 
 CONFIG = "configs/vqav2_8gb.yaml"
-BY_HEART = 8  # examples
+OVERFIT_EXAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """A configuration, and how the person started: what each step is done with."""
+class Pipeline:
+    """What each stage works with: the configuration of a run, and the command line."""
 
     config: RunConfig
     validation: Source
-    command: list[str]  # the configuration's file and overrides, as the scripts take them
-    given: argparse.Namespace
+    words: list[str]  # the configuration's file and overrides, as the scripts take them
+    options: argparse.Namespace
 
     @property
     def device(self) -> torch.device:
         return pick_device(self.config.model.device)
 
 
-def card(walk: Walk) -> None:
-    """There is one that can do it, or the person knows what a CPU means."""
-    if walk.device.type == "cpu" and not walk.given.on_cpu:
+def check_device(pipeline: Pipeline) -> None:
+    """ValueError if there is no GPU and no --on-cpu, or if the GPU lacks the configured dtype."""
+    device = pipeline.device
+    if device.type == "cpu" and not pipeline.options.on_cpu:
         raise ValueError(
-            f"torch {torch.__version__} finds no card here, and on a CPU this run would take weeks: install the torch "
-            "build for your card's driver (see pytorch.org), or go on all the same with --on-cpu"
+            f"torch {torch.__version__} finds no GPU, and on a CPU this run would take weeks: install the torch build "
+            "for your GPU's driver (see pytorch.org), or run on the CPU with --on-cpu"
         )
-    dtype = pick_dtype(walk.config.model.dtype, walk.device)
-    if walk.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(walk.device)
-        show(f"{torch.cuda.get_device_name(walk.device)}: {free / GIB:.2f} of {total / GIB:.2f} GiB are free")
-    show(f"computing on {walk.device} in {dtype}")
+    distributed.init(device)
+    if distributed.count() > 1:
+        raise ValueError(
+            f"the pipeline runs in one process, but the launcher started {distributed.count()}: start it without the "
+            "launcher, or launch train.py and evaluate.py"
+        )
+    dtype = pick_dtype(pipeline.config.model.dtype, device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        show(f"{torch.cuda.get_device_name(device)}: {free / GIB:.2f} of {total / GIB:.2f} GiB are free")
+    show(f"computing on {device} in {dtype}")
 
 
-def checkpoint(walk: Walk) -> None:
-    """The Hub gives it out: asked before hours of fetching pictures, not after."""
-    source = walk.config.model
+def check_checkpoint(pipeline: Pipeline) -> None:
+    """ValueError if the Hub refuses access to the checkpoint; checked before hours of downloading images."""
+    source = pipeline.config.model
     fetch(source.path, source.revision, weights=False)
     show(f"{source.path} can be read")
 
 
-def pictures(walk: Walk) -> None:
-    """Questions, annotations and the drawn pictures: fetched, as far as they are not there."""
-    sources = (walk.config.data.train, walk.validation)
-    if all(is_there(walk, part) for part in ("train", "validation")):
-        show("all there")
+def download_data(pipeline: Pipeline) -> None:
+    """Download the questions, annotations and selected images, unless all of them exist."""
+    if all(is_readable(pipeline.config, split) for split in ("train", "validation")):
+        show("all files exist")
         return
-    seed, names = {"seed": walk.config.train.seed}, {"fraction", "count", "sample_by"}
-    drawn, asked = (source.model_dump(include=names) | seed for source in sources)
-    fetch_vqav2(destination(walk), walk.given.annotations_url, walk.given.pictures_url, drawn, asked, verify=False)
+    seed, names = {"seed": pipeline.config.train.seed}, {"fraction", "count", "sample_by"}
+    train, validation = (
+        source.model_dump(include=names) | seed for source in (pipeline.config.data.train, pipeline.validation)
+    )
+    directory, options = download_directory(pipeline), pipeline.options
+    show(fetch_vqav2(directory, options.annotations_url, options.images_url, train, validation, verify=False))
 
 
-def is_there(walk: Walk, part: str) -> bool:
+def is_readable(config: RunConfig, split: str) -> bool:
     try:
-        open_records(walk.config, part)
+        open_records(config, split)
     except ValueError:
         return False
     return True
 
 
-def destination(walk: Walk) -> Path:
-    """Where the configuration looks for the files as they are published.
+def download_directory(pipeline: Pipeline) -> Path:
+    """The directory in which the configuration expects VQAv2's files.
 
     Raises:
-        ValueError: it looks for them elsewhere.
+        ValueError: it expects them under other names than those that are downloaded.
     """
-    folder = Path(walk.config.data.train.questions or "").parent
-    for split, source in zip(SPLITS, (walk.config.data.train, walk.validation), strict=True):
-        wanted = {
-            "questions": folder / f"v2_OpenEnded_mscoco_{split}_questions.json",
-            "annotations": folder / f"v2_mscoco_{split}_annotations.json",
-            "images": folder / split,
+    directory = Path(pipeline.config.data.train.questions or "").parent
+    for split, source in zip(SPLITS, (pipeline.config.data.train, pipeline.validation), strict=True):
+        downloaded = {
+            "questions": directory / f"v2_OpenEnded_mscoco_{split}_questions.json",
+            "annotations": directory / f"v2_mscoco_{split}_annotations.json",
+            "images": directory / split,
         }
-        for name, path in wanted.items():
+        for name, path in downloaded.items():
             if Path(getattr(source, name) or "") != path:
                 raise ValueError(
-                    f"the data of the configuration cannot be read, and it is not where VQAv2 would be fetched to: "
-                    f"{name} is {getattr(source, name)}, expected {path}"
+                    "the data of the configuration cannot be read, and its paths are not those to which VQAv2 is "
+                    f"downloaded: {name} is {getattr(source, name)}, expected {path}"
                 )
-    return folder
+    return directory
 
 
-def plan(walk: Walk) -> None:
-    """It fits; and on a card, how long it will take."""
-    train.main([*walk.command, "--dry-run", *(["--probe"] if walk.device.type == "cuda" else [])])
+def plan(pipeline: Pipeline) -> None:
+    """ValueError if the run does not fit; on a GPU the time of a step is measured, too."""
+    dry_run(pipeline.config, pipeline.device.type == "cuda")
 
 
-def inspection(walk: Walk) -> None:
-    train.main([*walk.command, "--inspect"])
+def inspect_examples(pipeline: Pipeline) -> None:
+    inspect(pipeline.config)
 
 
-def trial(walk: Walk) -> None:
-    train.main([*walk.command, "--overfit", str(BY_HEART)])
+def overfit_examples(pipeline: Pipeline) -> None:
+    overfit(pipeline.config, OVERFIT_EXAMPLES)
 
 
-def training(walk: Walk) -> None:
-    train.main(walk.command)
+def train(pipeline: Pipeline) -> None:
+    output = Path(pipeline.config.output)
+    with locked(output / "run.lock", output, "training"):
+        learn(pipeline.config, pipeline.words)
 
 
-def evaluation(walk: Walk) -> None:
-    evaluate.main(walk.command)
+def evaluate(pipeline: Pipeline) -> None:
+    show(accuracy_table(evaluate_run(pipeline.config, pipeline.words)))
 
 
-# Those that look at what is there do so each time, as long as anything is left to do; the others are done once.
-LOOKS: dict[str, Callable[[Walk], None]] = {"card": card, "checkpoint": checkpoint, "pictures": pictures}
-STEPS: dict[str, Callable[[Walk], None]] = {
+# Checks look at the machine and its disk: they run every time, unless all stages are completed. Stages run once.
+CHECKS: dict[str, Callable[[Pipeline], None]] = {
+    "device": check_device,
+    "checkpoint": check_checkpoint,
+    "data": download_data,
+}
+STAGES: dict[str, Callable[[Pipeline], None]] = {
     "plan": plan,
-    "first examples": inspection,
-    "eight examples by heart": trial,
-    "training": training,
-    "evaluation": evaluation,
+    "inspect": inspect_examples,
+    "overfit": overfit_examples,
+    "train": train,
+    "evaluate": evaluate,
 }
 
 
-class Done:
-    """Names of the steps that were done with this configuration, in a file."""
+class CompletedStages:
+    """Names of the stages that were completed with this configuration, stored in OUTPUT/pipeline.json."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.file = Path(config.output) / "done.json"
-        self.key = hashlib.sha256(dump_config(config).encode()).hexdigest()
-        kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-        self.names: list[str] = kept.get("steps", []) if kept.get("configuration") == self.key else []
+        self.file = Path(config.output) / "pipeline.json"
+        self.configuration = hashlib.sha256(dump_config(config).encode()).hexdigest()
+        stored = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        same = stored.get("configuration") == self.configuration
+        self.names: list[str] = stored.get("completed", []) if same else []
 
     def add(self, name: str) -> None:
         self.names.append(name)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_name("done.json.unfinished")
-        unfinished.write_text(json.dumps({"configuration": self.key, "steps": self.names}) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.file)
+        stored = {"configuration": self.configuration, "completed": self.names}
+        write_text_whole(self.file, json.dumps(stored) + "\n")
 
 
-def take(walk: Walk) -> None:
-    """All steps that are left, in their order, then the result."""
-    done = Done(walk.config)
-    finished = set(STEPS) <= set(done.names)
-    for number, (name, step) in enumerate({**LOOKS, **STEPS}.items(), start=1):
-        heading(number, name)
-        if finished or name in done.names:
-            show("done before")
+def run_stages(pipeline: Pipeline) -> None:
+    """Run the stages that are not completed, in their order, then write the report."""
+    completed = CompletedStages(pipeline.config)
+    finished = set(STAGES) <= set(completed.names)
+    for number, (name, stage) in enumerate({**CHECKS, **STAGES}.items(), start=1):
+        show_heading(number, name)
+        if finished or name in completed.names:
+            show("already completed")
             continue
-        step(walk)
-        if name in STEPS:
-            done.add(name)
-            release()
-    heading(len(LOOKS) + len(STEPS) + 1, "result")
-    records = open_records(walk.config, "train")
-    output = write_result(walk.config, plan_steps(walk.config, len(records)).total)
+        stage(pipeline)
+        if name in STAGES:
+            completed.add(name)
+            free_models()
+    show_heading(len(CHECKS) + len(STAGES) + 1, "report")
+    records = open_records(pipeline.config, "train")
+    output = write_report(pipeline.config, plan_steps(pipeline.config, len(records)).total)
     show((output / "report.md").read_text(encoding="utf-8"))
-    show(f"saved {output}/report.json and report.md: nothing in them says who or where you are")
+    show(f"saved {output}/report.json and report.md; they contain no names, no absolute paths and no secrets")
 
 
-def heading(number: int, name: str) -> None:
-    PlainConsole().rule(f"{number} of {len(LOOKS) + len(STEPS) + 1}: {name}", align="left")
+def show_heading(number: int, name: str) -> None:
+    PlainConsole().rule(f"{number} of {len(CHECKS) + len(STAGES) + 1}: {name}", align="left")
 
 
-def release() -> None:
-    """Let go of a step's network: two of them would not fit on a small card."""
+def free_models() -> None:
+    """Free the memory of a stage's model: two models would not fit on a small GPU."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -201,22 +223,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", default=CONFIG, help=f"default: {CONFIG}")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over the file; values are YAML")
-    parser.add_argument("--on-cpu", action="store_true", help="go on without a card")
+    parser.add_argument("--on-cpu", action="store_true", help="run without a GPU")
     parser.add_argument("--annotations-url", default=ANNOTATIONS_URL, help="default: %(default)s")
-    parser.add_argument("--pictures-url", default=PICTURES_URL, help="default: %(default)s")
-    given = parser.parse_intermixed_args(argv)
-    if "=" in given.config:
-        given.config, given.overrides = CONFIG, [given.config, *given.overrides]
-    given.config = expand(given.config)
-    return given
+    parser.add_argument("--images-url", default=IMAGES_URL, help="default: %(default)s")
+    options = parser.parse_intermixed_args(argv)
+    if "=" in options.config:
+        options.config, options.overrides = CONFIG, [options.config, *options.overrides]
+    options.config = expand(options.config)
+    return options
 
 
 def main(argv: Sequence[str]) -> None:
-    given = parse(argv)
-    config = load_config(given.config, given.overrides)
+    options = parse(argv)
+    config = load_config(options.config, options.overrides)
     if config.data.validation is None or config.lora is None:
-        raise ValueError(f"{given.config} needs data.validation, to evaluate on, and lora, for an adapter to come out")
-    take(Walk(config, config.data.validation, [given.config, *given.overrides], given))
+        raise ValueError(f"{options.config} needs data.validation, to evaluate on, and lora, to train an adapter")
+    run_stages(Pipeline(config, config.data.validation, [options.config, *options.overrides], options))
 
 
 if __name__ == "__main__":

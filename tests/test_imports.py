@@ -1,4 +1,4 @@
-"""Which room may import which, and that no two files import each other, also not for their types alone."""
+"""Which folder may import which, and that no two files import each other, not even for their types."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A room imports from itself and from those before it; `data` and `model` know nothing of each other.
-ROOMS = ["model", "data", "finetune.system", "finetune.lora", "finetune.adapters", "finetune.config"]
-ROOMS += ["finetune.training", "finetune.evaluation", "finetune.preflight", "finetune.cli", "finetune.config.__main__"]
-ROOMS += ["finetune.report", "finetune.run", "finetune.pipeline"]
-WITHOUT_DATA = ROOMS[2:6]  # what needs no examples
+# A folder imports from itself and from those before it; `data` and `model` do not import each other.
+FOLDERS = ["model", "data", "finetune.system", "finetune.lora", "finetune.adapters", "finetune.cli", "finetune.config"]
+FOLDERS += ["finetune.config.__main__", "finetune.training", "finetune.evaluation", "finetune.preflight"]
+FOLDERS += ["finetune.report", "finetune.run", "finetune.pipeline"]
+WITHOUT_DATA = FOLDERS[2:8]  # these need no examples
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for room in ("model", "data", "finetune")
-    for path in (ROOT / room).rglob("*.py")
+    for folder in ("model", "data", "finetune")
+    for path in (ROOT / folder).rglob("*.py")
 }
 
 
-def room_of(name: str) -> str | None:
-    """The room of a file; None for the names that `finetune` offers, which stand outside."""
-    within = [room for room in ROOMS if name == room or name.startswith(f"{room}.")]
+def folder_of(name: str) -> str | None:
+    """The folder of a module; None for `finetune` itself, which only exports names."""
+    within = [folder for folder in FOLDERS if name == folder or name.startswith(f"{folder}.")]
     return max(within, key=len, default=None)
 
 
 def imports_of(path: Path) -> set[str]:
-    """Full names of the modules that a file imports anywhere: in functions and under TYPE_CHECKING, too."""
+    """Full names of the modules that a file imports anywhere, including in functions and under TYPE_CHECKING."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -43,13 +43,15 @@ def imports_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_rooms_import_in_one_direction(name: str) -> None:
-    if (room := room_of(name)) is None:
+def test_folders_import_in_one_direction(name: str) -> None:
+    if (folder := folder_of(name)) is None:
         assert name == "finetune.__init__"
         return
-    before = set(ROOMS[: ROOMS.index(room) + 1])
-    allowed = {"data": {"data"}, "model": {"model"}}.get(room, before - ({"data"} if room in WITHOUT_DATA else set()))
-    assert {room_of(other) for other in imports_of(FILES[name])} - {None} <= allowed
+    before = set(FOLDERS[: FOLDERS.index(folder) + 1])
+    allowed = {"data": {"data"}, "model": {"model"}}.get(
+        folder, before - ({"data"} if folder in WITHOUT_DATA else set())
+    )
+    assert {folder_of(other) for other in imports_of(FILES[name])} - {None} <= allowed
 
 
 def test_there_is_no_import_cycle() -> None:
@@ -58,10 +60,10 @@ def test_there_is_no_import_cycle() -> None:
     assert order.index("model.paligemma") < order.index("model")
 
 
-def test_what_the_network_imports_of_others() -> None:
-    """torch and safetensors; huggingface_hub where the Hub is asked, and nowhere else."""
+def test_which_packages_the_model_imports() -> None:
+    """torch and safetensors; huggingface_hub in model/hub.py only."""
     for name, path in FILES.items():
-        if room_of(name) == "model":
+        if folder_of(name) == "model":
             outside = {imported.partition(".")[0] for imported in imports_of(path)} - set(sys.stdlib_module_names)
             assert outside <= {"torch", "safetensors", "model"} | (
                 {"huggingface_hub"} if name == "model.hub" else set()
@@ -71,7 +73,7 @@ def test_what_the_network_imports_of_others() -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        # The network, LoRA, adapters and merging: where only torch, safetensors and transformers are installed.
+        # The model, LoRA, adapters and merging need only torch, safetensors and transformers.
         (
             "model, finetune.lora.linear, finetune.adapters.storage, finetune.adapters.merge",
             "datasets, peft, accelerate, PIL, wandb, pydantic, yaml, rich, bitsandbytes",
@@ -83,9 +85,9 @@ def test_what_the_network_imports_of_others() -> None:
         ("finetune.training.trainer, finetune.training.tracking", "peft, wandb, bitsandbytes, datasets"),
     ],
 )
-def test_what_imports_without_which_packages(modules: str, absent: str) -> None:
+def test_folders_import_without_optional_packages(modules: str, absent: str) -> None:
     block = f"import sys\nfor name in '{absent}'.split(', '): sys.modules[name] = None\n"
-    # transformers looks for optional packages with importlib.util.find_spec, which stumbles over a blocked one.
+    # transformers looks for optional packages with importlib.util.find_spec, which fails on a blocked one.
     look = "import importlib.util as u\nfind = u.find_spec\n"
     look += f"u.find_spec = lambda name, *a: None if name.split('.')[0] in '{absent}'.split(', ') else find(name, *a)\n"
     code = f"{look}{block}import {modules}"
@@ -98,3 +100,28 @@ def test_modules_import_without_side_effects() -> None:
     code = "import train, evaluate, predict, merge_lora"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout == ""
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    """They take seconds to import: a script's `--help`, and a mistake in its arguments, are answered without them."""
+    code = "import sys, evaluate\ntry: evaluate.main(sys.argv[1:])\nexcept (SystemExit, ValueError): pass\n"
+    code += "print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()), file=sys.stderr)"
+    for argv in (["--help"], ["--limit", "0"], ["--model", "M"]):
+        ran = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert ran.stderr.endswith("[]\n"), ran.stderr
+
+
+def test_every_exported_name_is_there() -> None:
+    import finetune
+
+    for name in finetune.__all__:
+        assert getattr(finetune, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        finetune.no_such_name  # noqa: B018
+
+
+def test_dtype_names_are_those_of_the_devices() -> None:
+    from finetune import cli
+    from finetune.system import device
+
+    assert list(cli.DTYPE_NAMES) == list(device.DTYPES)

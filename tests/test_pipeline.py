@@ -1,4 +1,4 @@
-"""The whole way of a real run at a tiny size: fetched, tried, trained and measured once, and told without secrets."""
+"""The whole pipeline at a tiny size: download, checks, training, evaluation, and a report without secrets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-import threading
 import weakref
 import zipfile
 from collections.abc import Iterator
@@ -17,56 +16,32 @@ from typing import Any
 import pytest
 import torch
 
-import evaluate
-import train
-from data.download import remote_zip
-from data.download import vqav2 as fetch_vqav2
+from data.download import remote_zip, vqav2
 from data.records import load_records
 from data.synthetic import scenes
-from finetune import pipeline as vqav2
+from finetune import pipeline
 from finetune.config.schema import load_config
-from finetune.evaluation.vqa_accuracy import score, write_results
-from finetune.report import result_page as result
-from finetune.training.result import Result
+from finetune.evaluation.vqa_accuracy import VQAScore
 from model import PaliGemma
-from tests.data.test_download_vqav2 import Server, zipped
+from tests.data.range_server import Server, serving, zipped
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
-STEPS = [
-    "card",
-    "checkpoint",
-    "pictures",
-    "plan",
-    "first examples",
-    "eight examples by heart",
-    "training",
-    "evaluation",
-]
+STAGES = ["device", "checkpoint", "data", "plan", "inspect", "overfit", "train", "evaluate"]
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Scenes, as VQAv2 is published."""
+    """Generated scenes, as the archives of VQAv2."""
     directory, files = tmp_path_factory.mktemp("published"), {}
-    for seed, (split, name) in enumerate(fetch_vqav2.SPLITS.items()):
+    for seed, (split, name) in enumerate(vqav2.SPLITS.items()):
         scenes.write(directory, scenes=20, seed=seed, split=split)
         for kind, file in (("Questions", "OpenEnded_mscoco_{}_questions"), ("Annotations", "mscoco_{}_annotations")):
             text = f"v2_{file.format(split)}.json"
             files[f"/vqa/v2_{kind}_{name}_mscoco.zip"] = zipped({text: directory / text}, zipfile.ZIP_DEFLATED)
-        pictures = sorted((directory / "images").glob(f"COCO_{split}_*"))
-        files[f"/zips/{split}.zip"] = zipped({f"{split}/{p.name}": p for p in pictures}, zipfile.ZIP_STORED)
+        images = sorted((directory / "images").glob(f"COCO_{split}_*"))
+        files[f"/zips/{split}.zip"] = zipped({f"{split}/{p.name}": p for p in images}, zipfile.ZIP_STORED)
     return files
-
-
-@contextlib.contextmanager
-def serving(archives: dict[str, bytes]) -> Iterator[Server]:
-    with Server(archives) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -75,14 +50,14 @@ def server(archives: dict[str, bytes]) -> Iterator[Server]:
         yield server
 
 
-def overrides(place: Path) -> list[str]:
-    """A run of six small steps, with its data and its output below `place`."""
+def overrides(directory: Path) -> list[str]:
+    """A run of six small steps, with its data and its output in `directory`."""
     sources = {}
     for name, split, size in (("train", "train2014", {"fraction": 0.5}), ("validation", "val2014", {"count": 30})):
         sources[name] = {
-            "questions": f"{place}/vqav2/v2_OpenEnded_mscoco_{split}_questions.json",
-            "annotations": f"{place}/vqav2/v2_mscoco_{split}_annotations.json",
-            "images": f"{place}/vqav2/{split}",
+            "questions": f"{directory}/vqav2/v2_OpenEnded_mscoco_{split}_questions.json",
+            "annotations": f"{directory}/vqav2/v2_mscoco_{split}_annotations.json",
+            "images": f"{directory}/vqav2/{split}",
             **size,
         }
     return [
@@ -90,31 +65,31 @@ def overrides(place: Path) -> list[str]:
         f"data={json.dumps({**sources, 'answers': 'majority', 'workers': 0})}",
         "train={max_steps: 6, batch_size: 8, micro_batch: 4, learning_rate: 3e-3, log_every: 1, eval_every: 2}",
         "evaluation={count: 5, batch_size: 10, max_new_tokens: 4}",
-        f"output={place}/run",
+        f"output={directory}/run",
     ]
 
 
-def arguments(place: Path, server: Server, *more: str) -> list[str]:
-    addresses = ["--annotations-url", f"{server.url}/vqa", "--pictures-url", f"{server.url}/zips"]
-    return [QUICKSTART, *overrides(place), *addresses, "--on-cpu", *more]
+def arguments(directory: Path, server: Server, *more: str) -> list[str]:
+    addresses = ["--annotations-url", f"{server.url}/vqa", "--images-url", f"{server.url}/zips"]
+    return [QUICKSTART, *overrides(directory), *addresses, "--on-cpu", *more]
 
 
-class Walked(SimpleNamespace):
-    place: Path
+class Finished(SimpleNamespace):
+    directory: Path
     out: str
     home: Path
 
 
 @pytest.fixture(scope="module")
-def walked(archives: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walked]:
-    """The whole way, walked once by a person with a home directory and a token; what was loaded is gone in time."""
+def finished(archives: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """A finished pipeline of a user with a home directory and a token. Each model is freed before the next is made."""
     home = tmp_path_factory.mktemp("disk") / "home" / "erika.musterfrau"
     home.mkdir(parents=True)
     loaded: list[weakref.ref[PaliGemma]] = []
     empty = PaliGemma.empty
 
     def counted(*given: Any) -> PaliGemma:
-        assert not any(reference() for reference in loaded), "a network is still there when the next one is made"
+        assert not any(reference() for reference in loaded), "a model is still in memory when the next one is made"
         loaded.append(weakref.ref(model := empty(*given)))
         return model
 
@@ -124,129 +99,116 @@ def walked(archives: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory)
         for name, value in {"HOME": str(home), "USER": "erika", "LOGNAME": "erika", "HF_TOKEN": "hf_secret"}.items():
             patch.setenv(name, value)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            vqav2.main(arguments(home / "projects", server))
-        assert len(loaded) == 5  # inspected, learned by heart, trained, and evaluated twice
-        yield Walked(place=home / "projects", out=out.getvalue(), home=home)
+            pipeline.main(arguments(home / "projects", server))
+        assert len(loaded) == 5  # inspect, overfit, train, and evaluate twice
+        yield Finished(directory=home / "projects", out=out.getvalue(), home=home)
 
 
-def test_every_step_is_announced_in_its_order(walked: Walked) -> None:
-    assert re.findall(r"^(\d) of 9: ([\w ]+?) ─", walked.out, re.MULTILINE) == [
-        (str(number), name) for number, name in enumerate([*STEPS, "result"], start=1)
+def test_every_stage_is_shown_in_its_order(finished: Finished) -> None:
+    assert re.findall(r"^(\d) of 9: ([\w ]+?) ─", finished.out, re.MULTILINE) == [
+        (str(number), name) for number, name in enumerate([*STAGES, "report"], start=1)
     ]
-    for said in ("it fits", "in order: image tokens", "it learns: 8 of 8", "saved"):
-        assert said in walked.out
-    assert "done before" not in walked.out
+    for line in ("it fits", "in order: image tokens", "it learns: 8 of 8", "saved"):
+        assert line in finished.out
+    assert "already completed" not in finished.out
 
 
-def test_only_the_drawn_pictures_are_fetched(walked: Walked) -> None:
-    config = load_config(walked.place / "run/config.yaml")
+def test_only_the_selected_images_are_downloaded(finished: Finished) -> None:
+    config = load_config(finished.directory / "run/config.yaml")
     assert config.data.validation is not None
     for source, split in ((config.data.train, "train2014"), (config.data.validation, "val2014")):
         records = load_records(questions=source.questions, fraction=source.fraction, count=source.count)
-        drawn = {image["path"] for image in records["image"]}
-        assert {path.name for path in (walked.place / "vqav2" / split).iterdir()} == drawn
-        assert len(drawn) < 20
+        selected = {image["path"] for image in records["image"]}
+        assert {path.name for path in (finished.directory / "vqav2" / split).iterdir()} == selected
+        assert len(selected) < 20
 
 
-def test_the_result_holds_what_was_measured(walked: Walked) -> None:
-    run = walked.place / "run"
-    told = json.loads((run / "report.json").read_text())
-    assert list(told["scores"]) == ["base", "adapter"]
-    for arm, scores in told["scores"].items():
+def test_the_report_has_the_measured_values(finished: Finished) -> None:
+    run = finished.directory / "run"
+    report = json.loads((run / "report.json").read_text())
+    assert list(report["scores"]) == ["base", "adapter"]
+    for arm, scores in report["scores"].items():
         metrics = json.loads((run / f"eval/{arm}/metrics.json").read_text())
         assert (scores["accuracy"], scores["interval"]) == (metrics["overall"], metrics["interval"])
         assert scores["questions"] == 30
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in logged if "eval_accuracy" in line]
     best = max(evaluations, key=lambda line: (line["eval_accuracy"], -line["eval_loss"], line["step"]))
-    assert told["training"]["kept_step"] == best["step"]
-    assert told["training"]["accuracy_at_kept_step"] == best["eval_accuracy"]
-    assert told["training"]["steps"] == 6
-    assert told["data"]["validation"]["questions"] == 30
-    assert told["data"]["train"]["pictures"] == 10
-    assert told["environment"]["torch"] == torch.__version__
-    assert told["configuration"]["train"]["learning_rate"] == 3e-3
+    assert report["training"]["kept_step"] == best["step"]
+    assert report["training"]["accuracy_at_kept_step"] == best["eval_accuracy"]
+    assert report["training"]["steps"] == 6
+    assert report["data"]["validation"]["questions"] == 30
+    assert report["data"]["train"]["images"] == 10
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["configuration"]["train"]["learning_rate"] == 3e-3
     page = (run / "report.md").read_text()
-    assert page in walked.out
-    low, high = told["scores"]["adapter"]["interval"]
-    assert f"| adapter | {told['scores']['adapter']['accuracy']:.2f} ({low:.2f} to {high:.2f}) |" in page
+    assert page in finished.out
+    low, high = report["scores"]["adapter"]["interval"]
+    assert f"| adapter | {report['scores']['adapter']['accuracy']:.2f} ({low:.2f} to {high:.2f}) |" in page
     assert "learning_rate: 0.003" in page
     assert f"torch: {torch.__version__}" in page
 
 
-def test_scores_have_an_interval_for_each_type_of_answer(walked: Walked, tmp_path: Path) -> None:
-    """An arm that knows every other yes/no and nothing else."""
-    config = load_config(walked.place / "run/config.yaml", [f"output={tmp_path}"])
-    assert config.data.validation is not None
-    records = list(load_records(**config.data.validation.model_dump()))
-    asked = [record for record in records if record["answer_type"] == "yes/no"]
-    known = {record["id"]: record["answer"] for record in asked[::2]}
-    answers = {record["id"]: known.get(record["id"], "nothing") for record in records}
-    (tmp_path / "eval/adapter").mkdir(parents=True)
-    write_results(tmp_path / "eval/adapter/results.json", answers)
-    told = result.scores_of(config)["adapter"]
-    assert told["accuracy"] == pytest.approx(100 * len(known) / 30, abs=0.01)
-    alone = score({record["id"]: answers[record["id"]] for record in asked}, asked)
-    found = told["by_answer_type"]["yes/no"]
-    assert found["questions"] == len(asked) < 30
-    assert found["accuracy"] == pytest.approx(100 * len(known) / len(asked), abs=0.01)
-    assert found["interval"] == [round(bound, 2) for bound in alone.interval]
-    assert found["interval"][0] < found["accuracy"] < found["interval"][1]
-    assert told["by_answer_type"]["other"]["accuracy"] == 0
-
-
-def test_the_result_says_nothing_about_the_person_or_the_machine(walked: Walked) -> None:
+def test_the_report_names_neither_the_user_nor_the_machine(finished: Finished) -> None:
     for file in ("report.json", "report.md"):
-        text = (walked.place / "run" / file).read_text()
-        for secret in ("erika", "musterfrau", "home", "hf_secret", str(ROOT), str(walked.home.parent.parent)):
+        text = (finished.directory / "run" / file).read_text()
+        for secret in ("erika", "musterfrau", "home", "hf_secret", str(ROOT), str(finished.home.parent.parent)):
             assert secret not in text, (file, secret)
         assert not re.search(r"[\"' ]/\w", text), "an absolute path"
-    told = json.loads((walked.place / "run/report.json").read_text())["configuration"]
-    assert told["output"] == "."
-    assert told["model"]["path"] == "assets/tiny-base"
-    assert told["data"]["train"]["images"] == "train2014"
-    assert "tracking" not in told
+    report = json.loads((finished.directory / "run/report.json").read_text())["configuration"]
+    assert report["output"] == "."
+    assert report["model"]["path"] == "assets/tiny-base"
+    assert report["data"]["train"]["images"] == "train2014"
+    assert "tracking" not in report
 
 
-def test_a_second_time_nothing_is_done_but_the_result_written(
-    walked: Walked, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_finished_pipeline_only_writes_the_report_again(
+    finished: Finished, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module, name in ((train, "main"), (evaluate, "main"), (vqav2, "fetch"), (vqav2, "fetch_vqav2")):
-        monkeypatch.setattr(module, name, None)  # called, it would fail
-    files = [walked.place / "run" / name for name in ("report.json", "report.md")]
+    for name in ("dry_run", "inspect", "overfit", "learn", "evaluate_run", "fetch", "fetch_vqav2"):
+        monkeypatch.setattr(pipeline, name, None)  # a call would fail
+    files = [finished.directory / "run" / name for name in ("report.json", "report.md")]
     before = [file.read_text() for file in files]
     for file in files:
         file.unlink()
-    # Other addresses are no other configuration.
-    vqav2.main(arguments(walked.place, server))
+    # The addresses differ from the first time; they are not part of the configuration.
+    pipeline.main(arguments(finished.directory, server))
     assert [file.read_text() for file in files] == before
-    assert capsys.readouterr().out.count("done before") == len(STEPS)
+    assert capsys.readouterr().out.count("already completed") == len(STAGES)
     assert server.sent == {}
 
 
 class Calls:
-    """Stands for the scripts: notes what they are asked for, and stops where it is told to."""
+    """Replaces the work of the stages: records the calls, and interrupts the one named by `interrupt_at`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[str] = []
-        self.stop_at: str | None = None
-        monkeypatch.setattr(train, "main", lambda argv: self.note("train", argv))
-        monkeypatch.setattr(evaluate, "main", lambda argv: self.note("evaluate", argv))
-        monkeypatch.setattr(vqav2, "write_result", lambda config, steps: self.write(Path(config.output)))
+        self.interrupt_at: str | None = None
+        monkeypatch.setattr(
+            pipeline, "dry_run", lambda config, probed: self.record("plan and time" if probed else "plan")
+        )
+        monkeypatch.setattr(pipeline, "inspect", lambda config: self.record("inspect"))
+        monkeypatch.setattr(pipeline, "overfit", lambda config, count: self.record(f"overfit {count}"))
+        monkeypatch.setattr(pipeline, "learn", lambda config, words: self.record("train"))
+        monkeypatch.setattr(pipeline, "evaluate_run", lambda config, words: self.evaluate())
+        monkeypatch.setattr(pipeline, "write_report", lambda config, steps: self.write(Path(config.output)))
 
-    def note(self, script: str, argv: list[str]) -> None:
-        asked = " ".join([script, *(word for word in argv if word != QUICKSTART and "=" not in word)])
-        self.made.append(asked)
-        if asked == self.stop_at:
+    def record(self, call: str) -> None:
+        self.made.append(call)
+        if call == self.interrupt_at:
             raise KeyboardInterrupt
 
+    def evaluate(self) -> dict[str, VQAScore]:
+        self.record("evaluate")
+        return {}
+
     def write(self, output: Path) -> Path:
-        self.made.append("result")
+        self.made.append("report")
         (output / "report.md").write_text("")
         return output
 
 
-EVERYTHING = ["train --dry-run", "train --inspect", "train --overfit 8", "train", "evaluate", "result"]
+EVERYTHING = ["plan", "inspect", "overfit 8", "train", "evaluate", "report"]
 
 
 @pytest.fixture
@@ -255,63 +217,65 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return Calls(monkeypatch)
 
 
-@pytest.mark.parametrize("stop_at", EVERYTHING[:-1])
-def test_stopped_anywhere_it_goes_on_there(
-    walked: Walked, server: Server, tmp_path: Path, calls: Calls, stop_at: str
+@pytest.mark.parametrize("interrupt_at", EVERYTHING[:-1])
+def test_an_interrupted_pipeline_resumes_at_the_interrupted_stage(
+    finished: Finished, server: Server, tmp_path: Path, calls: Calls, interrupt_at: str
 ) -> None:
-    """What was finished is not done again, what was under way is asked for once more."""
-    argv = [*arguments(walked.place, server), f"output={tmp_path}"]
-    calls.stop_at = stop_at
+    """Completed stages are not repeated; the interrupted one runs again."""
+    argv = [*arguments(finished.directory, server), f"output={tmp_path}"]
+    calls.interrupt_at = interrupt_at
     with pytest.raises(KeyboardInterrupt):
-        vqav2.main(argv)
-    place = EVERYTHING.index(stop_at)
-    assert calls.made == EVERYTHING[: place + 1]
-    calls.stop_at, calls.made = None, []
-    vqav2.main(argv)
-    assert calls.made == EVERYTHING[place:]
-    vqav2.main(argv)
-    assert calls.made == [*EVERYTHING[place:], "result"]
+        pipeline.main(argv)
+    index = EVERYTHING.index(interrupt_at)
+    assert calls.made == EVERYTHING[: index + 1]
+    calls.interrupt_at, calls.made = None, []
+    pipeline.main(argv)
+    assert calls.made == EVERYTHING[index:]
+    pipeline.main(argv)
+    assert calls.made == [*EVERYTHING[index:], "report"]
 
 
-def test_another_configuration_begins_anew(walked: Walked, server: Server, tmp_path: Path, calls: Calls) -> None:
-    argv = [*arguments(walked.place, server), f"output={tmp_path}"]
-    vqav2.main(argv)
+def test_a_changed_configuration_runs_all_stages_again(
+    finished: Finished, server: Server, tmp_path: Path, calls: Calls
+) -> None:
+    argv = [*arguments(finished.directory, server), f"output={tmp_path}"]
+    pipeline.main(argv)
     calls.made.clear()
-    vqav2.main([*argv, "train.learning_rate=1e-3"])
+    pipeline.main([*argv, "train.learning_rate=1e-3"])
     assert calls.made == EVERYTHING
 
 
-def test_a_cpu_is_refused_before_anything_is_fetched(server: Server, tmp_path: Path, calls: Calls) -> None:
+def test_a_cpu_is_refused_before_anything_is_downloaded(server: Server, tmp_path: Path, calls: Calls) -> None:
     with pytest.raises(ValueError, match=r"on a CPU this run would take weeks: .* --on-cpu"):
-        vqav2.main([word for word in arguments(tmp_path, server) if word != "--on-cpu"])
+        pipeline.main([word for word in arguments(tmp_path, server) if word != "--on-cpu"])
     assert server.sent == {}
     assert calls.made == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_card_is_looked_at_and_a_step_is_timed_on_it(
+def test_a_gpu_is_checked_and_a_step_is_timed_on_it(
     tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that has no bfloat16 is refused there and then."""
+    """A GPU without bfloat16 is refused by the check."""
     capability = (8, 6)
-    monkeypatch.setattr(vqav2, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(pipeline, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 2**30, 8 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3070")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = load_config(QUICKSTART, [*overrides(tmp_path), "model.dtype=bfloat16"])
     assert config.data.validation is not None
-    walk = vqav2.Walk(config, config.data.validation, [QUICKSTART], vqav2.parse([]))
-    vqav2.card(walk)
+    given = pipeline.Pipeline(config, config.data.validation, [QUICKSTART], pipeline.parse([]))
+    pipeline.check_device(given)
     assert "RTX 3070: 7.00 of 8.00 GiB are free" in capsys.readouterr().out
-    vqav2.plan(walk)
-    assert calls.made == ["train --dry-run --probe"]
+    pipeline.plan(given)
+    assert calls.made == ["plan and time"]
     capability = (7, 5)
     with pytest.raises(ValueError, match="RTX 3070 has no bfloat16"):
-        vqav2.card(walk)
+        pipeline.check_device(given)
 
 
-def test_a_gated_checkpoint_is_asked_for_before_the_pictures(
+def test_access_to_a_gated_checkpoint_is_checked_before_the_download(
     server: Server, tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
@@ -320,37 +284,35 @@ def test_a_gated_checkpoint_is_asked_for_before_the_pictures(
         asked.append((path, revision, weights))
         raise ValueError("its licence must be accepted first")
 
-    monkeypatch.setattr(vqav2, "fetch", refused)
+    monkeypatch.setattr(pipeline, "fetch", refused)
     with pytest.raises(ValueError, match="its licence must be accepted first"):
-        vqav2.main(arguments(tmp_path, server, "model.path=google/some", "model.revision=bfloat16"))
+        pipeline.main(arguments(tmp_path, server, "model.path=google/some", "model.revision=bfloat16"))
     assert asked == [("google/some", "bfloat16", False)]
     assert server.sent == {}
     assert calls.made == []
 
 
-def test_what_does_not_fit_is_not_tried(
-    walked: Walked, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_does_not_fit_does_not_start(
+    finished: Finished, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PaliGemma, "empty", None)  # no network is made
+    monkeypatch.setattr(PaliGemma, "empty", None)  # no model is made
     with pytest.raises(ValueError, match="this does not fit"):
-        vqav2.main([*arguments(walked.place, server), f"output={tmp_path}/run", "memory.budget_gib=0.1"])
+        pipeline.main([*arguments(finished.directory, server), f"output={tmp_path}/run", "memory.budget_gib=0.1"])
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_is_missing_is_fetched_again(
-    walked: Walked, server: Server, tmp_path: Path, calls: Calls
-) -> None:
-    """Also where its record is known from before."""
-    one = sorted((walked.place / "vqav2/train2014").iterdir())[0]
+def test_a_missing_image_is_downloaded_again(finished: Finished, server: Server, tmp_path: Path, calls: Calls) -> None:
+    """Even if the records were read before."""
+    one = sorted((finished.directory / "vqav2/train2014").iterdir())[0]
     content = one.read_bytes()
     one.unlink()
-    vqav2.main([*arguments(walked.place, server), f"output={tmp_path}"])
+    pipeline.main([*arguments(finished.directory, server), f"output={tmp_path}"])
     assert one.read_bytes() == content
     assert calls.made == EVERYTHING
 
 
-def test_data_that_is_there_in_another_place_is_taken(server: Server, tmp_path: Path, calls: Calls) -> None:
-    """Without a look at the network; and where it is not there, the place to fetch it to is named."""
+def test_data_in_another_directory_is_used(server: Server, tmp_path: Path, calls: Calls) -> None:
+    """Without the network. If it cannot be read, the paths to which VQAv2 would be downloaded are named."""
     for seed, split in enumerate(("train2014", "val2014")):
         scenes.write(tmp_path / "scenes", scenes=10, seed=seed, split=split)
         for name in ("OpenEnded_mscoco_{}_questions", "mscoco_{}_annotations"):
@@ -365,60 +327,24 @@ def test_data_that_is_there_in_another_place_is_taken(server: Server, tmp_path: 
         for name, split in (("train", "train2014"), ("validation", "val2014"))
     }
     argv = [*arguments(tmp_path, server), f"data={json.dumps({**files, 'workers': 0})}"]
-    vqav2.main(argv)
+    pipeline.main(argv)
     assert calls.made == EVERYTHING
     next((tmp_path / "scenes/images").iterdir()).unlink()
     wanted = re.escape(f"{tmp_path}/scenes/v2_OpenEnded_mscoco_train2014_questions.json")
     with pytest.raises(ValueError, match=f"questions is .*/my_OpenEnded.*, expected {wanted}"):
-        vqav2.main([*argv, f"output={tmp_path}/other"])
+        pipeline.main([*argv, f"output={tmp_path}/other"])
     assert server.sent == {}
 
 
-def test_an_override_alone_is_laid_over_the_default_configuration() -> None:
-    assert vqav2.parse([]).config == "configs/vqav2_8gb.yaml"
-    given = vqav2.parse(["train.epochs=2", "train.seed=1"])
+def test_overrides_alone_apply_to_the_default_configuration() -> None:
+    assert pipeline.parse([]).config == "configs/vqav2_8gb.yaml"
+    given = pipeline.parse(["train.epochs=2", "train.seed=1"])
     assert (given.config, given.overrides) == ("configs/vqav2_8gb.yaml", ["train.epochs=2", "train.seed=1"])
-    given = vqav2.parse(["mine.yaml", "train.epochs=2"])
+    given = pipeline.parse(["mine.yaml", "train.epochs=2"])
     assert (given.config, given.overrides) == ("mine.yaml", ["train.epochs=2"])
 
 
-def test_hours_are_summed_over_all_the_times_a_run_was_taken_up(tmp_path: Path) -> None:
-    """Half an hour until it was killed, then a quarter; the step that was kept is the one that the run says."""
-    rows: list[dict[str, float]] = [
-        {"step": 10, "seconds": 900.0, "loss": 1.0},
-        {"step": 20, "seconds": 1800.0, "eval_accuracy": 61.5},
-        {"step": 20, "seconds": 450.0, "eval_accuracy": 61.5},
-        {"step": 30, "seconds": 900.0, "eval_accuracy": 60.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with Result(20, "best accuracy", "accuracy", 61.5, 0.5).written(tmp_path):
-        pass
-    assert result.training_of(tmp_path, 30) == {
-        "hours": 0.75,
-        "steps": 30,
-        "kept_step": 20,
-        "kept_for": "best accuracy",
-        "accuracy_at_kept_step": 61.5,
-        "validation_loss_at_kept_step": 0.5,
-    }
-
-
-def test_the_card_and_its_driver_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = SimpleNamespace(name="NVIDIA GeForce RTX 3070", total_memory=8 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(result, "said", lambda command: {"nvidia-smi": "580.1\n580.1", "git": "abc"}[command[0]])
-    told = result.environment_of(torch.device("cuda"))
-    assert (told["device"], told["memory_gib"], told["driver"]) == ("NVIDIA GeForce RTX 3070", 8.0, "580.1")
-    assert told["commit"] == "abc"
-
-
-def test_a_program_that_is_not_there_says_nothing() -> None:
-    assert result.said(["no-such-program"]) is None
-    assert result.said(["false"]) is None
-    assert result.said(["echo", "hello"]) == "hello"
-
-
-def test_the_recipe_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        vqav2.main(["--help"])
+        pipeline.main(["--help"])
     assert "--on-cpu" in capsys.readouterr().out

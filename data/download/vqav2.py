@@ -1,14 +1,15 @@
-"""VQAv2 from its official addresses, with no more pictures than a run looks at.
+"""Download VQAv2 from its official addresses, with only the images that a run needs.
 
     python -m data.download.vqav2 --output downloads/vqav2 --fraction 0.1 --seed 0 --validation 5000
 
-    DIR/v2_OpenEnded_mscoco_{split}_questions.json      questions and annotations of train2014 and val2014, whole
+    DIR/v2_OpenEnded_mscoco_{split}_questions.json      all questions and annotations of train2014 and val2014
     DIR/v2_mscoco_{split}_annotations.json
-    DIR/{split}/COCO_{split}_{image_id:012d}.jpg        pictures of the chosen questions
+    DIR/{split}/COCO_{split}_{image_id:012d}.jpg        images of the selected questions
 
-COCO's archives are 13.5 and 6.6 GB; of these only the directory and the chosen pictures cross the network. Killed at
-any moment, the same command goes on. Not here: the choice, which is that of a configuration with the same fraction,
-count and seed (data/records.py), and how members are fetched (remote_zip.py).
+COCO's archives have 13.5 and 6.6 GB; only their directories and the selected images are downloaded. If the command is
+interrupted, run it again: it resumes. The exit code is 0, 2 after an error or 130 after Ctrl-C. Not here: how questions
+are selected (data/records.py, as for a configuration with the same fraction, count and seed), and how members of an
+archive are downloaded (remote_zip.py).
 """
 
 from __future__ import annotations
@@ -32,19 +33,29 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from data.download.remote_zip import ATTEMPTS, Archive, Member
 from data.records import load_records
 
-SPLITS = {"train2014": "Train", "val2014": "Val"}  # as pictures are named and as the archives of questions are
+SPLITS = {"train2014": "Train", "val2014": "Val"}  # in the names of images, and in those of VQAv2's archives
 ANNOTATIONS_URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"  # the links of visualqa.org/download.html
-PICTURES_URL = "http://images.cocodataset.org/zips"  # over https, its certificate is that of another name
+IMAGES_URL = "http://images.cocodataset.org/zips"  # not https: the server's certificate has another host name
 CONNECTIONS = 16
 
 
 def fetch(files: Sequence[Member], output: Path, verify: bool, what: str) -> None:
-    """Fetch those that are not there, several at once. ValueError names those whose CRC-32 is wrong again and again."""
-    missing = [file for file in files if not file.is_there(verify)]
+    """Download the files that are missing, several at once.
+
+    Args:
+        verify: compare the CRC-32 of existing files; without it their size only.
+        what: the files, for messages.
+
+    Raises:
+        ValueError: the disk has too little room, or some files still differ from their CRC-32 after all attempts.
+    """
+    missing = [file for file in files if not file.is_complete(verify)]
     needed, free = sum(file.info.file_size for file in missing), shutil.disk_usage(output).free
     if needed > free:
-        other = "make room, choose a smaller --fraction, or another --output"
-        raise ValueError(f"{output} has room for {free:,} bytes, the {what} to fetch are {needed:,}; {other}")
+        raise ValueError(
+            f"{output} has room for {free:,} bytes, but the {what} to download have {needed:,}; free some disk space, "
+            "choose a smaller --fraction, or choose another --output"
+        )
     for directory in {file.target.parent for file in missing}:
         directory.mkdir(exist_ok=True)
     columns = (
@@ -59,27 +70,28 @@ def fetch(files: Sequence[Member], output: Path, verify: bool, what: str) -> Non
         running = {pool.submit(file.fetch, advance): file for file in missing}
         try:
             broken = sorted(running[done].target.name for done in as_completed(running) if not done.result())
-        except BaseException:  # Ctrl-C too: what waits is dropped, what is on its way stops
+        except BaseException:  # Ctrl-C, too: cancel the downloads that wait, stop those that run
             for file in missing:
                 file.archive.file.stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
     if broken:
         some = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
-        fault = f"differ from size or CRC-32 in the archive after {ATTEMPTS} attempts: {some}"
-        other = "start the same command again, or give another address"
-        raise ValueError(f"{len(broken):,} of the {what} {fault}; {other}")
+        raise ValueError(
+            f"{len(broken):,} of the {what} differ from size or CRC-32 in the archive after {ATTEMPTS} attempts: "
+            f"{some}; run the same command again, or give another address"
+        )
 
 
 def fetch_vqav2(
     output: Path,
     annotations_url: str,
-    pictures_url: str,
+    images_url: str,
     train: Mapping[str, Any],
     val: Mapping[str, Any],
     verify: bool,
-) -> None:
-    """Fetch everything into `output`; `train` and `val` are arguments of `load_records` that choose the questions."""
+) -> str:
+    """Download everything into `output`, and return a summary. train, val: arguments of `load_records`."""
     output.mkdir(parents=True, exist_ok=True)
     texts = []
     for split, name in SPLITS.items():
@@ -87,20 +99,20 @@ def fetch_vqav2(
             archive = Archive(f"{annotations_url}/v2_{kind}_{name}_mscoco.zip")
             texts.append(archive.member(f"v2_{file.format(split)}.json", output))
     fetch(texts, output, verify, "questions and annotations")
-    pictures = []
-    for split, choice in zip(SPLITS, (train, val), strict=True):
-        names = chosen_pictures(output / f"v2_OpenEnded_mscoco_{split}_questions.json", choice)
-        archive = Archive(f"{pictures_url}/{split}.zip")
-        pictures += [archive.member(name, output / split) for name in names]
-    fetch(pictures, output, verify, "pictures")
-    size = sum(file.info.file_size for file in (*texts, *pictures))
-    print(f"{len(pictures):,} pictures with their questions and annotations, {size:,} bytes, are in {output}")
+    images = []
+    for split, selection in zip(SPLITS, (train, val), strict=True):
+        names = selected_images(output / f"v2_OpenEnded_mscoco_{split}_questions.json", selection)
+        archive = Archive(f"{images_url}/{split}.zip")
+        images += [archive.member(name, output / split) for name in names]
+    fetch(images, output, verify, "images")
+    size = sum(file.info.file_size for file in (*texts, *images))
+    return f"{len(images):,} images with their questions and annotations, {size:,} bytes, are in {output}"
 
 
-def chosen_pictures(questions: Path, choice: Mapping[str, Any]) -> list[str]:
-    """File names of the pictures that the chosen questions are about."""
+def selected_images(questions: Path, selection: Mapping[str, Any]) -> list[str]:
+    """File names of the images of the selected questions."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        images = load_records(questions=questions, cache_dir=cache, **choice)["image"]
+        images = load_records(questions=questions, cache_dir=cache, **selection)["image"]
         return sorted({image["path"] for image in images})
 
 
@@ -123,9 +135,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--validation", type=int, default=5000, help="data.validation.count (default: %(default)s)")
     parser.add_argument("--sample-by", choices=["image", "question"], default="image", help="as in the configuration")
     parser.add_argument("--seed", type=int, default=0, help="train.seed (default: %(default)s)")
-    parser.add_argument("--verify", action="store_true", help="read what is there already, and compare its CRC-32")
+    parser.add_argument("--verify", action="store_true", help="compare the CRC-32 of existing files, too")
     parser.add_argument("--annotations-url", default=ANNOTATIONS_URL, help="default: %(default)s")
-    parser.add_argument("--pictures-url", default=PICTURES_URL, help="default: %(default)s")
+    parser.add_argument("--images-url", default=IMAGES_URL, help="default: %(default)s")
     return parser.parse_args(argv)
 
 
@@ -134,9 +146,11 @@ def main(argv: Sequence[str]) -> None:
     shared = {"sample_by": given.sample_by, "seed": given.seed}
     train, val = {"fraction": given.fraction, **shared}, {"count": given.validation, **shared}
     try:
-        fetch_vqav2(given.output, given.annotations_url, given.pictures_url, train, val, given.verify)
-    except OSError as error:  # of the disk: those of the network have been dealt with
-        raise ValueError(f"{given.output} cannot be written ({error}); make room or give another --output") from error
+        print(fetch_vqav2(given.output, given.annotations_url, given.images_url, train, val, given.verify))
+    except OSError as error:  # of the disk: remote_zip.py has handled those of the network
+        raise ValueError(
+            f"{given.output} cannot be written ({error}); free some disk space, or choose another --output"
+        ) from error
 
 
 def run() -> int:

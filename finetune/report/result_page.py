@@ -1,7 +1,7 @@
-"""What came out of a run, for others to read: OUTPUT/report.json and report.md.
+"""The report of a finished run, to be shared: OUTPUT/report.json and report.md.
 
-Gathered from what the run left behind: its configuration, metrics.jsonl, and the answers in eval/. Nothing says who ran
-it or where: no absolute path, no name of a person or a machine, no key.
+Sources: the run's configuration, result.json, metrics.jsonl, and the answers in eval/. The report contains no absolute
+path, no name of a person or a machine, and no secret.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from finetune.training.result import Result
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
-PATHS = {"path", "questions", "annotations", "images", "jsonl", "output"}  # keys of the configuration that hold one
+PATHS = {"path", "questions", "annotations", "images", "jsonl", "output"}  # keys whose values are paths
 
 
-def write_result(config: RunConfig, steps: int) -> Path:
-    """Write both files; `steps` is how long the run is. Returns the directory they are in."""
+def write_report(config: RunConfig, steps: int) -> Path:
+    """Write both files, and return their directory. steps: the optimizer steps of the whole run."""
     output = Path(config.output)
-    result = {
+    report = {
         "scores": scores_of(config),
         "training": training_of(output, steps),
         "data": data_of(config),
         "environment": environment_of(pick_device(config.model.device)),
         "configuration": public(config),
     }
-    (output / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output / "report.md").write_text(readable(result), encoding="utf-8")
+    (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "report.md").write_text(markdown(report), encoding="utf-8")
     return output
 
 
 def scores_of(config: RunConfig) -> dict[str, Any]:
-    """Accuracy with its 95% confidence interval for each arm that has answers: of all questions, and by answer type."""
-    assert config.data.validation is not None, "what has answers was evaluated"
+    """Accuracy and its 95% confidence interval for each evaluated arm: of all questions, and by answer type."""
+    assert config.data.validation is not None, "the run was evaluated"
     skipped = skipped_records(config, "validation")
     records = decodable(open_records(config, "validation", skipped), skipped)
     types = sorted({record["answer_type"] for record in records} - {""})
@@ -60,16 +60,16 @@ def scores_of(config: RunConfig) -> dict[str, Any]:
         if not file.exists():
             continue
         answers = read_results(file)
-        scores[arm] = figures(score(answers, records)) | {
+        scores[arm] = accuracy_of(score(answers, records)) | {
             "by_answer_type": {
-                name: figures(score({record["id"]: answers[record["id"]] for record in some}, some))
+                name: accuracy_of(score({record["id"]: answers[record["id"]] for record in some}, some))
                 for name, some in by_type.items()
             }
         }
     return scores
 
 
-def figures(scored: VQAScore) -> dict[str, Any]:
+def accuracy_of(scored: VQAScore) -> dict[str, Any]:
     low, high = scored.interval
     return {
         "accuracy": round(scored.overall, 2),
@@ -79,10 +79,10 @@ def figures(scored: VQAScore) -> dict[str, Any]:
 
 
 def training_of(output: Path, steps: int) -> dict[str, Any]:
-    """Hours, over all the times the run was taken up again, and the step whose adapter was kept."""
+    """Training time, including all resumed sessions, and the step whose adapter was kept."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = [0.0, *(line["seconds"] for line in lines)]
-    # Each time a run is taken up the clock begins at 0 again.
+    # The clock restarts at 0 when a run is resumed.
     spent = sum(now - before if now >= before else now for before, now in pairwise(seconds))
     kept = Result.read(output) or Result(steps, "not known")
     return {
@@ -96,21 +96,21 @@ def training_of(output: Path, steps: int) -> dict[str, Any]:
 
 
 def data_of(config: RunConfig) -> dict[str, dict[str, int]]:
-    """How many questions about how many pictures."""
+    """The number of questions and of images."""
     sizes = {}
     for name in ("train", "validation"):
         if getattr(config.data, name) is not None:
             records = open_records(config, name)
-            sizes[name] = {"questions": len(records), "pictures": len(set(records["image_id"][:]))}
+            sizes[name] = {"questions": len(records), "images": len(set(records["image_id"][:]))}
     return sizes
 
 
 def environment_of(device: torch.device) -> dict[str, Any]:
-    """The card, its driver, and the versions of what the figures depend on."""
+    """The device, its driver, and the versions of the packages that the numbers depend on."""
     found: dict[str, Any] = {"device": device.type, "system": platform.system(), "python": platform.python_version()}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        driver = said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
         found |= {"device": card.name, "memory_gib": round(card.total_memory / GIB, 2)}
         found |= {"driver": driver.splitlines()[0] if driver else None, "cuda": torch.version.cuda}
     for package in PACKAGES:
@@ -118,11 +118,11 @@ def environment_of(device: torch.device) -> dict[str, Any]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    return found | {"commit": said(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])}
+    return found | {"commit": output_of(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])}
 
 
-def said(command: Sequence[str]) -> str | None:
-    """What a program prints; None where it is not there, or fails."""
+def output_of(command: Sequence[str]) -> str | None:
+    """What a program prints; None if it is not installed, or fails."""
     try:
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -131,7 +131,7 @@ def said(command: Sequence[str]) -> str | None:
 
 
 def public(config: RunConfig) -> dict[str, Any]:
-    """The configuration without what is of no use to others, its paths shortened."""
+    """The configuration without tracking, and with shortened paths."""
     output = os.path.abspath(config.output)
 
     def shown(section: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def public(config: RunConfig) -> dict[str, Any]:
 
 
 def shortened(path: str, output: str) -> str:
-    """Relative to the run or to where the command runs; of a path elsewhere the name alone. Hub ids stay."""
+    """Relative to the run or to the working directory; elsewhere the last component only. Hub ids stay."""
     absolute = os.path.abspath(path)
     for above in (output, os.getcwd()):
         if Path(absolute).is_relative_to(above):
@@ -156,9 +156,9 @@ def shortened(path: str, output: str) -> str:
     return Path(absolute).name
 
 
-def readable(result: dict[str, Any]) -> str:
-    """The same as a page of Markdown."""
-    scores, training = result["scores"], result["training"]
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page of Markdown."""
+    scores, training = report["scores"], report["training"]
     types = list(next(iter(scores.values()))["by_answer_type"]) if scores else []
     rows = [["VQA accuracy, percent", "all", *types, "questions"], ["---"] * (3 + len(types))]
     for arm, found in scores.items():
@@ -167,10 +167,10 @@ def readable(result: dict[str, Any]) -> str:
     lines = ["# Result", "", *(f"| {' | '.join(row)} |" for row in rows), "", "With 95% confidence intervals.", ""]
     lines += [f"{training['steps']:,} steps in {training['hours']:.2f} hours; kept: step {training['kept_step']:,} "]
     lines[-1] += f"({training['kept_for']})\n"
-    for name, size in result["data"].items():
-        lines.append(f"- {name}: {size['questions']:,} questions about {size['pictures']:,} pictures")
-    lines += [f"- {name}: {value}" for name, value in result["environment"].items() if value is not None]
-    return "\n".join([*lines, "", "```yaml", dump(result["configuration"]).rstrip(), "```", ""])
+    for name, size in report["data"].items():
+        lines.append(f"- {name}: {size['questions']:,} questions about {size['images']:,} images")
+    lines += [f"- {name}: {value}" for name, value in report["environment"].items() if value is not None]
+    return "\n".join([*lines, "", "```yaml", dump(report["configuration"]).rstrip(), "```", ""])
 
 
 def cell(found: dict[str, Any]) -> str:

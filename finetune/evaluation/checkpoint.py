@@ -1,0 +1,132 @@
+"""Evaluate one checkpoint, with or without an adapter, on files that the command line names."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from data import Processor
+from data.invalid import SkippedRecords
+from data.records import decodable, load_records
+from finetune import cli, load_adapter
+from finetune.adapters.generation_config import max_new_tokens_of
+from finetune.adapters.locate import find_adapter, find_base
+from finetune.adapters.storage import training_facts
+from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
+from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
+from finetune.evaluation.vqa_accuracy import VQAScore
+from finetune.lora.nf4 import open_base
+from finetune.system import distributed
+from finetune.system.console import progress, show
+from finetune.system.device import pick_device, pick_dtype
+from finetune.training.examples import askable
+from model import fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions:
+    """The options of `evaluate.py --model`. Needs `model` or `adapter`, and official files or `jsonl`."""
+
+    model: str | None
+    revision: str | None
+    adapter: Path | None
+    questions: str | None
+    annotations: str | None
+    images: str | None
+    jsonl: str | None
+    prompt: str | None
+    limit: int | None
+    output: Path | None
+    batch_size: int
+    max_new_tokens: int | None
+    dtype: str
+    quantize: str
+    device: str
+
+
+def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict[str, VQAScore]:
+    """The accuracy, under the name "adapter" or "model"; answers and figures are written to `options.output`.
+
+    default_prompt: for official questions, if neither `options` nor the adapter has a prompt.
+
+    Raises:
+        ValueError: files, checkpoint or adapter cannot be used, or `options.output` holds figures of other inputs.
+    """
+    adapter = find_adapter(options.adapter) if options.adapter else None
+    model, revision = options.model, options.revision
+    if model is None:
+        assert adapter is not None, "the options have a model or an adapter"
+        model, revision = find_base(adapter)
+    prompt = None if options.jsonl else choose_prompt(adapter, options.prompt, default_prompt)
+    facts = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": prompt}
+    files = file_digests(questions=options.questions, annotations=options.annotations, jsonl=options.jsonl)
+    inputs = facts | files | {"limit": options.limit}
+    device = pick_device(options.device)
+    distributed.init(device)
+    if options.output:
+        distributed.on_main(partial(require_same_inputs, options.output, inputs))
+    records = open_files(options, prompt or default_prompt)
+    dtype = pick_dtype(options.dtype, device)
+    directory = fetch(model, revision)
+    new_tokens, note = max_new_tokens_of(directory, adapter, options.max_new_tokens, "--max-new-tokens")
+    if note:
+        show(note)
+    quantize = cli.quantization(options.quantize, adapter)
+    processor = Processor.from_pretrained(directory)
+    records = askable(records, processor, SkippedRecords())
+    result = open_and_evaluate(
+        directory, adapter, processor, records, dtype, device, options.batch_size, new_tokens, quantize
+    )
+    show_unfinished(str(adapter or model), result, "--max-new-tokens")
+    if options.output:
+        distributed.on_main(partial(result.save, options.output, **facts, **{INPUTS_KEY: inputs}))
+    show(f"model: {model}", *([f"adapter: {adapter}"] if adapter else []))  # a path would not fit into the table
+    return {"adapter" if adapter else "model": result.score}
+
+
+def choose_prompt(adapter: Path | None, given: str | None, default: str) -> str:
+    """The prompt for the questions: as given, else as the adapter was trained; a line is shown if the two differ."""
+    trained = training_facts(adapter).prompt if adapter else None
+    if given is None:
+        return trained or default
+    if trained not in (None, given):
+        show(f"the adapter was trained with the prompt {trained!r}; --prompt asks {given!r}")
+    return given
+
+
+def open_files(options: CheckpointOptions, prompt: str) -> Dataset:
+    """The records to evaluate on: of official files, or of lines."""
+    names = ("questions", "annotations", "images", "jsonl")
+    files = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return decodable(first(load_records(**files, prompt=prompt), options.limit))
+
+
+def open_and_evaluate(
+    directory: Path,
+    adapter: Path | None,
+    processor: Processor,
+    records: Dataset,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    max_new_tokens: int,
+    quantize: str | None,
+) -> Evaluation:
+    """Open a model, evaluate it, and free it on return: two models would not fit on a small GPU."""
+    model = open_base(directory, dtype, device, quantize)
+    if adapter:
+        load_adapter(model, adapter)
+    return evaluate(model, processor, records, max_new_tokens, batch_size=batch_size, progress=progress)
+
+
+def show_unfinished(name: str, result: Evaluation, option: str) -> None:
+    """Show how many answers were cut off by `option`, if any were."""
+    if note := unfinished_note(result.unfinished, len(result.answers), result.max_new_tokens, option):
+        show(f"{name}: {note}")

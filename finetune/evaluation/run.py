@@ -1,0 +1,151 @@
+"""Evaluate a run on its validation data: the base, the trained adapter or model, and the merged checkpoint.
+
+Each of them is an arm. Its answers (results.json, in the official format) and its figures (metrics.json) are written to
+OUTPUT/eval/ARM. With a limit nothing is written, unless a directory is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from data import Processor
+from data.invalid import NAMED
+from data.records import decodable
+from finetune import cli
+from finetune.adapters.generation_config import max_new_tokens_of
+from finetune.config.schema import RunConfig
+from finetune.evaluation.checkpoint import open_and_evaluate, show_unfinished
+from finetune.evaluation.inputs import INPUTS_KEY, first, inputs_of_run, require_same_inputs
+from finetune.evaluation.vqa_accuracy import VQAScore
+from finetune.system import distributed
+from finetune.system.console import show
+from finetune.system.device import pick_device, pick_dtype
+from finetune.system.lock import locked
+from finetune.training.examples import askable, open_records, skipped_records
+from model import fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Arm(NamedTuple):
+    """A checkpoint to evaluate, and the adapter on it."""
+
+    checkpoint: str | Path
+    adapter: Path | None
+
+
+def evaluate_run(
+    config: RunConfig,
+    words: Sequence[str],
+    names: Sequence[str] = (),
+    limit: int | None = None,
+    output: Path | None = None,
+) -> dict[str, VQAScore]:
+    """The accuracy of each arm.
+
+    Args:
+        words: the configuration's file and overrides, as they are on the command line.
+        names: the arms to evaluate; all by default.
+        limit: evaluate on the first questions only.
+        output: directory for answers and figures, instead of the run's own.
+
+    Raises:
+        ValueError: there is nothing to evaluate on, an arm is missing, or figures of other inputs would be overwritten.
+    """
+    if config.data.validation is None:
+        raise ValueError(f"{words[0]} has no data.validation: nothing to evaluate on")
+    device = pick_device(config.model.device)
+    distributed.init(device)
+    arms = arms_of(config, words, names)
+    directory = output or (None if limit else Path(config.output, "eval"))
+    with locked(directory / "eval.lock", directory, "evaluating") if directory else contextlib.nullcontext():
+        inputs = inputs_of_run(config, limit)
+        if directory:
+            for name in arms:
+                distributed.on_main(partial(require_same_inputs, directory / name, inputs))
+        records = records_of_run(config, limit, listed=limit is None and output is None)
+        dtype, new_tokens = pick_dtype(config.model.dtype, device), new_tokens_of_run(config)
+        return {
+            name: evaluate_arm(config, name, arm, records, dtype, device, new_tokens, directory, inputs)
+            for name, arm in arms.items()
+        }
+
+
+def evaluate_arm(
+    config: RunConfig,
+    name: str,
+    arm: Arm,
+    records: Dataset,
+    dtype: torch.dtype,
+    device: torch.device,
+    new_tokens: int,
+    directory: Path | None,
+    inputs: dict[str, Any],
+) -> VQAScore:
+    """The accuracy of one arm. Its answers and figures are written to `directory`/`name`, if there is a directory."""
+    checkpoint = fetch(arm.checkpoint, config.model.revision if arm.checkpoint == config.model.path else None)
+    processor = Processor.from_pretrained(checkpoint)
+    quantize = None if name == "merged" else config.model.quantize
+    rows = config.evaluation.batch_size
+    result = open_and_evaluate(checkpoint, arm.adapter, processor, records, dtype, device, rows, new_tokens, quantize)
+    show_unfinished(name, result, "evaluation.max_new_tokens")
+    if directory:
+        facts = {"model": str(arm.checkpoint), "adapter": str(arm.adapter) if arm.adapter else None}
+        distributed.on_main(partial(result.save, directory / name, **facts, **{INPUTS_KEY: inputs}))
+    return result.score
+
+
+def arms_of(config: RunConfig, words: Sequence[str], names: Sequence[str]) -> dict[str, Arm]:
+    """The arms that exist, or those of them that `names` asks for."""
+    output = Path(config.output)
+    trained = output / ("adapter" if config.lora else "model")
+    arms: dict[str, Arm] = {}
+    if config.model.weights == "pretrained":
+        arms["base"] = Arm(config.model.path, None)
+    if trained.exists():
+        arms[trained.name] = Arm(config.model.path, trained) if config.lora else Arm(trained, None)
+    if (output / "merged").exists():
+        arms["merged"] = Arm(output / "merged", None)
+    if names:
+        if missing := [name for name in names if name not in arms]:
+            raise ValueError(f"--arm {' '.join(missing)}: {output} has {', '.join(arms) or 'none yet'}; train it first")
+        return {name: arms[name] for name in names}
+    if not trained.exists():
+        raise ValueError(
+            f"{trained} does not exist: the run has no result yet. Train it to its end "
+            f"({cli.command('train.py', *words)}), or evaluate something else with --arm base"
+        )
+    return arms
+
+
+def records_of_run(config: RunConfig, limit: int | None, listed: bool) -> Dataset:
+    """The validation records that can be evaluated. Those that cannot are listed in a file of the run, or shown."""
+    skipped = skipped_records(config, "validation", listed=listed)
+    if skipped.file:
+        distributed.on_main(partial(skipped.file.unlink, missing_ok=True))  # from an earlier evaluation
+    records = decodable(first(open_records(config, "validation", skipped), limit), skipped)
+    base = fetch(config.model.path, config.model.revision, weights=False)
+    records = askable(records, Processor.from_pretrained(base), skipped)
+    if skipped.reasons:
+        show(f"{len(skipped.reasons):,} questions cannot be asked and are skipped")
+        some = [f"  {name}: {reason}" for name, reason in list(skipped.reasons.items())[:NAMED]]
+        show(*([f"  see {skipped.file}"] if skipped.file else some))
+    return records
+
+
+def new_tokens_of_run(config: RunConfig) -> int:
+    """The maximum number of tokens in an answer, for all arms: as configured, or as stored with the run's result."""
+    configured, output = config.evaluation.max_new_tokens, Path(config.output)
+    adapter = output / "adapter" if config.lora and (output / "adapter").exists() else None
+    given = None if configured == "auto" else configured
+    new_tokens, note = max_new_tokens_of(output / "model", adapter, given, "evaluation.max_new_tokens")
+    if note:
+        show(note)
+    return new_tokens

@@ -1,0 +1,86 @@
+"""The report of a run, from the files that the run wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.records import load_records
+from data.synthetic import scenes
+from finetune.config.schema import load_config
+from finetune.evaluation.vqa_accuracy import score, write_results
+from finetune.report import result_page
+from finetune.training.result import Result
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_scores_have_an_interval_for_each_type_of_answer(tmp_path: Path) -> None:
+    """The answers: every other yes/no question right, all others wrong."""
+    scenes.write(tmp_path, scenes=20, seed=1, split="val2014")
+    source = {
+        "questions": f"{tmp_path}/v2_OpenEnded_mscoco_val2014_questions.json",
+        "annotations": f"{tmp_path}/v2_mscoco_val2014_annotations.json",
+        "images": f"{tmp_path}/images",
+        "count": 30,
+    }
+    overrides = [f"data.validation={json.dumps(source)}", f"output={tmp_path}"]
+    config = load_config(ROOT / "configs/quickstart.yaml", overrides)
+    assert config.data.validation is not None
+    records = list(load_records(**config.data.validation.model_dump()))
+    asked = [record for record in records if record["answer_type"] == "yes/no"]
+    known = {record["id"]: record["answer"] for record in asked[::2]}
+    answers = {record["id"]: known.get(record["id"], "nothing") for record in records}
+    (tmp_path / "eval/adapter").mkdir(parents=True)
+    write_results(tmp_path / "eval/adapter/results.json", answers)
+    reported = result_page.scores_of(config)["adapter"]
+    assert reported["accuracy"] == pytest.approx(100 * len(known) / 30, abs=0.01)
+    alone = score({record["id"]: answers[record["id"]] for record in asked}, asked)
+    found = reported["by_answer_type"]["yes/no"]
+    assert found["questions"] == len(asked) < 30
+    assert found["accuracy"] == pytest.approx(100 * len(known) / len(asked), abs=0.01)
+    assert found["interval"] == [round(bound, 2) for bound in alone.interval]
+    assert found["interval"][0] < found["accuracy"] < found["interval"][1]
+    assert reported["by_answer_type"]["other"]["accuracy"] == 0
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_sessions(tmp_path: Path) -> None:
+    """Half an hour until it was interrupted, then a quarter. The kept step is that of result.json."""
+    rows: list[dict[str, float]] = [
+        {"step": 10, "seconds": 900.0, "loss": 1.0},
+        {"step": 20, "seconds": 1800.0, "eval_accuracy": 61.5},
+        {"step": 20, "seconds": 450.0, "eval_accuracy": 61.5},
+        {"step": 30, "seconds": 900.0, "eval_accuracy": 60.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Result(20, "best accuracy", "accuracy", 61.5, 0.5).written(tmp_path):
+        pass
+    assert result_page.training_of(tmp_path, 30) == {
+        "hours": 0.75,
+        "steps": 30,
+        "kept_step": 20,
+        "kept_for": "best accuracy",
+        "accuracy_at_kept_step": 61.5,
+        "validation_loss_at_kept_step": 0.5,
+    }
+
+
+def test_the_gpu_and_its_driver_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="NVIDIA GeForce RTX 3070", total_memory=8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(
+        result_page, "output_of", lambda command: {"nvidia-smi": "580.1\n580.1", "git": "abc"}[command[0]]
+    )
+    reported = result_page.environment_of(torch.device("cuda"))
+    assert (reported["device"], reported["memory_gib"], reported["driver"]) == ("NVIDIA GeForce RTX 3070", 8.0, "580.1")
+    assert reported["commit"] == "abc"
+
+
+def test_a_program_that_is_missing_or_fails_has_no_output() -> None:
+    assert result_page.output_of(["no-such-program"]) is None
+    assert result_page.output_of(["false"]) is None
+    assert result_page.output_of(["echo", "hello"]) == "hello"
