@@ -22,6 +22,7 @@ from data.synthetic import scenes
 from finetune import pipeline
 from finetune.config.schema import load_config
 from finetune.evaluation.vqa_accuracy import VQAScore
+from finetune.system import distributed
 from model import PaliGemma
 from tests.data.range_server import Server, serving, zipped
 
@@ -256,7 +257,7 @@ def test_a_cpu_is_refused_before_anything_is_downloaded(server: Server, tmp_path
 def test_a_gpu_is_checked_and_a_step_is_timed_on_it(
     tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A GPU without bfloat16 is refused by the check."""
+    """The check refuses a GPU without bfloat16, and several processes."""
     capability = (8, 6)
     monkeypatch.setattr(pipeline, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -272,6 +273,9 @@ def test_a_gpu_is_checked_and_a_step_is_timed_on_it(
     assert calls.made == ["plan and time"]
     capability = (7, 5)
     with pytest.raises(ValueError, match="RTX 3070 has no bfloat16"):
+        pipeline.check_device(given)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    with pytest.raises(ValueError, match="runs in one process, but the launcher started 2: start it without"):
         pipeline.check_device(given)
 
 

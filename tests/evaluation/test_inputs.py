@@ -1,0 +1,44 @@
+"""Figures belong to their inputs, and are not overwritten by those of others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.evaluation.evaluate import METRICS_FILE
+from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
+
+
+def test_a_changed_file_is_a_changed_input(tmp_path: Path) -> None:
+    """Only files that exist are compared: whoever opens a missing one reports it."""
+    file = tmp_path / "questions.json"
+    file.write_text("1")
+    before = file_digests(questions=str(file), annotations=None, jsonl=str(tmp_path / "missing"))
+    assert before.keys() == {"questions"}
+    require_same_inputs(tmp_path, before)  # no figures yet
+    (tmp_path / METRICS_FILE).write_text(json.dumps({INPUTS_KEY: before}))
+    require_same_inputs(tmp_path, before)
+    file.write_text("2")
+    with pytest.raises(ValueError, match=r"holds figures of something else \(questions differ\): .*--output"):
+        require_same_inputs(tmp_path, file_digests(questions=str(file)))
+    with pytest.raises(ValueError, match=r"\(limit differ\)"):
+        require_same_inputs(tmp_path, before | {"limit": 3})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"made_of": 1'])
+def test_figures_without_inputs_may_be_overwritten(tmp_path: Path, content: str) -> None:
+    """metrics.json of an earlier version, or an unreadable one."""
+    (tmp_path / METRICS_FILE).write_text(content)
+    require_same_inputs(tmp_path, {"limit": 1})
+
+
+def test_a_limit_beyond_the_records_takes_all_of_them() -> None:
+    datasets = pytest.importorskip("datasets")
+    records = datasets.Dataset.from_dict({"id": ["a", "b", "c"]})
+    assert [list(first(records, limit)["id"]) for limit in (None, 2, 9)] == [
+        ["a", "b", "c"],
+        ["a", "b"],
+        ["a", "b", "c"],
+    ]
