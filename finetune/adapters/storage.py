@@ -37,7 +37,7 @@ from finetune.adapters.peft_config import (
 from finetune.lora.linear import put_adapter, put_in_full
 from finetune.lora.nf4 import NF4Linear, quantization_of
 from finetune.lora.protocol import METHODS, AdapterModule, adapters
-from finetune.system.atomic import require_whole, settle, write_whole
+from finetune.system.atomic import recover, require_whole, write_whole
 from model.checkpoint import canonical_name, mismatches
 from model.safetensors_io import DTYPES
 
@@ -239,7 +239,7 @@ def fit_adapter(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration, checked to be one that is implemented, and tensors by our path and their name in files."""
-    settle(path)
+    recover(path)
     require_whole(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():

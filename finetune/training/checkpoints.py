@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from finetune.system.atomic import damage, settle, write_whole
+from finetune.system.atomic import damage, recover, write_whole
 
 TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
 STATE = "trainer_state.json"  # the Trainer's own name
@@ -95,7 +95,7 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints(directory: Path) -> list[Path]:
     """What stands under a checkpoint's name in a run's directory of checkpoints, oldest first."""
     for leftover in directory.glob(".step-*"):
-        settle(directory / leftover.name.split(".")[1])
+        recover(directory / leftover.name.split(".")[1])
     found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
