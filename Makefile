@@ -23,7 +23,7 @@ quickstart: .venv/.installed
 vqav2: .venv/.installed
 	$(BIN)/python -m recipes.vqav2 $(RUN_ARGS)
 
-# VQAv2's official files, and of COCO's pictures those that configs/vqav2_8gb.yaml draws; resumable.
+# VQAv2's official files, and of COCO the images that configs/vqav2_8gb.yaml draws; resumable.
 vqav2-data: .venv/.installed
 	$(BIN)/python -m recipes.fetch_vqav2 --output downloads/vqav2 --fraction 0.1 --seed 0 --validation 5000
 
@@ -46,13 +46,13 @@ test-machines: .venv/.installed-dev
 	done; done
 
 # Our files in transformers 4.57 and the PEFT of its time, theirs here. The package itself asks for transformers 5, so it
-# is not installed there. Left out: a picture of 1 x 1 pixels, whose three channels 4.57 takes for its width.
+# is not installed there. Left out: an image of 1 x 1 pixels, whose three channels 4.57 takes for its width.
 test-transformers-4: .venv-4/.installed
 	.venv-4/bin/python -m pytest -n 2 $(patsubst %,tests/%.py,model/test_paligemma model/test_checkpoint model/test_generate \
 		adapters/test_storage adapters/test_merge data/test_processor) \
 		--deselect "tests/data/test_processor.py::test_pixels_are_the_librarys_bit_for_bit[size4]"
 
-# Ten thousand spoilt adapters and checkpoints; `make test` spoils 300.
+# Ten thousand corrupted adapters and checkpoints; `make test` corrupts 300.
 fuzz: .venv/.installed-dev
 	$(BIN)/python -m tests.fuzz --files 10000
 

@@ -237,12 +237,12 @@ def test_trained_resumed_evaluated_merged(base: Path, tmp_path: Path, capsys: py
     merge_script.main([adapter, "--output", str(outputs[0] / "merged"), "--dtype", "float32"])
     assert "merged into the dequantized base" in capsys.readouterr().out
     evaluate.main([*arguments(base, outputs[0]), "model.quantize=nf4"])
-    picture = str(next((base / "data/images").iterdir()))
-    question = ["--image", picture, "--prompt", "answer en how many shapes are there?", "--dtype", "float32"]
+    image = str(next((base / "data/images").iterdir()))
+    question = ["--image", image, "--prompt", "answer en how many shapes are there?", "--dtype", "float32"]
     answers = []
-    for kept in ("auto", "nf4", "none"):
+    for quantize in ("auto", "nf4", "none"):
         capsys.readouterr()
-        predict.main(["--model", str(base), "--adapter", adapter, *question, "--quantize", kept])
+        predict.main(["--model", str(base), "--adapter", adapter, *question, "--quantize", quantize])
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
 
