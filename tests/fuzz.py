@@ -48,7 +48,7 @@ from finetune.adapters.storage import LAYOUTS, PREFIX
 from finetune.lora.nf4 import open_base
 from finetune.lora.protocol import AdapterModule, adapters, trained_parameters
 from finetune.system.atomic import MANIFEST, write_whole
-from finetune.training.checkpoints import newest_whole, read_moments, read_parameters, write_checkpoint
+from finetune.training.checkpoints import newest_whole, read_optimizer_state, read_parameters, write_checkpoint
 from model import PaliGemma
 from model.config import TextConfig, VisionConfig
 from model.random_init import from_random
@@ -266,12 +266,12 @@ class Checkpoints:
         if newest != self.directory:
             raise ValueError("; ".join(skipped))
         read_parameters(newest, self.trained)
-        read_moments(newest, self.trained, self.optimizer)
-        moments = {
+        read_optimizer_state(newest, self.trained, self.optimizer)
+        stored = {
             f"{name}/{key}": value for name, p in self.trained.items() for key, value in self.optimizer.state[p].items()
         }
         documents = {name: (newest / name).read_text() for name in ("trainer_state.json", "best.json")}
-        return {"tensors": frozen({**self.trained, **moments}), "declared": documents}
+        return {"tensors": frozen({**self.trained, **stored}), "declared": documents}
 
     def meanings(self) -> list[Snapshot]:
         return []

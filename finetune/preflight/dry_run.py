@@ -15,7 +15,7 @@ from finetune.preflight.plan import GIB, Plan, Planner, assumed, plan_run, requi
 from finetune.preflight.probe import Shape, pictures_of, probe
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import Examples, max_new_tokens, open_examples, open_processor
 from finetune.training.setup import adapt, plan_steps, random_model, table_of_adapters
 from model import PaliGemma, PaliGemmaConfig, fetch
@@ -77,7 +77,7 @@ def readable_examples(config: RunConfig, directory: Path) -> Examples | None:
         return None
 
 
-def shape_of(config: RunConfig, planner: Planner, examples: Examples | None) -> tuple[Steps | None, Shape]:
+def shape_of(config: RunConfig, planner: Planner, examples: Examples | None) -> tuple[BatchSampler | None, Shape]:
     """The steps, as far as the data can be read, and what each is made of, by rows of mean length."""
     size = config.train.batch_size
     if examples is None:
@@ -101,7 +101,7 @@ def three_digits(value: float) -> str:
     return f"{value:,.{max(places, 0)}f}"
 
 
-def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, steps: Steps | None) -> None:
+def show_pace(config: RunConfig, directory: Path, plan: Plan, shape: Shape, steps: BatchSampler | None) -> None:
     """How long the run would take, from parts of a step on its device, in a network of random weights."""
     device = pick_device(config.model.device)
     model = random_model(directory, config, device)

@@ -23,9 +23,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.config.schema import RunConfig
 from finetune.preflight.plan import TERA, counting
 from finetune.system.device import is_out_of_memory
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.trainer import Collate, Example, ImageFeatures, LoRATrainer
+from finetune.training.gradient_accumulation import Collate, Example, ImageFeatures
+from finetune.training.trainer import LoRATrainer
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 
 Answers = list[tuple[str, str, str]]  # question, wanted, answered
@@ -107,7 +108,7 @@ class MadeUp(Dataset[Example]):
         }
 
 
-def pictures_of(steps: Steps, image_ids: Sequence[str]) -> float:
+def pictures_of(steps: BatchSampler, image_ids: Sequence[str]) -> float:
     """How many different pictures a step is about, on average over the first steps of a run."""
     looked_at = range(min(LOOKED_AT, steps.total))
     return statistics.fmean(len({image_ids[index] for index, _ in steps[step]}) for step in looked_at)
@@ -122,7 +123,7 @@ def probe(run: RunConfig, model: PaliGemma, mode: ExecutionPlan, shape: Shape, c
     with tempfile.TemporaryDirectory() as nowhere:
         run = run.model_copy(update={"output": nowhere})
         rows = MadeUp(model.config, shape, mode.micro_batch)
-        steps = Steps(len(rows), len(rows), run.train.seed, 1)
+        steps = BatchSampler(len(rows), len(rows), run.train.seed, 1)
         trainer = LoRATrainer(run, model, rows, steps, mode, collate, save_result=lambda _: None)
         try:
             return time_parts(trainer, [rows[index] for index in range(len(rows))])
@@ -144,22 +145,22 @@ def time_parts(trainer: LoRATrainer, rows: list[Example]) -> Pace:
     images: ImageFeatures | None = None
 
     def move() -> None:
-        with trainer.vision_on_device():
+        with trainer.accumulation.vision_on_device():
             pass
 
     def encode() -> None:
         nonlocal images
-        images = trainer.frozen_image_features(rows)
+        images = trainer.accumulation.frozen_image_features(rows)
 
     def decode() -> None:
-        trainer.micro_step(trainer.network, rows, images, tokens)
+        trainer.accumulation.micro_step(rows, images, tokens, step=0)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(trainer.trained.values(), trainer.run.train.max_grad_norm)
         optimizer.step()
 
     moved, _ = timed(move, device)
-    with trainer.vision_on_device():
+    with trainer.accumulation.vision_on_device():
         encoded, encoded_work = timed(encode, device)
     decoded, decoded_work = timed(decode, device)
     updated, _ = timed(update, device)
@@ -246,14 +247,14 @@ def learn_by_heart(
             run,
             model,
             dataset,
-            Steps(count, count, run.train.seed, TRIAL_STEPS),
+            BatchSampler(count, count, run.train.seed, TRIAL_STEPS),
             mode,
             collate,
             save_result=lambda _: None,
             callbacks=[watch],
-            checkpointed=False,
+            save_checkpoints=False,
         )
-        watch.ready = trainer.vision_on_device
+        watch.ready = trainer.accumulation.vision_on_device
         try:
             trainer.train()
         except FloatingPointError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: trained parameters, optimizer moments and the Trainer's state, in safetensors and JSON.
+"""Checkpoints to resume from: trained parameters, optimizer state and the Trainer's state, in safetensors and JSON.
 
 A checkpoint is a directory `step-000100`, whole by its own manifest (system/atomic.py). The data's state is the step
 itself, and dropout is keyed by it, so there is no random state to keep.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune.system.atomic import damage, settle, write_whole
 
-TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
+TRAINED, OPTIMIZER_STATE = "trained.safetensors", "optimizer.safetensors"
 STATE = "trainer_state.json"  # the Trainer's own name
 SLACK = 2**20  # bytes beside the tensors: headers, the Trainer's state
 
@@ -38,11 +38,11 @@ def write_checkpoint(
     """
     path = directory / f"step-{step:06d}"
     parameters = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
-    state = moments(trained, optimizer)
+    state = optimizer_state(trained, optimizer)
 
     def fill(unfinished: Path) -> None:
         # A failed write of safetensors is its own kind of error; the operating system's says what it was.
-        for name, tensors in ((TRAINED, parameters), (MOMENTS, state)):
+        for name, tensors in ((TRAINED, parameters), (OPTIMIZER_STATE, state)):
             (unfinished / name).write_bytes(save(tensors))
         for name, document in documents.items():
             (unfinished / name).write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -52,7 +52,7 @@ def write_checkpoint(
     return path
 
 
-def moments(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as `<parameter>/<name>`."""
     return {
         f"{name}/{key}": value.detach().cpu().contiguous()
@@ -79,9 +79,9 @@ def read_parameters(path: Path, trained: Mapping[str, nn.Parameter]) -> None:
             parameter.copy_(stored[name])
 
 
-def read_moments(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def read_optimizer_state(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer's state from a checkpoint."""
-    for name, value in load_file(path / MOMENTS).items():
+    for name, value in load_file(path / OPTIMIZER_STATE).items():
         parameter, key = name.rsplit("/", 1)
         # AdamW keeps its step counts on the CPU whatever the device of the parameters.
         optimizer.state[trained[parameter]][key] = value if value.ndim == 0 else value.to(trained[parameter].device)

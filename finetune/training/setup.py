@@ -14,7 +14,7 @@ from finetune.lora.linear import adapter_table
 from finetune.lora.nf4 import open_base, quantize
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from model import PaliGemma
 from model.random_init import from_random
 
@@ -36,12 +36,12 @@ def random_model(directory: Path, config: RunConfig, device: torch.device) -> Pa
     return from_random(directory, config.train.seed, dtype, device)
 
 
-def plan_steps(config: RunConfig, examples: int) -> Steps:
+def plan_steps(config: RunConfig, examples: int) -> BatchSampler:
     train = config.train
     if train.max_steps:
-        return Steps(examples, train.batch_size, train.seed, train.max_steps)
+        return BatchSampler(examples, train.batch_size, train.seed, train.max_steps)
     assert train.epochs is not None, "the configuration has epochs or max_steps"
-    return Steps.for_epochs(examples, train.batch_size, train.seed, train.epochs)
+    return BatchSampler.for_epochs(examples, train.batch_size, train.seed, train.epochs)
 
 
 def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:

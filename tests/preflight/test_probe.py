@@ -27,8 +27,9 @@ from finetune.preflight import probe
 from finetune.preflight.dry_run import three_digits
 from finetune.preflight.plan import Planner
 from finetune.preflight.probe import MadeUp, Pace, Shape, Trial, learn_by_heart, pictures_of, trial_config
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
 from model.random_init import from_random
@@ -99,7 +100,7 @@ def step_of_the_trainer(run: RunConfig, mode: ExecutionPlan, shape: Shape) -> fl
             return rows[pair[0]]
 
     pairs = Pairs(model.config, shape, shape.examples)
-    steps = Steps(len(pairs), shape.examples, 0, run.train.max_steps)
+    steps = BatchSampler(len(pairs), shape.examples, 0, run.train.max_steps)
     collated = partial(collate, pad_id=0)
     LoRATrainer(run, model, pairs, steps, mode, collated, save_result=lambda _: None, callbacks=[watch]).train()
     return statistics.median(after - before for before, after in zip(watch.ends, watch.ends[1:], strict=False))
@@ -218,14 +219,14 @@ def test_too_little_memory_is_said_with_what_to_change(tmp_path: Path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     run = run_config(("language.*",), 4, tmp_path)
-    monkeypatch.setattr(LoRATrainer, "micro_step", full)
+    monkeypatch.setattr(GradientAccumulation, "micro_step", full)
     with pytest.raises(ValueError, match=r"ran out of memory with micro-batches of 4, .* lower memory\.budget_gib"):
         probe.probe(run, network(run), ExecutionPlan(4), Shape(4, 4.0, 40, 3), partial(collate, pad_id=0))
 
 
 def test_pictures_of_a_step_are_counted_once() -> None:
-    assert pictures_of(Steps(8, 8, 0, 3), ["a", "b"] * 4) == 2
-    assert pictures_of(Steps(6, 2, 0, 300), ["a", "b", "c", "d", "e", "f"]) == 2
+    assert pictures_of(BatchSampler(8, 8, 0, 3), ["a", "b"] * 4) == 2
+    assert pictures_of(BatchSampler(6, 2, 0, 300), ["a", "b", "c", "d", "e", "f"]) == 2
 
 
 def test_examples_are_learned_by_heart_and_nothing_is_kept(
@@ -301,12 +302,12 @@ def test_the_network_is_asked_every_five_steps_while_all_of_it_is_there(
 ) -> None:
     """Also where the vision tower leaves the device; the first right answers with a lower loss end the trial."""
     inside, asked = 0, []
-    on_device = LoRATrainer.vision_on_device
+    on_device = GradientAccumulation.vision_on_device
 
     @contextlib.contextmanager
-    def noted(trainer: LoRATrainer) -> Iterator[None]:
+    def noted(accumulation: GradientAccumulation) -> Iterator[None]:
         nonlocal inside
-        with on_device(trainer):
+        with on_device(accumulation):
             inside += 1
             yield
             inside -= 1
@@ -315,7 +316,7 @@ def test_the_network_is_asked_every_five_steps_while_all_of_it_is_there(
         asked.append(inside)
         return [("?", "yes", "yes" if len(asked) >= 3 else "no")] * 4
 
-    monkeypatch.setattr(LoRATrainer, "vision_on_device", noted)
+    monkeypatch.setattr(GradientAccumulation, "vision_on_device", noted)
     monkeypatch.setattr(Trial, "learned", property(lambda trial: trial.right == 4))
     trial = tried(tmp_path, ExecutionPlan(2, offload_vision=True), ask)
     assert asked == [1, 1, 1]
