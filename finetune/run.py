@@ -12,6 +12,7 @@ from data import PaliGemmaDataset, Processor, collate
 from data.lengths import TextLengths
 from data.records import decodable
 from finetune import cli, save_adapter
+from finetune.adapters.fingerprint import fingerprint
 from finetune.adapters.generation_config import store_max_new_tokens
 from finetune.adapters.storage import TrainingFacts
 from finetune.config.schema import RunConfig
@@ -26,7 +27,7 @@ from finetune.training.examples import max_new_tokens, open_examples, open_proce
 from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, start_run
-from finetune.training.setup import adapt, open_model, plan_steps, show_trained
+from finetune.training.setup import adapt, open_model, plan_steps, shard_decoder, show_trained
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
@@ -67,6 +68,11 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
     if warning := spill_warning(model.device):
         show(f"warning: {warning}")
     adapt(model, config, anew=checkpoint is not None)
+    base_fingerprint = None
+    if distributed.asks_for_fsdp():
+        base_fingerprint = fingerprint(model)  # of whole weights
+        shard_decoder(model, config)
+        show(f"each of the {distributed.count()} processes holds a shard of every decoder layer")
     show_trained(model)
     distributed.on_main(partial(start_run, config))
     trainer = LoRATrainer(
@@ -76,7 +82,7 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
         steps,
         plan.mode,
         collate=partial(collate, pad_id=processor.pad_id),
-        save_result=partial(save_result, model, config, examples.lengths),
+        save_result=partial(save_result, model, config, examples.lengths, base_fingerprint),
         evaluate=evaluation_of(
             planned_evaluation(config, planner, plan, new_tokens), model, processor, asked, new_tokens
         ),
@@ -141,8 +147,13 @@ def facts_of(config: RunConfig, lengths: TextLengths, result: Result) -> Trainin
     )
 
 
-def save_result(model: PaliGemma, config: RunConfig, lengths: TextLengths, result: Result) -> None:
-    """The result of the run: an adapter, or the whole checkpoint where all of it was trained; and why this one."""
+def save_result(
+    model: PaliGemma, config: RunConfig, lengths: TextLengths, base_fingerprint: str | None, result: Result
+) -> None:
+    """The result of the run: an adapter, or the whole checkpoint where all of it was trained; and why this one.
+
+    base_fingerprint: of the base, where the model no longer has its weights whole.
+    """
     directory, facts = result_directory(config), facts_of(config, lengths, result)
 
     def fill(path: Path) -> None:
@@ -151,7 +162,7 @@ def save_result(model: PaliGemma, config: RunConfig, lengths: TextLengths, resul
 
     with result.written(Path(config.output)):
         if config.lora:
-            save_adapter(model, directory, config.model.path, config.model.revision, facts)
+            save_adapter(model, directory, config.model.path, config.model.revision, facts, base_fingerprint)
         else:
             write_whole(directory, fill, sum(parameter.nbytes for parameter in model.parameters()), replace=True)
     show(f"kept {result}")

@@ -48,7 +48,13 @@ from finetune.adapters.storage import LAYOUTS, PREFIX
 from finetune.lora.nf4 import open_base
 from finetune.lora.protocol import AdapterModule, adapters, trained_parameters
 from finetune.system.atomic import MANIFEST, write_whole
-from finetune.training.checkpoints import newest_whole, read_optimizer_state, read_parameters, write_checkpoint
+from finetune.training.checkpoints import (
+    gather_state,
+    newest_whole,
+    read_optimizer_state,
+    read_parameters,
+    write_checkpoint,
+)
 from model import PaliGemma
 from model.config import TextConfig, VisionConfig
 from model.random_init import from_random
@@ -258,7 +264,7 @@ class Checkpoints:
                 parameter.grad = torch.randn_like(parameter)
             self.optimizer.step()
             documents = {"trainer_state.json": {"global_step": step, "log": [1.5, None]}, "best.json": {"a": 1}}
-            self.directory = write_checkpoint(directory, step, self.trained, self.optimizer, documents)
+            self.directory = write_checkpoint(directory, step, gather_state(self.trained, self.optimizer), documents)
 
     def load(self) -> Snapshot:
         newest, skipped = newest_whole(self.directory.parent)

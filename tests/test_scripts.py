@@ -33,7 +33,7 @@ from finetune.training.result import Result
 from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set((ROOT / "configs").glob("accelerate_*")))
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 `accelerate launch` and `torchrun` start them and tell each through its environment which one it is. With one process
 nothing here does anything. Numbers are summed as tensors, all else is passed on as JSON, never as pickle. Not here:
-starting processes, and sharding a network over them (FSDP), which is refused.
+starting processes. Sharding layers over them is in sharding.py.
 """
 
 from __future__ import annotations
@@ -30,26 +30,33 @@ LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate takes these, too, for a WORLD_SIZE
 
 
+_fsdp = False  # whether the launcher asks for FSDP
+
+
 class ElsewhereError(Exception):
     """The run cannot go on, for a reason that another of its processes has."""
 
 
-def init(device: torch.device) -> None:
+def init(device: torch.device, can_shard: bool = False) -> None:
     """Meet the other processes of the run, if there are any; on cards, "cuda" is this process's own from here on.
+
+    can_shard: whether the script shards a network where the launcher asks for FSDP; `asks_for_fsdp` tells it.
 
     Raises:
         ValueError: the environment is not that of a launcher, the launcher asks for what is not built, or `device` is
             one card for all processes.
     """
+    global _fsdp
     require_launcher()
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    _fsdp = take_over_fsdp(can_shard) and several
+    if not several:
         return
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true":
             raise ValueError(
-                f"the launcher asks for {name}, and here no network is sharded: each process holds all of it "
-                "(configs/accelerate_fsdp.yaml says why). Launch with --multi_gpu alone; model.quantize=nf4 and "
-                "train.recompute save memory"
+                f"the launcher asks for {name}, which is not built here: launch with --multi_gpu, where each process "
+                "holds all of the network, or with configs/accelerate/fsdp.yaml, which shards its decoder"
             )
     if device.index is not None:
         raise ValueError(f"{device} is one card for {os.environ['WORLD_SIZE']} processes: name it cuda, or auto")
@@ -58,6 +65,33 @@ def init(device: torch.device) -> None:
     with saying_who_is_awaited():
         PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
         gather("here")  # none goes on, perhaps to its end, while another is on its way
+
+
+def take_over_fsdp(can_shard: bool) -> bool:
+    """Whether the launcher asks for FSDP. Its wish leaves the environment: accelerate would fulfil it once more.
+
+    Raises:
+        ValueError: the script does not shard, or this is not FSDP2 of torch 2.13.
+    """
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false") != "true":
+        return False
+    version, torch_version = os.environ.get("FSDP_VERSION", "1"), tuple(map(int, torch.__version__.split(".")[:2]))
+    if not can_shard:
+        raise ValueError(
+            "the launcher asks for FSDP, and only train.py shards a network: launch this script with --multi_gpu, "
+            "where each process holds all of it, or in one process"
+        )
+    if version != "2" or torch_version < (2, 13):
+        raise ValueError(
+            f"the launcher asks for FSDP {version} with torch {torch.__version__}; expected FSDP 2 (fsdp_version: 2, "
+            "as in configs/accelerate/fsdp.yaml) and torch 2.13"
+        )
+    return True
+
+
+def asks_for_fsdp() -> bool:
+    """Whether the run has several processes and its launcher asks for FSDP."""
+    return _fsdp
 
 
 def require_launcher() -> None:
@@ -124,6 +158,16 @@ def all_reduce(tensors: Sequence[Tensor]) -> None:
         with others():
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a shard, put together; all of them call this. Any other tensor as it is."""
+    # A DTensor is known by its method: importing its class takes longer than most scripts need it.
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    with others():
+        gathered: Tensor = tensor.full_tensor()
+    return gathered
 
 
 def gather(value: Any) -> list[Any]:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from finetune.config.schema import TrainConfig
 from finetune.lora.dropout import seed_of
 from finetune.lora.protocol import set_dropout_seeds
+from finetune.system import sharding
 from finetune.system.device import first_line, free_memory, is_out_of_memory
 from finetune.system.transfer import to_device
 from finetune.training.execution_plan import ExecutionPlan
@@ -67,12 +69,15 @@ class GradientAccumulation:
     def accumulate_in_memory(self, examples: list[Example], tokens: int, step: int) -> Tensor:
         """`accumulate`, repeated with half the micro-batch where the device runs out of memory, if the plan chose it.
 
+        Processes that share sharded layers repeat it together.
+
         Raises:
             ValueError: out of memory, and the micro-batch is the configuration's, or one row already.
         """
         while True:
             try:
-                return self.accumulate(examples, tokens, step)
+                with sharding.same_memory(self.network.language_model.model):
+                    return self.accumulate(examples, tokens, step)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -88,14 +93,29 @@ class GradientAccumulation:
         """
         images = self.frozen_image_features(examples)
         total = torch.zeros((), device=self.device)
-        for micro_batch in micro_batches(examples, self.execution_plan.micro_batch):
-            total += self.micro_step(micro_batch, images, tokens, step)
+        for micro_batch, counts in self.lockstep_micro_batches(examples):
+            total += self.micro_step(micro_batch, images, tokens, step, counts)
         return total
 
+    def lockstep_micro_batches(self, examples: Sequence[Example]) -> Iterator[tuple[list[Example], bool]]:
+        """The micro-batches of a step, and whether each counts. Processes that share sharded layers have equally many:
+        one that has fewer repeats an example, which does not count.
+        """
+        own = list(micro_batches(examples, self.execution_plan.micro_batch))
+        missing = sharding.meet(len(own)) - len(own)
+        yield from ((micro_batch, True) for micro_batch in own)
+        yield from ((own[-1][-1:], False) for _ in range(missing))
+
     def micro_step(
-        self, micro_batch: Sequence[Example], images: ImageFeatures | None, tokens: int, step: int
+        self,
+        micro_batch: Sequence[Example],
+        images: ImageFeatures | None,
+        tokens: int,
+        step: int,
+        counts: bool = True,
     ) -> Tensor:
-        """Forward and backward pass of a micro-batch; returns its share of the mean loss over a step's `tokens`.
+        """Forward and backward pass of a micro-batch; returns its share of the mean loss over a step's `tokens`. One
+        that does not count adds zero to gradients and loss.
 
         All that it needs is worked out on the host and moved in one copy: nothing in it waits for the device.
         """
@@ -118,7 +138,7 @@ class GradientAccumulation:
         encoded = self.network.encode_images(moved["pixels"]) if images is None else images.tokens
         batch = dataclasses.replace(batch, **{name: moved[name] for name in batch.tensors()})
         output = self.network(batch=batch, image_features=encoded[moved["image_rows"]], num_items_in_batch=tokens)
-        loss: Tensor = output.loss
+        loss: Tensor = output.loss if counts else 0 * output.loss
         loss.backward()
         return loss.detach()
 
@@ -148,6 +168,10 @@ class GradientAccumulation:
     def gradients(self) -> list[Tensor]:
         """Of what is trained. Which parameters have one depends on the network alone, not on the examples."""
         return [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+
+    def unsummed_gradients(self) -> list[Tensor]:
+        """Of what is trained and not sharded; those of sharded parameters were summed in the backward pass."""
+        return [gradient for gradient in self.gradients() if not isinstance(gradient, DTensor)]
 
     def halve_micro_batch(self, reason: str, step: int) -> None:
         """Halve the micro-batch of this step and those after it, out of memory for a `reason`.

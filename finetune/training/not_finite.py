@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finetune.training.gradient_accumulation import Example, GradientAccumulation, micro_batches
+from finetune.system import sharding
+from finetune.training.gradient_accumulation import Example, GradientAccumulation
 
 
 def first_not_finite(
@@ -15,7 +16,7 @@ def first_not_finite(
 ) -> tuple[str | None, list[str]]:
     """Where the first value that is not finite appears, if one does, and the ids of the examples of its micro-batch.
 
-    The step is computed again for that; its gradients are dropped.
+    The step is computed again for that; its gradients are dropped. Processes with sharded layers call this together.
     """
     found: list[str] = []
 
@@ -26,12 +27,14 @@ def first_not_finite(
     modules = accumulation.network.named_modules()
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules if name]
     images = accumulation.frozen_image_features(examples)
-    for micro_batch in micro_batches(examples, accumulation.execution_plan.micro_batch):
-        accumulation.micro_step(micro_batch, images, tokens, step)
+    for micro_batch, counts in accumulation.lockstep_micro_batches(examples):
+        accumulation.micro_step(micro_batch, images, tokens, step, counts)
         trained = reversed(list(accumulation.trained.items()))
         # The backward pass comes from the end: the last parameter's gradient is the first one.
-        found += [f"the gradient of {n}" for n, p in trained if p.grad is not None and not p.grad.isfinite().all()]
-        if found:
+        for name, parameter in trained:
+            if parameter.grad is not None and not sharding.local(parameter.grad).isfinite().all():
+                found.append(f"the gradient of {name}")
+        if sharding.any_process(bool(found)):
             examples = micro_batch
             break
     for hook in hooks:

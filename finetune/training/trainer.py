@@ -16,26 +16,26 @@ import dataclasses
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from finetune.config.schema import RunConfig
 from finetune.lora.protocol import check_gradients, trained_parameters
-from finetune.system import distributed, workers
+from finetune.system import distributed, sharding, workers
 from finetune.training import checkpoints
 from finetune.training.arguments import training_arguments
 from finetune.training.batch_sampler import BatchSampler, RankShard
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import Collate, Example, GradientAccumulation, supervised
 from finetune.training.not_finite import first_not_finite
-from finetune.training.optimizer import make_optimizer, set_schedule, without_wrapper
+from finetune.training.optimizer import clip_gradients, make_optimizer, set_schedule, total_norm, without_wrapper
 from finetune.training.result import BEST_FILE, Best, Result, judge, last_step
 from finetune.training.resume import judged_by
 from model import PaliGemma, PaliGemmaOutput
@@ -114,7 +114,7 @@ class LoRATrainer(Trainer):
         model.train()
         step, tokens = self.state.global_step, int(distributed.total(supervised(inputs)))
         loss = self.accumulation.accumulate_in_memory(inputs, tokens, step)
-        distributed.all_reduce([loss, *self.accumulation.gradients()])
+        distributed.all_reduce([loss, *self.accumulation.unsummed_gradients()])
         self.check_finite(model, inputs, tokens, loss)
         if step == self._initial_global_step:
             check_gradients(self.network)
@@ -122,7 +122,7 @@ class LoRATrainer(Trainer):
 
     def check_finite(self, model: nn.Module, examples: list[Example], tokens: int, loss: Tensor) -> None:
         """Stop before the optimizer where loss or gradients are not finite: keep the state before, say where it is."""
-        norm = get_total_norm(self.accumulation.gradients())
+        norm = total_norm(self.accumulation.gradients())
         if torch.stack((loss, norm.to(loss))).isfinite().all():
             return
         self.network.zero_grad()
@@ -131,7 +131,8 @@ class LoRATrainer(Trainer):
         everyone = "the sum over the step", [name for _, ids in found for name in ids]
         where, ids = next((place for place in found if place[0]), everyone)
         kept = "nothing was kept: the weights themselves are not finite"
-        if all(bool(parameter.isfinite().all()) for parameter in self.trained.values()):
+        finite = all(bool(sharding.local(parameter).isfinite().all()) for parameter in self.trained.values())
+        if all(distributed.gather(finite)):
             self._save_checkpoint(model, None)
             kept = f"the state before it is in {self.run.output}/checkpoints"
         raise FloatingPointError(
@@ -169,6 +170,10 @@ class LoRATrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         self.optimizer = make_optimizer(self.trained.values(), self.run.train)
         return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip to `train.max_grad_norm`; returns the norm of the gradients before."""
+        return clip_gradients(self.trained.values(), self.run.train.max_grad_norm)
 
     @property
     def bare_optimizer(self) -> torch.optim.Optimizer:
@@ -212,15 +217,17 @@ class LoRATrainer(Trainer):
                     "make room and start the same command again"
                 ) from error
 
-        distributed.on_main(save)
+        with sharding.whole_parameters(self.network):
+            distributed.on_main(save)
         self.best = result
 
     # Checkpoints: what is trained, the optimizer's state, the Trainer's own state.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        distributed.on_main(self.write_checkpoint)
+        state = checkpoints.gather_state(self.trained, self.bare_optimizer)
+        distributed.on_main(partial(self.write_checkpoint, state))
 
-    def write_checkpoint(self) -> None:
+    def write_checkpoint(self, state: checkpoints.TrainingState) -> None:
         """Write the state of this step, and delete what is older than `train.keep_checkpoints`."""
         directory, step = Path(self.run.output) / "checkpoints", self.state.global_step
         documents = {
@@ -228,7 +235,7 @@ class LoRATrainer(Trainer):
             BEST_FILE: Best(self.best, self.judged_by).to_dict(),
         }
         try:
-            checkpoints.write_checkpoint(directory, step, self.trained, self.bare_optimizer, documents)
+            checkpoints.write_checkpoint(directory, step, state, documents)
         except OSError as error:
             message = f"no checkpoint of step {step} could be written, those before it stand: {error}"
             if self.run.train.on_full_disk == "stop":

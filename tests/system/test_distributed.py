@@ -226,7 +226,7 @@ def test_one_card_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_accelerate_makes_of_the_configuration_for_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = str(kill_test.ROOT / "configs/accelerate_fsdp.yaml")
+    config = str(kill_test.ROOT / "configs/accelerate/fsdp.yaml")
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))
     as_launched(monkeypatch, arguments.num_processes)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
@@ -237,7 +237,7 @@ def test_what_accelerate_makes_of_the_configuration_for_fsdp_is_refused(monkeypa
 def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, tmp_path: Path) -> None:
     """`accelerate launch` as README shows it, with processes that prepare the examples."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", "configs/accelerate_2cpu.yaml", "train.py", "configs/quickstart.yaml"]
+    launch += ["--config_file", "configs/accelerate/two_processes.yaml", "train.py", "configs/quickstart.yaml"]
     changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=10000", "train.save_every=10000"]
     changes += ["train.eval_every=null", "train.learning_rate=1e-3", "train.schedule=constant", "train.warmup=0"]
     changes += ["data.workers=1", *several_processes.CHANGES[-1:]]
