@@ -26,6 +26,7 @@ from finetune.system import distributed
 from finetune.system.device import is_out_of_memory
 
 _group: dist.ProcessGroup | None = None  # in which processes with sharded layers meet
+_gathered = False  # whether a layer was gathered yet: before, torch has nothing to reset
 
 
 class OutOfMemoryElsewhereError(MemoryError):
@@ -88,7 +89,7 @@ def every_process(true: bool) -> bool:
 def same_memory(root: nn.Module) -> Iterator[None]:
     """A computation that succeeds in all processes or in none: where one is out of memory, the others raise, too.
 
-    After it the layers that `root` runs are ready for another attempt; gradients are to be dropped.
+    After an error the layers that `root` runs are ready for another attempt, without gradients.
     """
     try:
         yield
@@ -98,7 +99,9 @@ def same_memory(root: nn.Module) -> Iterator[None]:
             if not isinstance(error, OutOfMemoryElsewhereError):
                 meet(failed=True)
             assert isinstance(root, FSDPModule), "layers are sharded below the module that runs them"
-            root.reset_iter_state()
+            root.zero_grad()  # of layers that are whole now, too: torch keeps theirs beyond the reset
+            if _gathered:
+                root.reset_iter_state()
         raise
 
 
@@ -111,6 +114,8 @@ class AllGather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
+        global _gathered
+        _gathered = True
         meet()
         with distributed.others():
             return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -225,13 +225,36 @@ def test_one_card_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.init(torch.device("cuda:1"))
 
 
-def test_what_accelerate_makes_of_the_configuration_for_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_launched_for_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that accelerate makes of configs/accelerate/fsdp.yaml, for one process."""
     config = str(kill_test.ROOT / "configs/accelerate/fsdp.yaml")
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))
-    as_launched(monkeypatch, arguments.num_processes)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
-    with pytest.raises(ValueError, match="the launcher asks for FSDP"):
+    assert arguments.num_processes == 2
+    made = prepare_multi_gpu_env(arguments)
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.setenv(name, made[name])
+
+
+def test_fsdp_is_for_train_py_and_for_fsdp2_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_launched(monkeypatch, 2)
+    as_launched_for_fsdp(monkeypatch)
+    with pytest.raises(ValueError, match=r"asks for FSDP, and only train\.py shards a network: .* --multi_gpu"):
         distributed.init(torch.device("cpu"))
+    as_launched_for_fsdp(monkeypatch)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match=r"asks for FSDP 1 with torch .*; expected FSDP 2"):
+        distributed.init(torch.device("cpu"), can_shard=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"asks for DEEPSPEED, .* configs/accelerate/fsdp\.yaml"):
+        distributed.init(torch.device("cpu"), can_shard=True)
+
+
+def test_fsdp_of_one_process_is_that_process_and_accelerate_does_not_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer and accelerate would take the wish from the environment."""
+    as_launched_for_fsdp(monkeypatch)
+    distributed.init(torch.device("cpu"), can_shard=True)
+    assert not distributed.asks_for_fsdp()
+    assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
 def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, tmp_path: Path) -> None:
