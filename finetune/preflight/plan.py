@@ -128,13 +128,27 @@ class Planner:
         self.trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         self.frozen = sum(p.nbytes for p in self.model.parameters()) - self.trained
         self.tower = sum(p.nbytes for p in self.model.vision_tower.parameters())
-        self.dense = 0  # bytes of the largest matrix that is made dense for a product
+        self.dense = 0  # bytes of the largest matrix that is made dense for a product, and of layers gathered whole
         self.sizes = {name: p.nbytes for name, p in self.model.named_parameters()}
         if quantize:
             packed = {id(weight): packed_bytes(weight.numel()) for weight in linears}
             self.sizes |= {name: packed[id(p)] for name, p in self.model.named_parameters() if id(p) in packed}
             self.frozen -= sum(weight.nbytes - packed_bytes(weight.numel()) for weight in linears)
             self.dense = max(weight.nbytes for weight in linears)
+
+    def shard_decoder(self, count: int) -> None:
+        """Plan for one of `count` processes that share the decoder's layers: it holds a shard of each, and two layers
+        whole, the one at work and the one that is gathered meanwhile.
+        """
+        layers = "language_model.model.layers."
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(layers):
+                others_hold = self.sizes[name] - math.ceil(self.sizes[name] / count)
+                self.sizes[name] -= others_hold
+                self.trained -= others_hold * parameter.requires_grad
+                self.frozen -= others_hold * (not parameter.requires_grad)
+        decoder = self.model.language_model.model
+        self.dense += 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in decoder.layers)
 
     def count_kept(self) -> Kept:
         decoder, layers, besides = self.model.language_model.model, {}, 0
@@ -420,6 +434,8 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> tuple
     tokens = config.vision.num_patches + 1 + longest.text
     share = math.ceil(train.batch_size / distributed.count())
     planner = Planner(config, run.lora, dtype, tokens, longest.answer, share, device, run.model.quantize)
+    if distributed.asks_for_fsdp():
+        planner.shard_decoder(distributed.count())
     budget, whose = budget_of(device, run.memory.budget_gib)
     micro_batch = None if train.micro_batch == "auto" else train.micro_batch
     recompute = None if train.recompute == "auto" else train.recompute
