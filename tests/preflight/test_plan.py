@@ -403,15 +403,16 @@ def test_windows_and_wsl_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("lora", [TARGETS["language"], None], ids=["language", "in full"])
-def test_processes_that_share_the_decoders_layers_hold_a_part_of_each(lora: LoRAConfig | None) -> None:
+def test_processes_that_share_the_decoders_layers_hold_a_shard_of_each(lora: LoRAConfig | None) -> None:
     """And two layers whole while they work."""
     alone, shared = planner(lora), planner(lora)
-    shared.shard_decoder(2)
+    shared.shard_decoder(8)
     layers = shared.model.language_model.model.layers
     held = sum(parameter.nbytes for parameter in layers.parameters())
-    assert alone.frozen + alone.trained - shared.frozen - shared.trained == pytest.approx(held / 2, abs=100)
+    assert alone.frozen + alone.trained - shared.frozen - shared.trained == pytest.approx(held * 7 / 8, abs=300)
     trained = sum(parameter.nbytes for parameter in layers.parameters() if parameter.requires_grad)
-    assert alone.trained - shared.trained == pytest.approx(trained / 2, abs=100)
+    assert alone.trained - shared.trained == pytest.approx(trained * 7 / 8, abs=300)
     gathered = 2 * sum(parameter.nbytes for parameter in layers[0].parameters())
     assert shared.dense - alone.dense == gathered
-    assert shared.plan(ExecutionPlan(1), 0).total < alone.plan(ExecutionPlan(1), 0).total - held / 2 + gathered
+    saved = alone.plan(ExecutionPlan(1), 0).total - shared.plan(ExecutionPlan(1), 0).total
+    assert 0 < 0.9 * (held * 7 / 8 - gathered) < saved
