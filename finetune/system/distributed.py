@@ -34,7 +34,7 @@ _fsdp = False  # whether the launcher asks for FSDP
 
 
 class ElsewhereError(Exception):
-    """The run cannot go on, for a reason that another of its processes has."""
+    """The run ends, for a reason that another of its processes has."""
 
 
 def init(device: torch.device, can_shard: bool = False) -> None:
@@ -64,7 +64,7 @@ def init(device: torch.device, can_shard: bool = False) -> None:
 
     with saying_who_is_awaited():
         PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
-        gather("here")  # none goes on, perhaps to its end, while another is on its way
+        gather("here")  # none continues, perhaps to its end, before the others are there
 
 
 def take_over_fsdp(can_shard: bool) -> bool:
@@ -98,7 +98,7 @@ def require_launcher() -> None:
     """That the environment names this process as a launcher does, or not at all.
 
     Raises:
-        ValueError: it does so in part, or as one that cannot be: left over from something else.
+        ValueError: it does so incompletely, or as one that cannot be: left over from something else.
     """
     told = {name: os.environ[name] for name in (*LAUNCHER, *MPI) if name in os.environ}
     named = {name: value for name, value in told.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
@@ -182,7 +182,7 @@ def gather(value: Any) -> list[Any]:
     texts = [torch.empty(int(sizes.max()), dtype=torch.uint8, device=device) for _ in range(count())]
     with others():
         dist.all_gather(texts, pad(text, (0, len(texts[0]) - len(text))))
-    return [json.loads(bytes(part[:size].tolist())) for part, size in zip(texts, sizes.tolist(), strict=True)]
+    return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes.tolist(), strict=True)]
 
 
 def total(number: float) -> float:
@@ -202,18 +202,18 @@ def on_main(call: Callable[[], Any]) -> Any:
     if is_main():
         try:
             given = call()
-        except Exception as caught:  # whatever it is, the others must not wait for it
+        except Exception as caught:  # of any kind: the others must not wait for it
             error = caught
     failed, given = gather([error is not None, given])[0]
     if error is not None:
         raise error
     if failed:
-        raise ElsewhereError("the first process of the run could not go on, and says why")
+        raise ElsewhereError("the first process of the run failed, and says why")
     return given
 
 
 def destroy() -> None:
-    """Take leave of the others, at the end."""
+    """Leave the process group, at the end."""
     if count() > 1:
         dist.destroy_process_group()
 
@@ -227,5 +227,5 @@ def others() -> Iterator[None]:
         if is_death(error):  # of a worker of this process, noticed while it waits for the others
             raise
         raise ElsewhereError(
-            "another process of the run has ended, so this one does; what was kept stands, and the same command goes on"
+            "another process of the run has ended, so this one does; what was saved stands, the same command resumes"
         ) from error

@@ -54,5 +54,5 @@ def training_arguments(
             f"{arguments.n_gpu} devices are visible, and this is one process: choose one with "
             "CUDA_VISIBLE_DEVICES=0, or use all with accelerate launch --multi_gpu train.py ..."
         )
-    arguments.mixed_precision = "no"  # whatever a launcher says: model.dtype is what is computed in
+    arguments.mixed_precision = "no"  # not the launcher's: model.dtype is what is computed in
     return arguments

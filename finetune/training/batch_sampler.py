@@ -1,6 +1,6 @@
 """Which examples make up optimizer step k: a pure function of the seed and k.
 
-The records are visited in epochs, each in an order of its own; the steps cut that endless sequence into effective
+The records are drawn in epochs, each in an order of its own; the steps cut that endless sequence into effective
 batches, across the ends of epochs. So the state of the data in a checkpoint is one integer, and how a batch is cut into
 micro-batches, on how many devices, changes nothing about what is learned.
 """
@@ -54,7 +54,7 @@ class BatchSampler:
         return self.total
 
     def order(self, epoch: int) -> list[int]:
-        """The order in which an epoch visits the records."""
+        """The order in which an epoch draws the records."""
         return shuffled(self.num_records, self.seed, epoch)
 
 

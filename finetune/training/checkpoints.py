@@ -95,7 +95,7 @@ def read_optimizer_state(path: Path, trained: Mapping[str, nn.Parameter], optimi
     """Fill the optimizer's state from a checkpoint."""
     for name, value in load_file(path / OPTIMIZER_STATE).items():
         parameter, key = name.rsplit("/", 1)
-        # AdamW keeps its step counts on the CPU whatever the device of the parameters.
+        # AdamW keeps its step counts on the CPU, on any device of the parameters.
         like = trained[parameter]
         optimizer.state[like][key] = value if value.ndim == 0 else sharding.sharded_as(value, like)
 

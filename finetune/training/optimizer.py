@@ -45,7 +45,7 @@ def whole_and_sharded(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def set_schedule(schedule: object, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set the learning rate to what the configuration's schedule gives after `step` steps, whatever it was before."""
+    """Set the learning rate to what the configuration's schedule gives after `step` steps."""
     assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR), "the schedule exists from the start of training on"
     rates = [rate * factor(step) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_last_lr": rates})

@@ -112,7 +112,7 @@ class Wandb(TrainerCallback):
     def attempt(self, action: str, call: Any) -> Any:
         try:
             return call()
-        except Exception as error:  # whatever it is, a night of training is worth more than its tracking
+        except Exception as error:  # of any kind: a night of training is worth more than its tracking
             said = f"wandb: {action} failed ({type(error).__name__}: {error}); going on without it"
             tqdm.write(visible(said), file=sys.stderr)
             self.logged = None

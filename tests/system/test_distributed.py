@@ -64,7 +64,7 @@ def assert_same_adapter(run: Path, other: Path) -> None:
 
 
 def test_two_processes_learn_what_one_does(runs: Path) -> None:
-    """Loss, gradient norm, rate, validation loss and accuracy of every step, in parts of four and three examples."""
+    """Loss, gradient norm, rate, validation loss and accuracy of every step, in shards of four and three examples."""
     assert (codes(runs, "one"), codes(runs, "two")) == ([0], [0, 0])
     one, two = curve(runs / "one"), curve(runs / "two")
     assert len([line for line in one if "loss" in line]) == 4
@@ -97,22 +97,22 @@ def test_answers_and_their_accuracy_are_those_of_one_process(runs: Path) -> None
     assert said(runs, "two, evaluated", 1) == ""
 
 
-def test_a_killed_process_ends_the_run_and_one_process_goes_on_with_it(runs: Path) -> None:
+def test_a_killed_process_ends_the_run_and_one_process_resumes_it(runs: Path) -> None:
     assert codes(runs, "killed") == [2, -signal.SIGKILL]
     assert "error: another process of the run has ended" in said(runs, "killed", 0)
     assert "Traceback" not in said(runs, "killed", 0)
-    assert codes(runs, "killed, gone on") == [0]
+    assert codes(runs, "killed, resumed") == [0]
     steps = [line["step"] for line in curve(runs / "killed") if "loss" in line]
     assert steps == [1, 2, 3, 4]  # two before, two after
     assert_same_adapter(runs / "killed", runs / "one")
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step_and_three_go_on(runs: Path) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_three_resume(runs: Path) -> None:
     assert codes(runs, "told") == [75, 75]
     assert "SIGTERM: finishing this step" in said(runs, "told", 1)
-    assert "stopped after step 1; to go on: the same command" in said(runs, "told", 0)
+    assert "stopped after step 1; to resume: the same command" in said(runs, "told", 0)
     assert "stopped after" not in said(runs, "told", 1)
-    assert codes(runs, "told, gone on") == [0, 0, 0]
+    assert codes(runs, "told, resumed") == [0, 0, 0]
     assert [line["step"] for line in curve(runs / "told") if "loss" in line] == [1, 2, 3, 4]
     assert_same_adapter(runs / "told", runs / "one")
 
@@ -120,7 +120,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_three_go_on(r
 def test_a_full_disk_ends_all_processes_and_nobody_waits(runs: Path) -> None:
     assert codes(runs, "full disk") == [2, 2]
     assert "no checkpoint of step 2 could be written, those before it stand" in said(runs, "full disk", 0)
-    assert "the first process of the run could not go on, and says why" in said(runs, "full disk", 1)
+    assert "the first process of the run failed, and says why" in said(runs, "full disk", 1)
     newest, skipped = newest_whole(runs / "full disk/checkpoints")
     assert newest is not None
     assert (newest.name, skipped) == ("step-000001", [])
@@ -272,5 +272,5 @@ def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, 
     newest, skipped = newest_whole(tmp_path / "run/checkpoints")
     assert newest is not None, told
     stopped = int(newest.name.removeprefix("step-"))
-    assert f"stopped after step {stopped}; to go on: the same command" in told
+    assert f"stopped after step {stopped}; to resume: the same command" in told
     assert skipped == []

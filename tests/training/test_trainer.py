@@ -1,4 +1,4 @@
-"""Training: the step is one whatever its cut, a resumed run is the uninterrupted one, and only adapters are kept."""
+"""Training: the step does not depend on its cut, a resumed run is the uninterrupted one, and only adapters are kept."""
 
 from __future__ import annotations
 
@@ -165,11 +165,11 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base: Path, tmp_path: Pa
 
 def test_micro_batches_are_alike_in_length_and_keep_images_together() -> None:
     examples = Examples().examples
-    parts = list(micro_batches(examples, 8))
-    assert {str(example["id"]) for part in parts for example in part} == {str(e["id"]) for e in examples}
-    assert [len(part) for part in parts] == [8] * 5
-    assert sum(len({example["image_id"] for example in part}) for part in parts) <= 8 + len(parts)
-    longest = [max(len(example["input_ids"]) for example in part) for part in parts]
+    cut = list(micro_batches(examples, 8))
+    assert {str(example["id"]) for micro_batch in cut for example in micro_batch} == {str(e["id"]) for e in examples}
+    assert [len(micro_batch) for micro_batch in cut] == [8] * 5
+    assert sum(len({example["image_id"] for example in micro_batch}) for micro_batch in cut) <= 8 + len(cut)
+    longest = [max(len(example["input_ids"]) for example in micro_batch) for micro_batch in cut]
     assert longest == sorted(longest, reverse=True)
 
 
@@ -287,7 +287,7 @@ def test_where_accuracy_does_not_move_the_lower_loss_is_kept(base: Path, tmp_pat
     ]
 
 
-def test_a_better_accuracy_is_kept_whatever_the_loss(base: Path, tmp_path: Path) -> None:
+def test_a_better_accuracy_is_kept_with_any_loss(base: Path, tmp_path: Path) -> None:
     figures = {1: (0.0, 1.0), 2: (5.0, 9.0), 3: (4.0, 0.1), 4: (float("nan"), 0.1), 5: (5.0, 9.5), 6: (6.0, 10.0)}
     trainer = evaluations(base, tmp_path, figures)
     trainer.train()
@@ -403,7 +403,7 @@ def test_a_gradient_that_is_not_finite_keeps_the_state_before_it(base: Path, tmp
     ],
     ids=["allocator", "another call", "cuBLAS", "Python"],
 )
-def test_out_of_memory_the_step_is_repeated_in_smaller_parts(
+def test_out_of_memory_the_step_is_repeated_in_smaller_micro_batches(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     config = run_config(base, tmp_path, {**ADAPTERS, "dropout": 0.3})
