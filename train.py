@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--probe times the steps that --dry-run plans: give both")
     looks = arguments.dry_run or arguments.check or arguments.inspect or arguments.overfit is not None
     # A look makes no use of the other processes, and --dry-run none of the device.
-    distributed.init(torch.device("cpu") if looks else pick_device(config.model.device))
+    distributed.init(torch.device("cpu") if looks else pick_device(config.model.device), can_shard=True)
     if distributed.count() > 1 and looks:
         raise ValueError(
             "--dry-run, --check, --inspect and --overfit look before a run, in one process: leave out the launcher"

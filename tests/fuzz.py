@@ -48,7 +48,13 @@ from finetune.adapters.storage import LAYOUTS, PREFIX
 from finetune.lora.nf4 import open_base
 from finetune.lora.protocol import AdapterModule, adapters, trained_parameters
 from finetune.system.atomic import MANIFEST, write_whole
-from finetune.training.checkpoints import newest_whole, read_moments, read_parameters, write_checkpoint
+from finetune.training.checkpoints import (
+    gather_state,
+    newest_whole,
+    read_optimizer_state,
+    read_parameters,
+    write_checkpoint,
+)
 from model import PaliGemma
 from model.config import TextConfig, VisionConfig
 from model.random_init import from_random
@@ -258,7 +264,7 @@ class Checkpoints:
                 parameter.grad = torch.randn_like(parameter)
             self.optimizer.step()
             documents = {"trainer_state.json": {"global_step": step, "log": [1.5, None]}, "best.json": {"a": 1}}
-            self.directory = write_checkpoint(directory, step, self.trained, self.optimizer, documents)
+            self.directory = write_checkpoint(directory, step, gather_state(self.trained, self.optimizer), documents)
 
     def load(self) -> Snapshot:
         newest, skipped = newest_whole(self.directory.parent)
@@ -266,12 +272,12 @@ class Checkpoints:
         if newest != self.directory:
             raise ValueError("; ".join(skipped))
         read_parameters(newest, self.trained)
-        read_moments(newest, self.trained, self.optimizer)
-        moments = {
+        read_optimizer_state(newest, self.trained, self.optimizer)
+        stored = {
             f"{name}/{key}": value for name, p in self.trained.items() for key, value in self.optimizer.state[p].items()
         }
         documents = {name: (newest / name).read_text() for name in ("trainer_state.json", "best.json")}
-        return {"tensors": frozen({**self.trained, **moments}), "declared": documents}
+        return {"tensors": frozen({**self.trained, **stored}), "declared": documents}
 
     def meanings(self) -> list[Snapshot]:
         return []
@@ -292,7 +298,7 @@ def tiny_model(directory: Path) -> PaliGemma:
     return model
 
 
-# How files are corrupted. The name of a corruption is the kind of damage in the table; it changes the content of a file.
+# How files are corrupted: the name of a corruption is the kind of damage in the table; it changes a file's content.
 
 Corruption = Callable[[Random, bytes], bytes]
 

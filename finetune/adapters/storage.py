@@ -96,6 +96,7 @@ def save_adapter(
     base: str | None = None,
     revision: str | None = None,
     facts: TrainingFacts | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base. The directory is there
     whole or not at all, with a manifest; one that was there gives way.
@@ -103,6 +104,7 @@ def save_adapter(
     Args:
         base, revision: what the adapter belongs to, a Hub id or a directory: stored as `base_model_name_or_path`.
         facts: how it was trained, stored in the metadata of the tensors' file.
+        base_fingerprint: of the base, where it was taken before the base's weights were sharded.
 
     Raises:
         ValueError: the model has no adapters, or their values are not finite.
@@ -114,7 +116,7 @@ def save_adapter(
     if poisoned:
         raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
     config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
-    about = {BASE_FINGERPRINT: fingerprint(model), BASE_QUANTIZATION: quantization_of(model)}
+    about = {BASE_FINGERPRINT: base_fingerprint or fingerprint(model), BASE_QUANTIZATION: quantization_of(model)}
     about |= {TRAINING: facts.to_json() if facts else None}
     metadata = {"format": "pt"} | {key: value for key, value in about.items() if value}
 

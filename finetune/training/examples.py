@@ -35,20 +35,20 @@ class Examples:
         return valid(self.records, self.skipped)
 
 
-def open_records(config: RunConfig, part: str, skipped: SkippedRecords | None = None) -> Any:
-    """The records of data.train or data.validation (`part`), as `load_records` opens them; those that cannot be used go
-    to `skipped`, by default where the configuration says.
+def open_records(config: RunConfig, split: str, skipped: SkippedRecords | None = None) -> Any:
+    """The records of data.train or data.validation (`split`), as `load_records` opens them; those that cannot be used
+    go to `skipped`, by default where the configuration says.
     """
-    source, prompt, seed = getattr(config.data, part).model_dump(), config.data.prompt, config.train.seed
-    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, part))
+    source, prompt, seed = getattr(config.data, split).model_dump(), config.data.prompt, config.train.seed
+    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, split))
 
 
-def skipped_records(config: RunConfig, part: str, listed: bool = True) -> SkippedRecords:
-    """How many records of a part may be skipped by the configuration, and, if they are `listed`, in which file."""
+def skipped_records(config: RunConfig, split: str, listed: bool = True) -> SkippedRecords:
+    """How many records of a split may be skipped by the configuration, and, if they are `listed`, in which file."""
     allowed = config.data.skip_at_most
     if config.data.on_error == "fail":
         return SkippedRecords(skippable=allowed)
-    return SkippedRecords(Path(config.output, f"skipped_{part}.jsonl") if listed else None, allowed, allowed)
+    return SkippedRecords(Path(config.output, f"skipped_{split}.jsonl") if listed else None, allowed, allowed)
 
 
 def open_processor(directory: Path, data: DataConfig) -> Processor:
