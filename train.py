@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from finetune import cli
-from finetune.config.schema import describe, load_config
+from finetune.config.describe import describe
+from finetune.config.load import load_config
 from finetune.preflight.check import check
 from finetune.preflight.dry_run import dry_run
 from finetune.preflight.inspection import inspect

@@ -32,7 +32,7 @@ import train
 from data.lengths import Longest
 from data.synthetic import scenes
 from finetune import run
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.system.atomic import damage
 from model import PaliGemmaConfig
 

@@ -26,7 +26,7 @@ import train
 from data.synthetic import scenes
 from finetune import cli
 from finetune.adapters.storage import training_facts
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.system import terminal
 from finetune.training.result import Result
 from finetune.training.trainer import LoRATrainer

@@ -51,7 +51,7 @@ for _name, (_pattern, _first) in _SCALARS.items():
 
 
 class Document:
-    """One text, read. `data`: None, bool, int, float, str, list or dict; `faults`: a line for each thing wrong.
+    """One text, read. `data`: None, bool, int, float, str, list or dict; `problems`: a line for each thing wrong.
 
     source names the text in them, with the line where count_lines is set: "run.yaml:3".
     """
@@ -59,7 +59,7 @@ class Document:
     def __init__(self, text: str | bytes, source: str, *, count_lines: bool = False) -> None:
         self._source, self._count_lines = source, count_lines
         self.origins: dict[Path, str] = {(): self._origin(0)}
-        self.faults: list[str] = []
+        self.problems: list[str] = []
         self._unread: set[Path] = set()
         self._seen: set[int] = set()
         self.data: Any = None
@@ -79,14 +79,14 @@ class Document:
         else:
             self.data = self._refuse((), _NOTHING) if root is None else self._plain(root, ())
 
-    def fault(self, path: Path, message: str) -> None:
+    def add_problem(self, path: Path, message: str) -> None:
         """Note what is wrong with the value at a path, or with its absence, unless it could not be read at all."""
         above = [path[:length] for length in range(len(path), -1, -1)]
         if not self._unread.intersection(above):
             origin = next(self.origins[near] for near in above if near in self.origins)
             name = ".".join(map(str, path))
-            name = name if name.isprintable() else repr(name)  # a fault is one line
-            self.faults.append(f"{origin}: {name}{': ' if path else ''}{message}")
+            name = name if name.isprintable() else repr(name)  # a problem is one line
+            self.problems.append(f"{origin}: {name}{': ' if path else ''}{message}")
 
     def lay_over(self, path: Path, value: Any, origin: str) -> None:
         """Put a value at a path of keys, whatever stood there, making the sections on the way."""
@@ -110,7 +110,7 @@ class Document:
 
     def _refuse(self, path: Path, message: str) -> Any:
         """Note that there is nothing to go by at a path; None stands in."""
-        self.fault(path, message)
+        self.add_problem(path, message)
         self._unread.add(path)
 
     def _plain(self, node: yaml.Node, path: Path) -> Any:
@@ -136,7 +136,7 @@ class Document:
                 self._refuse(at, "expected a name as key")
                 continue
             if key_node.value in result:
-                self.fault(at, "the key occurs a second time")
+                self.add_problem(at, "the key occurs a second time")
             result[key_node.value] = self._plain(value_node, at)
         return result
 

@@ -13,12 +13,12 @@ from finetune.config.strict_yaml import Document, dump
 
 def read(text: str) -> Any:
     document = Document(text, "test")
-    assert document.faults == []
+    assert document.problems == []
     return document.data
 
 
-def faults(text: str | bytes) -> list[str]:
-    return Document(text, "run.yaml", count_lines=True).faults
+def problems(text: str | bytes) -> list[str]:
+    return Document(text, "run.yaml", count_lines=True).problems
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
     ],
 )
 def test_every_fault_is_named_with_its_line(text: str | bytes, expected: list[str]) -> None:
-    found = faults(text)
+    found = problems(text)
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
 
@@ -118,11 +118,11 @@ def test_a_value_laid_over_replaces_what_stood_there_and_its_place() -> None:
     document.lay_over(("a", "b"), 3, "override 'a.b=3'")
     document.lay_over(("e", "f", "g"), 4, "override 'e.f.g=4'")
     assert document.data == {"a": {"b": 3, "d": 2}, "e": {"f": {"g": 4}}}
-    document.fault(("a", "b", "c"), "one")
-    document.fault(("e", "f"), "two")
-    document.fault(("a", "x"), "three")
-    document.fault(("y",), "four")
-    assert document.faults == [
+    document.add_problem(("a", "b", "c"), "one")
+    document.add_problem(("e", "f"), "two")
+    document.add_problem(("a", "x"), "three")
+    document.add_problem(("y",), "four")
+    assert document.problems == [
         "override 'a.b=3': a.b.c: one",
         "override 'e.f.g=4': e.f: two",
         "run.yaml:1: a.x: three",
@@ -132,9 +132,9 @@ def test_a_value_laid_over_replaces_what_stood_there_and_its_place() -> None:
 
 def test_what_could_not_be_read_is_complained_about_once() -> None:
     document = Document("a:\nb: 1", "test")
-    document.fault(("a", "b"), "expected a number")
-    document.fault(("b",), "expected text")
-    assert document.faults == ["test: a: nothing given (null would say: none)", "test: b: expected text"]
+    document.add_problem(("a", "b"), "expected a number")
+    document.add_problem(("b",), "expected text")
+    assert document.problems == ["test: a: nothing given (null would say: none)", "test: b: expected text"]
 
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -182,5 +182,5 @@ def test_written_text_is_text_to_readers_of_yaml_1_1_too(text: str) -> None:
 )
 def test_any_content_is_data_or_faults_and_nothing_else(content: bytes | str) -> None:
     document = Document(content, "test")
-    assert document.faults or same(read(dump(document.data)), document.data)
+    assert document.problems or same(read(dump(document.data)), document.data)
     assert all(math.isfinite(value) for value in [document.data] if isinstance(value, float))

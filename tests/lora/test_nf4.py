@@ -19,7 +19,7 @@ from benchmarks.side_by_side import library_model
 from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, remove_lora, save_adapter
 from finetune.adapters.merge import merge_checkpoint
 from finetune.adapters.storage import LAYOUTS, trained_on
-from finetune.config.schema import ConfigError, load_config
+from finetune.config.load import ConfigError, load_config
 from finetune.lora.nf4 import NESTED, NF4Linear, decoder_linears, dense, dequantize, open_base, packed_bytes, weight_of
 from finetune.lora.protocol import adapters, trained_parameters
 from finetune.preflight.plan import Planner, kept_bytes

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from finetune import LoRAConfig, inject_lora
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.preflight.plan import (
     GIB,
     TERA,
