@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, features
@@ -27,7 +27,7 @@ UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.spl
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 T = TypeVar("T")
-ImageSource = str | PathLike[str] | bytes | Mapping[str, Any] | Image.Image
+ImageSource = str | PathLike[str] | bytes | Mapping[str, str | bytes | None] | Image.Image
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -65,7 +65,7 @@ def is_exhausted(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in EXHAUSTED)
 
 
-def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:
+def _locate(source: object) -> tuple[str, Path | io.BytesIO | Image.Image]:
     """What to call the image in errors, and where its content is: in the bytes where a value has both."""
     if isinstance(source, Image.Image):
         return f"the {source.mode} image given", source

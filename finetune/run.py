@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from data import PaliGemmaDataset, Processor, collate
 from data.lengths import TextLengths
@@ -30,6 +30,9 @@ from finetune.training.setup import adapt, open_model, plan_steps, show_trained
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_changes: bool = False) -> None:
@@ -100,7 +103,7 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
     show(f"saved {result_directory(config)}; next: {after}")
 
 
-def asked_in_training(config: RunConfig, processor: Processor) -> Any:
+def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None:
     """A fixed selection of the valid validation questions, whose pictures were decoded; None where the run has none."""
     if config.data.validation is None or config.train.eval_every is None:
         return None
@@ -111,7 +114,9 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Any:
     return decodable(records, skipped)
 
 
-def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any, new_tokens: int) -> Any:
+def evaluation_of(
+    config: RunConfig, model: PaliGemma, processor: Processor, records: Dataset | None, new_tokens: int
+) -> Callable[[], dict[str, float]] | None:
     """What measures the model during training: loss and accuracy on these records; None without them.
 
     new_tokens: the most that an answer may have.
