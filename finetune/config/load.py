@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     lora = document.data.get("lora") if isinstance(document.data, dict) else None
     if isinstance(lora, dict) and isinstance(lora.get("start_from"), str):
         try:
-            document.data["lora"] = start_from.complete(lora)
+            lora.update(start_from.complete(lora))
         except ValueError as error:
             document.add_problem(("lora", "start_from"), str(error))
     config = None

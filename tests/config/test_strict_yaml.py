@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from finetune.config.strict_yaml import Document, dump
 
@@ -163,7 +164,7 @@ def test_what_is_written_reads_back_as_it_was(data: dict[str, Any]) -> None:
 
 
 def test_shared_lists_are_written_out_where_they_stand() -> None:
-    shared = [1, 2]
+    shared: list[JsonValue] = [1, 2]
     assert read(dump({"a": shared, "b": shared})) == {"a": shared, "b": shared}
 
 
