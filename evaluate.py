@@ -31,7 +31,7 @@ from data.records import decodable, load_records
 from finetune import cli, load_adapter
 from finetune.adapters.generation_config import max_new_tokens_of
 from finetune.adapters.locate import find_adapter, find_base
-from finetune.adapters.storage import training_facts
+from finetune.adapters.metadata import training_facts
 from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import METRICS_FILE, Evaluation, evaluate, unfinished_note, write_metrics

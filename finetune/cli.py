@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from finetune.adapters.storage import trained_on
+from finetune.adapters.metadata import trained_on
 from finetune.system import distributed, terminal
 from finetune.system.allocator import use_expandable_segments
 from finetune.system.terminal import visible

@@ -13,7 +13,7 @@ from data.lengths import TextLengths
 from data.records import decodable
 from finetune import cli, save_adapter
 from finetune.adapters.generation_config import store_max_new_tokens
-from finetune.adapters.storage import TrainingFacts
+from finetune.adapters.metadata import TrainingFacts
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation

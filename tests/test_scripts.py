@@ -25,7 +25,7 @@ import predict
 import train
 from data.synthetic import scenes
 from finetune import cli
-from finetune.adapters.storage import training_facts
+from finetune.adapters.metadata import training_facts
 from finetune.config.load import load_config
 from finetune.system import terminal
 from finetune.training.result import Result

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
 from finetune import LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
-from finetune.adapters.storage import LAYOUTS, PREFIX, TrainingFacts, training_facts
+from finetune.adapters.metadata import TrainingFacts, training_facts
+from finetune.adapters.storage import LAYOUTS, PREFIX
 from finetune.lora.protocol import trained_parameters
 from model import PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name
