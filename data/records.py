@@ -9,7 +9,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -73,19 +73,7 @@ def load_records(
         ValueError: a file is missing or not what it should be; there are too few questions to draw from; records
             cannot be used, more than may be left out.
     """
-    folder = None if images is None else Path(images).absolute()
-    if folder is not None and not folder.is_dir():
-        said = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"{images} {said}; expected the folder of the images")
-    if jsonl is not None:
-        files = [Path(jsonl)]
-        folder = folder or files[0].parent.absolute()
-        rows = partial(read_jsonl, files[0], folder)
-    elif questions is not None:
-        files = [Path(file) for file in (questions, annotations) if file is not None]
-        rows = partial(read_vqav2, files, folder, prompt, split)
-    else:
-        raise ValueError("a source needs questions (with annotations and images), or jsonl")
+    rows, files, folder = reader(questions, annotations, images, jsonl, prompt, split)
     draw = partial(choose, fraction=fraction, count=count, sample_by=sample_by, seed=seed)
     drawn = fraction is not None or count is not None  # else the seed changes nothing
     options = [rows.func.__name__, *rows.args, draw.keywords if drawn else ""]
@@ -93,16 +81,46 @@ def load_records(
     records, invalid = memory_mapped(partial(rows, draw), files, options, cache)
     total = len(records) + len(invalid)
     if folder is not None and len(records):
-        paths = records.data.column("image").combine_chunks().field("path")
-        unique = paths.unique().to_pylist()
-        reasons = unusable(unique, cache, folder if jsonl is not None else Path(unique[0]).parent)
-        for position, path in enumerate(paths.to_pylist() if reasons else ()):
-            if path in reasons:
-                invalid.append(InvalidRecord(records[position]["id"], reasons[path]))
+        invalid += with_unusable_image(records, cache, None if jsonl is None else folder)
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
         raise ValueError(f"{files[0]} holds no record that can be used")
     return records
+
+
+def reader(
+    questions: File | None,
+    annotations: File | None,
+    images: File | None,
+    jsonl: File | None,
+    prompt: str,
+    split: str | None,
+) -> tuple[partial[Iterator[dict[str, Any] | InvalidRecord]], list[Path], Path | None]:
+    """What reads a source, given how to choose; its files; the folder of its images. Arguments as in `load_records`."""
+    folder = None if images is None else Path(images).absolute()
+    if folder is not None and not folder.is_dir():
+        said = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{images} {said}; expected the folder of the images")
+    if jsonl is not None:
+        files = [Path(jsonl)]
+        folder = folder or files[0].parent.absolute()
+        return partial(read_jsonl, files[0], folder), files, folder
+    if questions is not None:
+        files = [Path(file) for file in (questions, annotations) if file is not None]
+        return partial(read_vqav2, files, folder, prompt, split), files, folder
+    raise ValueError("a source needs questions (with annotations and images), or jsonl")
+
+
+def with_unusable_image(records: datasets.Dataset, cache: Path, folder: Path | None) -> list[InvalidRecord]:
+    """The records whose image cannot be used by its header. folder: of the images, by default that of the first one."""
+    paths = records.data.column("image").combine_chunks().field("path")
+    unique = paths.unique().to_pylist()
+    reasons = unusable(unique, cache, folder or Path(unique[0]).parent)
+    return [
+        InvalidRecord(records[position]["id"], reasons[path])
+        for position, path in enumerate(paths.to_pylist() if reasons else ())
+        if path in reasons
+    ]
 
 
 def decodable(
