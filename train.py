@@ -15,25 +15,28 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from finetune import cli
 from finetune.config.describe import describe
-from finetune.config.load import load_config
-from finetune.preflight.check import check
-from finetune.preflight.dry_run import dry_run
-from finetune.preflight.inspection import inspect
-from finetune.preflight.overfit import overfit
-from finetune.run import learn
-from finetune.system import distributed
-from finetune.system.device import pick_device
-from finetune.system.lock import locked
 from finetune.system.paths import argument
-from model import fetch
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
+
+    # Only now: --help does without torch, whose import takes seconds.
+    import torch
+
+    from finetune.config.load import load_config
+    from finetune.preflight.check import check
+    from finetune.preflight.dry_run import dry_run
+    from finetune.preflight.inspection import inspect
+    from finetune.preflight.overfit import overfit
+    from finetune.run import learn
+    from finetune.system import distributed
+    from finetune.system.device import pick_device
+    from finetune.system.lock import locked
+    from model import fetch
+
     config = load_config(arguments.config, arguments.overrides)
     if arguments.probe and not arguments.dry_run:
         raise ValueError("--probe times the steps that --dry-run plans: give both")
@@ -62,12 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Keys of the configuration:\n\n" + describe(),
-    )
+    parser = cli.script_parser("train.py", __doc__, "Keys of the configuration:\n\n" + describe())
     parser.add_argument("config", metavar="CONFIG.yaml", type=argument, help="the run")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over the file; values are YAML")
     parser.add_argument(

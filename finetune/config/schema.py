@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from finetune.config.section import BelowOne, Count, CountOrZero, Effect, PathText, Positive, Section, Text, error_at
-from finetune.lora.linear import LoRAConfig
+from finetune.lora.config import LoRAConfig
 
 
 def _refuse_float16(value: object) -> object:
