@@ -10,7 +10,7 @@ NUMERICAL := adapters/test_storage adapters/test_merge evaluation/test_evaluate 
 .PHONY: quickstart test test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
-# Stopped at any moment, the same command goes on; `make clean` starts afresh.
+# Stopped at any moment, the same command resumes; `make clean` starts afresh.
 quickstart: .venv/.installed
 	$(BIN)/python -m data.synthetic.scenes --output $(RUN)/data --split train2014 --scenes 4000 --seed 1
 	$(BIN)/python -m data.synthetic.scenes --output $(RUN)/data --split val2014 --scenes 300 --seed 2
@@ -18,12 +18,12 @@ quickstart: .venv/.installed
 	$(BIN)/python merge_lora.py $(RUN)/adapter --output $(RUN)/merged --dtype float32 --force
 	$(BIN)/python evaluate.py configs/quickstart.yaml
 
-# The real run on a card: looks whether it can work, fetches, trains, evaluates; stopped, the same command goes on.
+# The real run on a card: looks whether it can work, fetches, trains, evaluates; stopped, the same command resumes.
 # make vqav2 RUN_ARGS="configs/mine.yaml train.epochs=2" takes another configuration.
 vqav2: .venv/.installed
 	$(BIN)/python -m recipes.vqav2 $(RUN_ARGS)
 
-# VQAv2's official files, and of COCO's pictures those that configs/vqav2_8gb.yaml draws; resumable.
+# VQAv2's official files, and of COCO's images those that configs/vqav2_8gb.yaml draws; resumable.
 vqav2-data: .venv/.installed
 	$(BIN)/python -m recipes.fetch_vqav2 --output downloads/vqav2 --fraction 0.1 --seed 0 --validation 5000
 
@@ -46,13 +46,13 @@ test-machines: .venv/.installed-dev
 	done; done
 
 # Our files in transformers 4.57 and the PEFT of its time, theirs here. The package itself asks for transformers 5, so it
-# is not installed there. Left out: a picture of 1 x 1 pixels, whose three channels 4.57 takes for its width.
+# is not installed there. Not compared: an image of 1 x 1 pixels, whose three channels 4.57 takes for its width.
 test-transformers-4: .venv-4/.installed
 	.venv-4/bin/python -m pytest -n 2 $(patsubst %,tests/%.py,model/test_paligemma model/test_checkpoint model/test_generate \
 		adapters/test_storage adapters/test_merge data/test_processor) \
 		--deselect "tests/data/test_processor.py::test_pixels_are_the_librarys_bit_for_bit[size4]"
 
-# Ten thousand spoilt adapters and checkpoints; `make test` spoils 300.
+# Ten thousand corrupted adapters and checkpoints; `make test` opens 300.
 fuzz: .venv/.installed-dev
 	$(BIN)/python -m tests.fuzz --files 10000
 

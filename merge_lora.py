@@ -2,8 +2,9 @@
 
     python merge_lora.py runs/NAME/adapter --output runs/NAME/merged
 
-Needs memory for one fp32 copy of the network (11.7 GB for PaliGemma 3B) beside a little. An adapter that was trained on
-an NF4 base goes into the full-precision base, or with --into dequantized into the weights that NF4 stands for.
+Needs memory for one fp32 copy of the network (11.7 GB for PaliGemma 3B) and a little more. An adapter that was
+trained on an NF4 base goes into the full-precision base, or with --into dequantized into the weights that NF4 stands
+for.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ python train.py configs/vqav2_8gb.yaml
 python train.py configs/vqav2_8gb.yaml train.epochs=2 lora.rank=32
 accelerate launch --multi_gpu train.py configs/vqav2_8gb.yaml
 
-Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --check looks at every picture;
+Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --check looks at every image;
 --inspect shows what is learned from; --overfit 8 tries whether it learns at all. --help lists every key of the file,
 with its meaning.
 """
@@ -72,10 +72,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--resume",
         type=argument,
         default="auto",
-        help="auto (default: go on where the run stopped), none, or a checkpoint",
+        help="auto (default: resume where the run stopped), none, or a checkpoint",
     )
     parser.add_argument(
-        "--accept-changes", action="store_true", help="go on with a run although the configuration leads elsewhere now"
+        "--accept-changes",
+        action="store_true",
+        help="resume a run although the configuration leads to another result now",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -88,7 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--inspect", action="store_true", help="show the first examples, check them for leaks, and stop"
     )
     instead.add_argument(
-        "--overfit", type=int, metavar="N", help="learn the first N examples by heart, say whether that works, and stop"
+        "--overfit", type=int, metavar="N", help="overfit the first N examples, say whether that works, and stop"
     )
     parser.add_argument(
         "--probe", action="store_true", help="with --dry-run: time a few steps on this device, with random weights"

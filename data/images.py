@@ -1,4 +1,4 @@
-"""The one place that opens a image: whatever a data set holds becomes upright, opaque 8-bit RGB, or an error.
+"""The one place that opens an image: every kind becomes upright, opaque 8-bit RGB, or an error.
 
 The header's size is checked before a pixel is decoded, the first frame counts, transparency is laid on white, 16-bit
 grey is scaled to 8 bits (not clipped), every other mode becomes RGB, and the image is turned as its EXIF orientation
@@ -40,7 +40,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def check_header(source: ImageSource) -> None:
-    """Raises ValueError as `open_image` does, as far as the header tells, without decoding a pixel."""
+    """Raises ValueError as `open_image` does, for what the header shows: no pixel is decoded."""
     _opened(source, _require_usable)
 
 
@@ -61,7 +61,7 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
 
 
 def is_exhausted(error: Exception) -> bool:
-    """Whether an error says that the machine has run out of memory or file handles: the image is not at fault."""
+    """Whether an error says that the machine has run out of memory or file handles: nothing is wrong with the image."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in EXHAUSTED)
 
 

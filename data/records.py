@@ -1,4 +1,4 @@
-"""A source as a configuration names it -> records: their columns, the choice of some, the file they are kept in.
+"""A source as a configuration names it -> records: their columns, the choice of some, the file they are cached in.
 
 A record holds the absolute path of its image: `datasets` never opens it, data/images.py does. Not here: reading the
 official files (data/sources/vqa_files.py) and a person's own lines (data/sources/json_lines.py).
@@ -37,7 +37,7 @@ FEATURES = datasets.Features(
     answer_type=TEXT,
     question_type=TEXT,
 )
-FORMAT = 4  # goes up when records are written differently, so that kept ones are written anew
+FORMAT = 4  # goes up when records are written differently, so that cached ones are written again
 
 
 def load_records(
@@ -64,14 +64,14 @@ def load_records(
         fraction, count, sample_by, seed: draw this share or number, by whole images or by single questions.
         prompt: the prefix of an official question, with {question} where the question goes.
         split: such as "train2014", where the official files do not say it.
-        cache_dir: where the records are kept for the next time, by default beside those of `datasets`.
+        cache_dir: where the records are cached, by default in a folder of the cache of `datasets`.
         skipped: where what cannot be used goes; by default there may be none. Records whose image cannot be used by
             its header are among them, but keep their places: in training others are taken instead, for an evaluation
             see `decodable`.
 
     Raises:
         ValueError: a file is missing or not what it should be; there are too few questions to draw from; records
-            cannot be used, more than may be left out.
+            cannot be used, more than may be skipped.
     """
     rows, files, folder = reader(questions, annotations, images, jsonl, prompt, split)
     draw = partial(choose, fraction=fraction, count=count, sample_by=sample_by, seed=seed)
@@ -129,7 +129,7 @@ def decodable(
     """The records whose images can be decoded, after decoding all of them; `skipped` as in `load_records`.
 
     Raises:
-        ValueError: more cannot be used than may be left out.
+        ValueError: more cannot be used than may be skipped.
     """
     paths = [image["path"] for image in records["image"][:]]
     reasons = unusable(dict.fromkeys(paths), cache_folder(cache_dir), decode=True)
@@ -142,7 +142,7 @@ def decodable(
 
 
 def cache_folder(cache_dir: File | None) -> Path:
-    """Where records and what was seen of images are kept for the next time."""
+    """Where records and the results of checking images are cached."""
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "paligemma_lora")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -189,8 +189,8 @@ def memory_mapped(
     for file in files:
         status = require_file(file)
         key.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    kept = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
-    if not kept.exists():
+    cached = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
+    if not cached.exists():
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             written, invalid = Path(unfinished, "records.arrow"), []
             with ArrowWriter(path=str(written), features=FEATURES) as writer:
@@ -203,10 +203,10 @@ def memory_mapped(
                 writer.finalize()
             Path(unfinished, "invalid.json").write_text(json.dumps(invalid))
             # Whole or not at all, also when several processes write it: the records last.
-            os.replace(Path(unfinished, "invalid.json"), kept.with_suffix(".json"))
-            os.replace(written, kept)
-    invalid = [InvalidRecord(*fault) for fault in json.loads(kept.with_suffix(".json").read_bytes())]
-    return datasets.Dataset.from_file(str(kept)), invalid
+            os.replace(Path(unfinished, "invalid.json"), cached.with_suffix(".json"))
+            os.replace(written, cached)
+    invalid = [InvalidRecord(*entry) for entry in json.loads(cached.with_suffix(".json").read_bytes())]
+    return datasets.Dataset.from_file(str(cached)), invalid
 
 
 def require_file(path: Path) -> os.stat_result:

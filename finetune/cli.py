@@ -24,12 +24,12 @@ QUANTIZE_HELP = "keep the base in four bits; auto: as it was while the adapter w
 
 
 class StoppedError(Exception):
-    """A run was told to stop, and what it had done is kept; says how to go on."""
+    """A run was told to stop, and has saved what it had done; says how to resume it."""
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's `main` with the command line, and exit: 0; 2 on a mistake or a full disk, 4 on values
-    that are not finite, 75 when told to stop (what was done is kept), 130 when stopped at once.
+    that are not finite, 75 when told to stop (what was done is saved), 130 when stopped at once.
 
     A launcher of several processes ends them all once one has failed, with an exit code of its own.
     """
@@ -105,7 +105,7 @@ def command(script: str, *words: str) -> str:
 
 
 def quantization(asked: str, adapter: str | Path | None) -> str | None:
-    """How to keep the base: as asked, or by default as it was while the adapter was trained."""
+    """The quantization of the base: as asked, or by default as it was while the adapter was trained."""
     if asked == "auto":
         from finetune.adapters.metadata import trained_on  # imports torch, which --help does without
 

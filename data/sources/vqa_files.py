@@ -26,7 +26,7 @@ from data.invalid import InvalidRecord
 from data.processor import single_line
 
 CHUNK = 1 << 12  # bytes decoded at once, more where an object is longer
-LONGEST = 1 << 24  # bytes of one object; beyond, the file is taken as broken
+LONGEST = 1 << 24  # bytes of one object; a file with a longer one is taken as broken
 OPTIONAL = {"answer": "multiple_choice_answer", "answer_type": "answer_type", "question_type": "question_type"}
 
 
@@ -156,7 +156,7 @@ class ObjectList:
             try:
                 text, _ = codecs.utf_8_decode(content, "strict", False)
                 value, end = decode(text)
-            except (ValueError, RecursionError) as error:  # the object goes on after this chunk, or the file is broken
+            except (ValueError, RecursionError) as error:  # it continues after this chunk, or the file is broken
                 if len(chunk) < size or size > LONGEST:
                     raise ValueError(f"{self.path} is cut off or no JSON at byte {offset:,}: {error}") from error
                 size *= 2

@@ -64,7 +64,7 @@ def merge_checkpoint(
     Args:
         into: "full", the base as it was published; or, for an adapter that was trained on NF4, "dequantized": the
             weights that NF4 stands for, which is what the adapter saw.
-        replace: a checkpoint that was written to `output` before gives way, once the new one is complete.
+        replace: a checkpoint that was written to `output` before is replaced, once the new one is complete.
 
     Raises:
         ValueError: the adapter does not fit the base, there is something at `output` (with `replace`, something else

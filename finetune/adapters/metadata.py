@@ -1,4 +1,4 @@
-"""What an adapter's files say of its training: on which base, how that was kept, and what its use depends on.
+"""What an adapter's files say of its training: on which base, in how many bits, and what its use depends on.
 
 It stands in the metadata of the tensors' file; PEFT's files have none.
 """
@@ -19,7 +19,7 @@ BASE_QUANTIZATION, BASE_FINGERPRINT, TRAINING = "base_quantization", "base_finge
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFacts:
-    """How an adapter was trained, as far as its use depends on it; None: not known."""
+    """What the use of an adapter depends on of its training; None: not known."""
 
     step: int | None = None
     """The optimizer step whose weights these are."""
@@ -61,11 +61,13 @@ class TrainingFacts:
 
 
 def trained_on(directory: str | Path) -> str | None:
-    """How the base was kept while the adapter in `directory` was trained: "nf4", or None (unknown for PEFT's files)."""
-    kept = metadata_of(Path(directory)).get(BASE_QUANTIZATION)
-    if kept not in (None, "nf4"):
-        raise ValueError(f"{Path(directory) / WEIGHTS_FILE} says it was trained on a base in {kept!r}; expected nf4")
-    return kept
+    """How the base of the adapter in `directory` was quantized in training: "nf4", or None (not known of PEFT's)."""
+    quantized = metadata_of(Path(directory)).get(BASE_QUANTIZATION)
+    if quantized not in (None, "nf4"):
+        raise ValueError(
+            f"{Path(directory) / WEIGHTS_FILE} says it was trained on a base in {quantized!r}; expected nf4"
+        )
+    return quantized
 
 
 def training_facts(directory: str | Path) -> TrainingFacts:
@@ -84,7 +86,7 @@ def training_facts(directory: str | Path) -> TrainingFacts:
 
 
 def metadata_of(directory: Path) -> dict[str, str]:
-    """What the tensors' file says of itself, beside the tensors; nothing in PEFT's files."""
+    """The metadata of the tensors' file; empty for PEFT's files."""
     try:
         with safe_open(directory / WEIGHTS_FILE, "pt") as file:
             return file.metadata() or {}

@@ -60,7 +60,7 @@ def save_adapter(
     facts: TrainingFacts | None = None,
 ) -> None:
     """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base. The directory is there
-    whole or not at all, with a manifest; one that was there gives way.
+    whole or not at all, with a manifest; one that was there is replaced.
 
     Args:
         base, revision: what the adapter belongs to, a Hub id or a directory: stored as `base_model_name_or_path`.
@@ -256,7 +256,7 @@ def plan_loading(model: nn.Module, config: dict[str, Any], tensors: dict[str, Te
     wanted: dict[str, tuple[int, ...]] = {}
     for path, settings in selection.linears.items():
         linear = modules[path]
-        with FakeTensorMode():  # shapes alone, whatever rank is asked for
+        with FakeTensorMode():  # shapes alone: no memory, for any rank
             twin = nn.Linear(int(linear.in_features), int(linear.out_features))
             adapter = METHODS[config["peft_type"].lower()](twin, settings, 0, 0)
         wanted |= {f"{path}.{name}": tuple(p.shape) for name, p in named_for_file(adapter).items()}

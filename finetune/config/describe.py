@@ -40,7 +40,7 @@ def _fields() -> dict[str, JsonSchema]:
 
     def below(section: JsonSchema, prefix: str) -> Iterator[tuple[str, JsonSchema]]:
         for name, field in section["properties"].items():
-            refs = [part["$ref"] for part in (field, *field.get("anyOf", ())) if "$ref" in part]
+            refs = [one["$ref"] for one in (field, *field.get("anyOf", ())) if "$ref" in one]
             inner = schema["$defs"][refs[0].rpartition("/")[2]] if refs else {}
             yield prefix + name, inner | field | {"required": name in section.get("required", ())}
             if refs:
@@ -52,7 +52,7 @@ def _fields() -> dict[str, JsonSchema]:
 def _kind(field: JsonSchema) -> str:
     """What a key takes, in words, from its JSON schema."""
     if "anyOf" in field:
-        return " or ".join(_kind(part) for part in field["anyOf"])
+        return " or ".join(_kind(one) for one in field["anyOf"])
     if "$ref" in field:
         return "section"
     if "const" in field:

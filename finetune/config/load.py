@@ -23,14 +23,14 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a YAML file with overrides `section.key=value` laid over it. ConfigError lists all problems."""
+    """Read and check a YAML file with overrides `section.key=value` applied to it. ConfigError lists all problems."""
     try:
         document = strict_yaml.Document(Path(path).read_bytes(), str(path), count_lines=True)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     for override in overrides:
         try:
-            document.lay_over(*parse_override(override), f"override {override!r}")
+            document.override(*parse_override(override), f"override {override!r}")
         except ConfigError as error:
             document.problems.append(str(error))
     lora = document.data.get("lora") if isinstance(document.data, dict) else None
@@ -52,10 +52,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails]) -> None:
     """Note what pydantic found wrong with a document, in words and one problem a key."""
     explained: set[Keys] = set()
-    misspelt = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
+    misspelled = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
     for details in errors:
         above = details["loc"][:-1]
-        if details["type"] == "value_error" and above in misspelt and details["loc"] not in document.origins:
+        if details["type"] == "value_error" and above in misspelled and details["loc"] not in document.origins:
             continue  # of a key that is not there, in a section with one that is not known: perhaps the same key
         within = (details["ctx"]["key"],) if details["type"] == "error_at" else ()
         place = without_alternative(details["loc"] + within)

@@ -83,18 +83,18 @@ class DataConfig(Section):
     prompt: Text = "answer en {question}"
     """Prompt of the official files' questions; {question} is where the question goes."""
     answers: Literal["rotate", "majority"] = "rotate"
-    """rotate: another one of a question's answers at each visit; majority: the most frequent one always."""
+    """rotate: another one of a question's answers in each epoch; majority: the most frequent one always."""
     max_text_tokens: Annotated[int, Field(ge=3)] | Literal["auto"] = "auto"
     """The most tokens that prefix, newline, suffix and <eos> may take together; a longer record cannot be used. auto:
     what the longest one takes."""
     truncate_answers: bool = False
     """Cut the end of an answer that exceeds max_text_tokens, instead of refusing its record. A prompt is never cut."""
     on_error: Annotated[Literal["fail", "skip"], Effect.NOTHING] = "fail"
-    """When a record cannot be used (a broken picture, no answer): fail, or skip it and learn from another instead,
+    """When a record cannot be used (a broken image, no answer): fail, or skip it and learn from another instead,
     and list it in OUTPUT/skipped_train.jsonl or skipped_validation.jsonl.
     """
     skip_at_most: Annotated[BelowOne, Effect.NOTHING] = 0.01
-    """Share of the records that may be skipped; beyond, the run stops."""
+    """Share of the records that may be skipped; where it is exceeded, the run stops."""
     workers: Annotated[CountOrZero, Effect.NOTHING] = 2
     """Processes that prepare examples; 0: the training process itself."""
 
@@ -159,8 +159,8 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[Count, Effect.NOTHING] = 2
     """Newest checkpoints to keep."""
     on_full_disk: Annotated[Literal["stop", "go_on"], Effect.NOTHING] = "stop"
-    """When a checkpoint finds no room: stop the run, or go on without it. Those before it stand in either case. A
-    result that finds none always stops the run."""
+    """When a checkpoint finds no room: stop the run, or continue without it. Earlier ones stay in either case. Where
+    the result finds no room, the run always stops."""
 
     @field_validator("max_steps")
     @classmethod

@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps the rules of 1.1 beside ours, and so puts text in quotes that either would take for something else."""
+    """Has the rules of 1.1 as well as ours, and so quotes every text that either would read as something else."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -75,7 +75,7 @@ class Document:
             self._not_yaml(error.problem or error.context, mark.line if mark else 0)
         except yaml.reader.ReaderError as error:
             self._not_yaml(error.reason, str(text).count("\n", 0, error.position))
-        except (ValueError, OverflowError, RecursionError) as error:  # escapes beyond Unicode, brackets without end
+        except (ValueError, OverflowError, RecursionError) as error:  # escapes outside of Unicode, brackets without end
             self._not_yaml(error, 0)
         else:
             self.data = self._refuse((), _NOTHING) if root is None else self._plain(root, ())
@@ -89,8 +89,8 @@ class Document:
             name = name if name.isprintable() else repr(name)  # a problem is one line
             self.problems.append(f"{origin}: {name}{': ' if path else ''}{message}")
 
-    def lay_over(self, path: tuple[str, ...], value: JsonValue, origin: str) -> None:
-        """Put a value at a path of keys, whatever stood there, making the sections on the way."""
+    def override(self, path: tuple[str, ...], value: JsonValue, origin: str) -> None:
+        """Set the value at a path of keys; what stood there is replaced, missing sections are made."""
         if not isinstance(self.data, dict):
             return
         section = self.data

@@ -51,7 +51,7 @@ def problems(path: Path, *overrides: str, text: str | None = None) -> list[str]:
         ("train.recompute=18", 18),
     ],
 )
-def test_overrides_are_laid_over_the_file(path: Path, override: str, expected: Any) -> None:
+def test_overrides_are_applied_to_the_file(path: Path, override: str, expected: Any) -> None:
     value: Any = load_config(path, [override])
     for key in override.partition("=")[0].split("."):
         value = getattr(value, key)
@@ -67,7 +67,7 @@ def test_a_later_override_wins_and_sections_are_made_on_the_way(path: Path) -> N
     assert config.data.validation.jsonl == "v.jsonl"
 
 
-def test_an_override_mends_what_the_file_has_wrong(path: Path) -> None:
+def test_an_override_replaces_what_the_file_has_wrong(path: Path) -> None:
     path.write_text(MINIMAL.replace("max_steps: 100", "max_steps: many"))
     assert load_config(path, ["train.max_steps=5"]).train.max_steps == 5
 
@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-def test_a_misspelt_key_is_named_and_what_it_should_have_set_is_not(tmp_path: Path) -> None:
+def test_a_misspelled_key_is_named_and_what_it_should_have_set_is_not(tmp_path: Path) -> None:
     minimal = "model: {path: p}\ndata: {train: {jsonl: f}}\ntrain: {epoch: 3}\noutput: o\n"
     (tmp_path / "run.yaml").write_text(minimal)
     with pytest.raises(ConfigError) as caught:

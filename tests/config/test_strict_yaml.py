@@ -36,7 +36,7 @@ def problems(text: str | bytes) -> list[str]:
         ("+7", 7),
         ("007", 7),
         ("123456789012345678", 123456789012345678),
-        ("9" * 400, "9" * 400),  # beyond every float
+        ("9" * 400, "9" * 400),  # larger than every float
         ("1e999", "1e999"),
         (".inf", ".inf"),
         (".nan", ".nan"),
@@ -99,7 +99,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
         ("a: !!binary aGk=", ["run.yaml:1: a: the tag"]),
     ],
 )
-def test_every_fault_is_named_with_its_line(text: str | bytes, expected: list[str]) -> None:
+def test_every_problem_is_named_with_its_line(text: str | bytes, expected: list[str]) -> None:
     found = problems(text)
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
@@ -116,8 +116,8 @@ def test_aliases_cannot_make_a_small_text_large() -> None:
 
 def test_a_value_laid_over_replaces_what_stood_there_and_its_place() -> None:
     document = Document("a: {b: {c: 1}, d: 2}\ne: 5", "run.yaml", count_lines=True)
-    document.lay_over(("a", "b"), 3, "override 'a.b=3'")
-    document.lay_over(("e", "f", "g"), 4, "override 'e.f.g=4'")
+    document.override(("a", "b"), 3, "override 'a.b=3'")
+    document.override(("e", "f", "g"), 4, "override 'e.f.g=4'")
     assert document.data == {"a": {"b": 3, "d": 2}, "e": {"f": {"g": 4}}}
     document.add_problem(("a", "b", "c"), "one")
     document.add_problem(("e", "f"), "two")
@@ -181,7 +181,7 @@ def test_written_text_is_text_to_readers_of_yaml_1_1_too(text: str) -> None:
 @given(
     content=st.binary() | st.text().map(str.encode) | st.text(alphabet=" \n\t:-[]{},&*!|>'\"#%@`?a1.e~", max_size=60)
 )
-def test_any_content_is_data_or_faults_and_nothing_else(content: bytes | str) -> None:
+def test_any_content_is_data_or_problems_and_nothing_else(content: bytes | str) -> None:
     document = Document(content, "test")
     assert document.problems or same(read(dump(document.data)), document.data)
     assert all(math.isfinite(value) for value in [document.data] if isinstance(value, float))
