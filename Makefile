@@ -10,7 +10,7 @@ NUMERICAL := adapters/test_storage adapters/test_merge evaluation/test_evaluate 
 .PHONY: quickstart test test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
-# Stopped at any moment, the same command goes on; `make clean` starts afresh.
+# Stopped at any moment, the same command resumes; `make clean` starts afresh.
 quickstart: .venv/.installed
 	$(BIN)/python -m data.synthetic.scenes --output $(RUN)/data --split train2014 --scenes 4000 --seed 1
 	$(BIN)/python -m data.synthetic.scenes --output $(RUN)/data --split val2014 --scenes 300 --seed 2
@@ -18,7 +18,7 @@ quickstart: .venv/.installed
 	$(BIN)/python merge_lora.py $(RUN)/adapter --output $(RUN)/merged --dtype float32 --force
 	$(BIN)/python evaluate.py configs/quickstart.yaml
 
-# The real run on a card: looks whether it can work, fetches, trains, evaluates; stopped, the same command goes on.
+# The real run on a card: looks whether it can work, fetches, trains, evaluates; stopped, the same command resumes.
 # make vqav2 RUN_ARGS="configs/mine.yaml train.epochs=2" takes another configuration.
 vqav2: .venv/.installed
 	$(BIN)/python -m recipes.vqav2 $(RUN_ARGS)

@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -31,8 +31,9 @@ from data.records import decodable, load_records
 from finetune import cli, load_adapter
 from finetune.adapters.generation_config import max_new_tokens_of
 from finetune.adapters.locate import find_adapter, find_base
-from finetune.adapters.storage import training_facts
-from finetune.config.schema import RunConfig, load_config
+from finetune.adapters.metadata import training_facts
+from finetune.config.load import load_config
+from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import METRICS_FILE, Evaluation, evaluate, unfinished_note, write_metrics
 from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
 from finetune.lora.nf4 import open_base
@@ -45,10 +46,13 @@ from finetune.system.paths import argument, path_argument
 from finetune.training.examples import askable, open_records, skipped_records
 from model import fetch
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 DEFAULT_PROMPT = "answer en {question}"  # as PaliGemma was transferred to VQAv2
 ARMS = ("base", "adapter", "model", "merged")
 MADE_OF = "made_of"  # the key in metrics.json that says which questions, or which answers, were scored
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, int | str] = {
     "batch_size": 16,
     "dtype": "bfloat16",
     "quantize": "auto",
@@ -141,7 +145,7 @@ def arms_of(given: argparse.Namespace, config: RunConfig) -> dict[str, tuple[str
     return arms
 
 
-def records_of_run(config: RunConfig, given: argparse.Namespace) -> Any:
+def records_of_run(config: RunConfig, given: argparse.Namespace) -> Dataset:
     """The validation records that can be asked, by image and prompt; those that are skipped are listed, or shown."""
     skipped = skipped_records(config, "validation", listed=given.limit is None and given.output is None)
     if skipped.file:
@@ -283,7 +287,7 @@ def answer(
     directory: Path,
     adapter: Path | None,
     processor: Processor,
-    records: Any,
+    records: Dataset,
     dtype: torch.dtype,
     device: torch.device,
     batch_size: int,
@@ -297,7 +301,7 @@ def answer(
     return evaluate(model, processor, records, max_new_tokens, batch_size=batch_size, progress=progress)
 
 
-def first(records: Any, limit: int | None) -> Any:
+def first(records: Dataset, limit: int | None) -> Dataset:
     return records if limit is None else records.select(range(min(limit, len(records))))
 
 

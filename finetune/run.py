@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from data import PaliGemmaDataset, Processor, collate
 from data.lengths import TextLengths
@@ -14,7 +14,7 @@ from data.records import decodable
 from finetune import cli, save_adapter
 from finetune.adapters.fingerprint import fingerprint
 from finetune.adapters.generation_config import store_max_new_tokens
-from finetune.adapters.storage import TrainingFacts
+from finetune.adapters.metadata import TrainingFacts
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
@@ -32,6 +32,9 @@ from finetune.training.setup import adapt, open_model, plan_steps, shard_decoder
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_changes: bool = False) -> None:
@@ -129,7 +132,7 @@ def conclude(config: RunConfig, words: Sequence[str], total: int) -> None:
     show(f"saved {result_directory(config)}; next: {after}")
 
 
-def asked_in_training(config: RunConfig, processor: Processor) -> Any:
+def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None:
     """A fixed selection of the valid validation questions, whose images were decoded; None where the run has none."""
     if config.data.validation is None or config.train.eval_every is None:
         return None
@@ -140,7 +143,9 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Any:
     return decodable(records, skipped)
 
 
-def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any, new_tokens: int) -> Any:
+def evaluation_of(
+    config: RunConfig, model: PaliGemma, processor: Processor, records: Dataset | None, new_tokens: int
+) -> Callable[[], dict[str, float]] | None:
     """What measures the model during training: loss and accuracy on these records; None without them.
 
     new_tokens: the most that an answer may have.

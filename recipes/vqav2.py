@@ -25,7 +25,8 @@ import torch
 import evaluate
 import train
 from finetune import cli
-from finetune.config.schema import RunConfig, Source, dump_config, load_config
+from finetune.config.load import dump_config, load_config
+from finetune.config.schema import RunConfig, Source
 from finetune.preflight.plan import GIB
 from finetune.system.console import PlainConsole, show
 from finetune.system.device import pick_device, pick_dtype

@@ -26,7 +26,7 @@ import pytest
 
 from data.records import load_records
 from data.synthetic.scenes import write as write_scenes
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from recipes import fetch_vqav2, remote_zip
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # A room imports from itself and from those before it; `data` and `model` know nothing of each other.
 ROOMS = ["model", "data", "finetune.system", "finetune.lora", "finetune.adapters", "finetune.config"]
 ROOMS += ["finetune.training", "finetune.evaluation", "finetune.preflight", "finetune.cli", "finetune.config.__main__"]
-ROOMS += ["finetune.run", "recipes"]
+ROOMS += ["finetune.run", "finetune.__main__", "recipes"]
 WITHOUT_DATA = ROOMS[2:6]  # what needs no examples
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -23,13 +23,15 @@ from safetensors.torch import save
 
 from data.processor import Processor
 from finetune import LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
-from finetune.adapters.storage import CONFIG_FILE, PREFIX, WEIGHTS_FILE, WRITTEN, adapter_tensors, peft_config
-from finetune.config.schema import ConfigError, RunConfig, dump_config, load_config
+from finetune.adapters.metadata import CONFIG_FILE, WEIGHTS_FILE
+from finetune.adapters.storage import PREFIX, WRITTEN, adapter_tensors, peft_config
+from finetune.config.load import ConfigError, dump_config, load_config
+from finetune.config.schema import RunConfig
 from finetune.evaluation.vqa_accuracy import normalize_answer, score, vqa_accuracy
 from finetune.lora.protocol import adapters
 from model import PaliGemma
 from tests import tiny
-from tests.config.test_schema import keys
+from tests.config.minimal import keys
 from tests.reference_vqa import REFERENCE, ReferenceEvaluation, rule_texts
 
 SECOND = 1000  # milliseconds

@@ -25,8 +25,8 @@ import predict
 import train
 from data.synthetic import scenes
 from finetune import cli
-from finetune.adapters.storage import training_facts
-from finetune.config.schema import load_config
+from finetune.adapters.metadata import training_facts
+from finetune.config.load import load_config
 from finetune.system import terminal
 from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.result import Result

@@ -21,7 +21,7 @@ import evaluate
 import train
 from data.records import load_records
 from data.synthetic import scenes
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.evaluation.vqa_accuracy import score, write_results
 from finetune.training.result import Result
 from model import PaliGemma

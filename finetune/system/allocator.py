@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MIB = 2**20
 BLOCK, SMALL, SMALL_SEGMENT, MIDDLE, MIDDLE_SEGMENT, LARGE_STEP = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
@@ -76,6 +78,8 @@ def cublas_workspaces(device: torch.device) -> int:
     """Bytes that cuBLAS keeps, of this process's handles: 8.125 MiB each, on Hopper and later 32. An estimate: how many
     handles come into being depends on the products, and a card that is elsewhere is taken for one before Hopper.
     """
+    import torch  # here alone: the scripts set the variable before they import it
+
     here = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
     hopper = here and torch.cuda.get_device_capability(device) >= (9, 0)
     return HANDLES * (32 * MIB if hopper else 8 * MIB + MIB // 8)

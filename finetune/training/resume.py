@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import RunConfig, dump_config, load_config, what_changes
+from finetune.config.load import dump_config, load_config
+from finetune.config.schema import RunConfig
 from finetune.system.atomic import damage, describe, write_text_whole
 from finetune.training.checkpoints import checkpoints, newest_whole
 from finetune.training.result import Result
@@ -125,7 +126,7 @@ def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
     for key in dict.fromkeys([*old, *new]):
         was, is_now = old.get(key, "(absent)"), new.get(key, "(absent)")
         if was != is_now:
-            found.setdefault(what_changes(key), []).append(f"{key}: was {was}, is {is_now}")
+            found.setdefault(RunConfig.effect_of(key), []).append(f"{key}: was {was}, is {is_now}")
     return found
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.config.schema import RunConfig, dump_config
+from finetune.config.load import dump_config
+from finetune.config.schema import RunConfig
 from finetune.system import distributed
 from finetune.system.atomic import write_text_whole
 from finetune.system.terminal import visible

@@ -152,6 +152,16 @@ def repeat(tensors: dict[str, Tensor]) -> None:
     tensors["model.language_model.norm.weight"] = torch.zeros(32)
 
 
+def test_a_checkpoint_is_saved_over_the_one_that_was_opened(tmp_path: Path) -> None:
+    """On a CPU, weights in the file's dtype are its own bytes, mapped into memory."""
+    tiny.save_library_model(tiny.library_model(tiny.CONFIG), tmp_path)
+    model = PaliGemma.from_pretrained(tmp_path, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    for state in (model.state_dict(), PaliGemma.from_pretrained(tmp_path, dtype=torch.float32).state_dict()):
+        assert all(torch.equal(before[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from finetune import LoRAConfig, inject_lora
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.preflight.count import TERA, flop_counter, saved_bytes
 from finetune.preflight.plan import GIB, Planner
 from finetune.preflight.run_plan import assumed_lengths, plan_run, require_fit, spill_warning

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.system import distributed
 from finetune.training.checkpoints import newest_whole
 from finetune.training.setup import open_model
