@@ -42,8 +42,9 @@ ACCEPTED = {
 def main(argv: Sequence[str]) -> None:
     given = parse(argv)
     form = form_of(given)
-    # torch and transformers take seconds to import: --help and a wrong argument need neither.
-    from finetune.config.schema import load_config
+
+    # Only now: --help does without torch, whose import takes seconds.
+    from finetune.config.load import load_config
     from finetune.evaluation.checkpoint import CheckpointOptions, evaluate_checkpoint
     from finetune.evaluation.results_file import score_results
     from finetune.evaluation.run import evaluate_run
@@ -125,12 +126,8 @@ def require(given: argparse.Namespace, *names: str, instead: str = "") -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Without defaults, so that what was given is known."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = cli.script_parser("evaluate.py", __doc__)
+    parser.argument_default = argparse.SUPPRESS
 
     def option(name: str, help: str, **settings: Any) -> None:
         default = DEFAULTS.get(name.strip("-").replace("-", "_"))
@@ -159,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--output", "directory for metrics.json and, for new answers, results.json", type=path_argument)
     option("--batch-size", "questions at once on the device", type=cli.positive)
     option("--max-new-tokens", cli.NEW_TOKENS_HELP, type=cli.positive)
-    option("--dtype", "of base weights and arithmetic", choices=cli.DTYPE_NAMES)
+    option("--dtype", "of base weights and arithmetic", choices=list(cli.DTYPES))
     option("--quantize", cli.QUANTIZE_HELP, choices=["auto", "nf4", "none"])
     option("--device", "auto, cpu, cuda, cuda:N or mps")
     return parser

@@ -2,8 +2,9 @@
 
     python merge_lora.py runs/NAME/adapter --output runs/NAME/merged
 
-Needs memory for one fp32 copy of the network (11.7 GB for PaliGemma 3B) beside a little. An adapter that was trained on
-an NF4 base goes into the full-precision base, or with --into dequantized into the weights that NF4 stands for.
+Needs memory for one fp32 copy of the network (11.7 GB for PaliGemma 3B) and a little more. An adapter that was
+trained on an NF4 base goes into the full-precision base, or with --into dequantized into the weights that NF4 stands
+for.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import argparse
 from collections.abc import Sequence
 
 from finetune import cli
-from finetune.adapters.locate import find_adapter, find_base
-from finetune.adapters.merge import merge_checkpoint
-from finetune.system import console
-from finetune.system.device import DTYPES, pick_device, pick_dtype
-from finetune.system.lock import locked
 from finetune.system.paths import argument, path_argument
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = build_parser().parse_args(argv)
+
+    # Only now: --help does without torch, whose import takes seconds.
+    from finetune.adapters.locate import find_adapter, find_base
+    from finetune.adapters.merge import merge_checkpoint
+    from finetune.system import console
+    from finetune.system.device import pick_device, pick_dtype
+    from finetune.system.lock import locked
+
     adapter, base, revision = find_adapter(arguments.adapter), arguments.base, arguments.revision
     if base is None:
         try:
@@ -38,14 +42,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="merge_lora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.script_parser("merge_lora.py", __doc__)
     parser.add_argument("adapter", type=path_argument, help="directory of the adapter, ours or PEFT's, or of a run")
     parser.add_argument("--output", type=path_argument, required=True, help="directory to write the checkpoint to")
     parser.add_argument("--base", type=argument, help="the base checkpoint; default: the one that the adapter names")
     parser.add_argument("--revision", help="of a base on the Hub; default: the one that the adapter names")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the merged weights")
+    parser.add_argument("--dtype", choices=list(cli.DTYPES), default="bfloat16", help="of the merged weights")
     parser.add_argument(
         "--into", choices=["full", "dequantized"], default="full", help="which base, for an adapter trained on NF4"
     )

@@ -13,23 +13,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data import Processor
-from data.images import open_image
-from finetune import cli, load_adapter
-from finetune.adapters.generation_config import max_new_tokens_of
-from finetune.adapters.locate import find_adapter, find_base
-from finetune.evaluation.evaluate import Answer, generate_answers, unfinished_note
-from finetune.lora.nf4 import open_base
-from finetune.system.device import DTYPES, pick_device, pick_dtype
+from finetune import cli
 from finetune.system.paths import argument, path_argument
 from finetune.system.terminal import json_line, one_line, visible
-from model import fetch
+
+if TYPE_CHECKING:
+    from finetune.evaluation.evaluate import Answer
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
+
+    # Only now: --help does without torch, whose import takes seconds.
+    from data import Processor
+    from finetune.adapters.generation_config import max_new_tokens_of
+    from finetune.adapters.locate import find_adapter, find_base
+    from finetune.adapters.storage import load_adapter
+    from finetune.evaluation.evaluate import generate_answers, unfinished_note
+    from finetune.lora.nf4 import open_base
+    from finetune.system.device import pick_device, pick_dtype
+    from model import fetch
+
     broken = broken_images(arguments.image)
     for reason in broken.values():
         print(visible(f"error: {reason}"), file=sys.stderr)
@@ -77,6 +83,8 @@ def main(argv: Sequence[str]) -> None:
 
 def broken_images(paths: Sequence[str]) -> dict[str, str]:
     """The images that cannot be used, and why, before minutes are spent on opening a network."""
+    from data.images import open_image
+
     broken = {}
     for path in dict.fromkeys(paths):
         try:
@@ -124,9 +132,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.script_parser("predict.py", __doc__)
 
     def option(name: str, help: str, **settings: Any) -> None:
         shown = " (default: %(default)s)" if "default" in settings else ""
@@ -143,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--seed", "of the sampling", type=int, default=0)
     option("--batch-size", "prompts at once on the device", type=cli.positive, default=8)
     option("--format", "text: tab-separated lines; jsonl: objects", choices=["text", "jsonl"], default="text")
-    option("--dtype", "of base weights and arithmetic", choices=list(DTYPES), default="bfloat16")
+    option("--dtype", "of base weights and arithmetic", choices=list(cli.DTYPES), default="bfloat16")
     option("--quantize", cli.QUANTIZE_HELP, choices=["auto", "nf4", "none"], default="auto")
     option("--device", "auto, cpu, cuda, cuda:N or mps", default="auto")
     return parser

@@ -4,7 +4,7 @@ python train.py configs/vqav2_8gb.yaml
 python train.py configs/vqav2_8gb.yaml train.epochs=2 lora.rank=32
 accelerate launch --multi_gpu train.py configs/vqav2_8gb.yaml
 
-Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --check looks at every picture;
+Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --check looks at every image;
 --inspect shows what is learned from; --overfit 8 tries whether it learns at all. --help lists every key of the file,
 with its meaning.
 """
@@ -15,30 +15,34 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from finetune import cli
-from finetune.config.schema import describe, load_config
-from finetune.preflight.check import check
-from finetune.preflight.dry_run import dry_run
-from finetune.preflight.inspection import inspect
-from finetune.preflight.overfit import overfit
-from finetune.run import learn
-from finetune.system import distributed
-from finetune.system.device import pick_device
-from finetune.system.lock import locked
+from finetune.config.describe import describe
 from finetune.system.paths import argument
-from model import fetch
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
+
+    # Only now: --help does without torch, whose import takes seconds.
+    import torch
+
+    from finetune.config.load import load_config
+    from finetune.preflight.check import check
+    from finetune.preflight.dry_run import dry_run
+    from finetune.preflight.inspection import inspect
+    from finetune.preflight.overfit import overfit
+    from finetune.run import learn
+    from finetune.system import distributed
+    from finetune.system.device import pick_device
+    from finetune.system.lock import locked
+    from model import fetch
+
     config = load_config(arguments.config, arguments.overrides)
     if arguments.probe and not arguments.dry_run:
         raise ValueError("--probe times the steps that --dry-run plans: give both")
     looks = arguments.dry_run or arguments.check or arguments.inspect or arguments.overfit is not None
     # A look makes no use of the other processes, and --dry-run none of the device.
-    distributed.init(torch.device("cpu") if looks else pick_device(config.model.device))
+    distributed.init(torch.device("cpu") if looks else pick_device(config.model.device), can_shard=True)
     if distributed.count() > 1 and looks:
         raise ValueError(
             "--dry-run, --check, --inspect and --overfit look before a run, in one process: leave out the launcher"
@@ -61,22 +65,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Keys of the configuration:\n\n" + describe(),
-    )
+    parser = cli.script_parser("train.py", __doc__, "Keys of the configuration:\n\n" + describe())
     parser.add_argument("config", metavar="CONFIG.yaml", type=argument, help="the run")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over the file; values are YAML")
     parser.add_argument(
         "--resume",
         type=argument,
         default="auto",
-        help="auto (default: go on where the run stopped), none, or a checkpoint",
+        help="auto (default: resume where the run stopped), none, or a checkpoint",
     )
     parser.add_argument(
-        "--accept-changes", action="store_true", help="go on with a run although the configuration leads elsewhere now"
+        "--accept-changes",
+        action="store_true",
+        help="resume a run although the configuration leads to another result now",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -89,7 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--inspect", action="store_true", help="show the first examples, check them for leaks, and stop"
     )
     instead.add_argument(
-        "--overfit", type=int, metavar="N", help="learn the first N examples by heart, say whether that works, and stop"
+        "--overfit", type=int, metavar="N", help="overfit the first N examples, say whether that works, and stop"
     )
     parser.add_argument(
         "--probe", action="store_true", help="with --dry-run: time a few steps on this device, with random weights"

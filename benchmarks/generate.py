@@ -1,9 +1,9 @@
-"""Answering beside the library's `generate`: eight questions of different lengths on two pictures, greedy.
+"""Answering beside the library's `generate`: eight questions of different lengths on two images, greedy.
 
     python -m benchmarks.generate --checkpoint DIR --output benchmarks/RESULTS.md
 
-Five questions belong to the first picture and three to the second. Ours encodes each picture once and pads on the
-right; the library encodes the picture of every row and pads on the left. Both make exactly `--new-tokens` tokens.
+Five questions belong to the first image and three to the second. Ours encodes each image once and pads on the
+right; the library encodes the image of every row and pads on the left. Both make exactly `--new-tokens` tokens.
 First the gate: the same tokens in fp32, on two layers of each tower.
 """
 
@@ -23,7 +23,7 @@ from finetune import cli
 from model import PaliGemma, PaliGemmaConfig
 
 NAME = "benchmarks.generate"
-PICTURE_OF_ROW = (0, 0, 0, 0, 0, 1, 1, 1)
+IMAGE_OF_ROW = (0, 0, 0, 0, 0, 1, 1, 1)
 PROMPT_LENGTHS = (8, 9, 11, 13, 14, 16, 18, 20)
 NO_TOKEN = 2**20  # an end that is never reached: in no vocabulary
 Generate = Callable[[dict[str, Tensor], int], Tensor]  # batch and number of new tokens -> new tokens i64 [B, T]
@@ -39,7 +39,7 @@ def ours_on(model: PaliGemma) -> Generate:
 
     def run(batch: dict[str, Tensor], count: int) -> Tensor:
         with torch.inference_mode():
-            features = model.encode_images(batch["pixel_values"])[batch["picture"]]
+            features = model.encode_images(batch["pixel_values"])[batch["image_index"]]
         ids, mask = batch["input_ids"], batch["attention_mask"]
         return model.generate(input_ids=ids, attention_mask=mask, image_features=features, max_new_tokens=count)
 
@@ -57,7 +57,7 @@ def library_on(model: Any) -> Generate:
             input_ids=ids,
             attention_mask=mask,
             token_type_ids=torch.zeros_like(ids),
-            pixel_values=batch["pixel_values"][batch["picture"]],
+            pixel_values=batch["pixel_values"][batch["image_index"]],
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
@@ -71,7 +71,7 @@ ARMS = {"ours": ours, "library": library}
 
 
 def make_batch(config: PaliGemmaConfig) -> dict[str, Tensor]:
-    """Random prompts, padded on the right and once more on the left; pictures, and the picture of each row."""
+    """Random prompts, padded on the right and once more on the left; images, and the image of each row."""
     generator = torch.Generator().manual_seed(0)
     images, side, count = config.vision.num_patches, config.vision.image_size, len(PROMPT_LENGTHS)
     ids = torch.full((count, images + max(PROMPT_LENGTHS)), config.pad_token_id)
@@ -81,9 +81,9 @@ def make_batch(config: PaliGemmaConfig) -> dict[str, Tensor]:
         prompt = torch.cat((torch.full((images,), config.image_token_id), words))
         ids[row, : len(prompt)] = left[row, -len(prompt) :] = prompt
         mask[row, : len(prompt)] = 1
-    pixels = torch.rand(max(PICTURE_OF_ROW) + 1, 3, side, side, generator=generator) * 2 - 1
+    pixels = torch.rand(max(IMAGE_OF_ROW) + 1, 3, side, side, generator=generator) * 2 - 1
     made = {"input_ids": ids, "attention_mask": mask, "left_padded_ids": left}
-    return made | {"pixel_values": pixels, "picture": torch.tensor(PICTURE_OF_ROW)}
+    return made | {"pixel_values": pixels, "image_index": torch.tensor(IMAGE_OF_ROW)}
 
 
 def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
     same = sum(a == b for a, b in zip(*answers, strict=False))
     parts = side_by_side.compared(results, weighed, {})
     parts.append(
-        f"8 questions on 2 pictures, {arguments.new_tokens} new tokens. Gate passed: the same tokens in fp32; in "
+        f"8 questions on 2 images, {arguments.new_tokens} new tokens. Gate passed: the same tokens in fp32; in "
         f"{arguments.dtype} {same} of 8 rows are the same."
     )
     side_by_side.report(NAME, argv, arguments.output, parts)

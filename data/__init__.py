@@ -1,4 +1,4 @@
-"""Pictures and words -> batches. Readers of files are imported from their modules: they need the `datasets` package."""
+"""Images and words -> batches. Readers of files are imported from their modules: they need the `datasets` package."""
 
 from data.collate import collate
 from data.dataset import PaliGemmaDataset

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORE_INDEX = -100  # what cross-entropy leaves out
+IGNORE_INDEX = -100  # cross-entropy ignores it
 
 
 def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """Stacks the tensors of examples; whatever else these hold, such as strings, stays behind.
+    """Stacks the tensors of examples; other values of an example, such as strings, are not in the batch.
 
     Args:
         examples: with `input_ids` and `token_type_ids`, i64[S_i]; all or none with `labels`, i64[S_i]; all or none with

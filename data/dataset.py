@@ -1,6 +1,6 @@
-"""Records -> examples: which answer a visit to a record learns from, and the tensors of that visit.
+"""Records -> examples: which answer of a record is learned in an epoch, and its tensors.
 
-Not here: which visits make up a step (finetune/training/batch_sampler.py), and batches (data/collate.py).
+Not here: which records make up a step (finetune/training/batch_sampler.py), and batches (data/collate.py).
 """
 
 import random
@@ -16,19 +16,19 @@ TRIES = 10_000  # records drawn in the place of one that is skipped
 
 
 class PaliGemmaDataset(Dataset[dict[str, Any]]):
-    """`dataset[index, visit]` is an example; a bare `index` is visit 0.
+    """`dataset[index, epoch]` is an example; a bare `index` is that of epoch 0.
 
-    An example is a pure function of (seed, index, visit), the same in every worker, rank and resumed run. It holds
+    An example is a pure function of (seed, index, epoch), the same in every worker, rank and resumed run. It holds
     `input_ids`, `token_type_ids` and `labels`, i64[S], `pixel_values`, f32[3, H, W], and the strings `id` and
     `image_id`. Its labels end in <eos>.
 
     Args:
         records: rows as data/records.py describes them, a `datasets.Dataset` or a list.
         processor: turns images and texts into tensors.
-        answers: "rotate" learns another one of a record's answers at each visit, in an order drawn by `seed`, until
+        answers: "rotate" learns another one of a record's answers in each epoch, in an order drawn by `seed`, until
             all were learned; "majority" learns `answer` always.
         skipped: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its
-            index, the same at every visit; of those that are listed already, too. By default there may be none, and
+            index, the same in every epoch; of those that are listed already, too. By default there may be none, and
             the first one is a ValueError.
     """
 
@@ -49,25 +49,25 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         return len(self.records)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        index, visit = key if isinstance(key, tuple) else (key, 0)
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
         index = range(len(self))[index]  # -1 is another name of the last record, not another record
         others = random.Random(f"{self.seed}/{index}/instead")
-        for _ in range(TRIES):  # or until too many were left out
+        for _ in range(TRIES):  # or until more were skipped than may be
             record = self.records[index]
             if record["id"] not in self.skipped.reasons:
                 try:
-                    return self._example(record, index, visit)
+                    return self._example(record, index, epoch)
                 except ValueError as error:
                     self.skipped.add([InvalidRecord(record["id"], str(error))], len(self))
             index = others.randrange(len(self))
         raise ValueError(f"{TRIES:,} records drawn in place of {record['id']} were all skipped: hardly any is valid")
 
-    def _example(self, record: Mapping[str, Any], index: int, visit: int) -> dict[str, Any]:
+    def _example(self, record: Mapping[str, Any], index: int, epoch: int) -> dict[str, Any]:
         answers = record["answers"]
         if not answers:
             raise ValueError(f"record {record['id']!r} has no answer to learn from; give the annotations file")
         order = random.Random(f"{self.seed}/{index}").sample(range(len(answers)), len(answers))
-        suffix = answers[order[visit % len(answers)]] if self.answers == "rotate" else record["answer"]
+        suffix = answers[order[epoch % len(answers)]] if self.answers == "rotate" else record["answer"]
         texts = self.processor.encode(record["prefix"], suffix)
         pixels = self.processor.pixels(record["image"])
         return {**texts, "pixel_values": pixels, "id": record["id"], "image_id": record["image_id"]}

@@ -1,7 +1,7 @@
 """All images of a data set looked at before hours are spent: which of them cannot be used, and why.
 
 Only headers are read, unless asked for more: 83,000 images take seconds. What was found valid is remembered by path,
-size and time of change, so that the next look reads nothing. Not here: what makes a image usable (data/images.py).
+size and time of change, so that the next check reads nothing. Not here: what makes an image usable (data/images.py).
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
 
     Args:
         paths: absolute.
-        cache_dir: where is kept what was found valid, a file for each folder of images.
+        cache_dir: where the names of valid images are cached, a file for each folder.
         root: the folder that no image may lie outside of, by a link; None: that was looked at before.
         decode: read all pixels, not the header alone.
     """
@@ -39,18 +39,18 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
     count = sum(map(len, folders.values()))
     with ThreadPoolExecutor() as pool, tqdm(total=count, desc="looking at images", leave=False, delay=3) as bar:
         for folder, names in folders.items():
-            kept = cache_dir / f"images-{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
-            look = Look(folder, home, decode, _read(kept))
-            for found in pool.map(look, [names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE)]):
+            cached = cache_dir / f"images-{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
+            check = ImageCheck(folder, home, decode, _read(cached))
+            for found in pool.map(check, [names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE)]):
                 reasons |= found
                 bar.update(AT_ONCE)
-            if look.changed:
-                _write(kept, look.valid)
+            if check.changed:
+                _write(cached, check.valid)
     return reasons
 
 
-class Look:
-    """A look at images of one folder; takes names, returns reasons by path, remembers in `valid` what is valid."""
+class ImageCheck:
+    """Checks images of one folder; takes names, returns reasons by path, remembers in `valid` what is valid."""
 
     def __init__(self, folder: str, home: Path | None, decode: bool, valid: ValidImages) -> None:
         self.folder, self.home, self.valid, self.changed = folder, home, valid, False
@@ -90,16 +90,16 @@ class Look:
         return self.home is None or Path(os.path.realpath(path)).is_relative_to(self.home)
 
 
-def _read(kept: Path) -> ValidImages:
+def _read(cached: Path) -> ValidImages:
     try:
-        valid: ValidImages = json.loads(kept.read_bytes())
+        valid: ValidImages = json.loads(cached.read_bytes())
     except (OSError, ValueError):  # none yet
         return {}
     return valid
 
 
-def _write(kept: Path, valid: ValidImages) -> None:
-    with tempfile.TemporaryDirectory(dir=kept.parent) as unfinished:
-        written = Path(unfinished, kept.name)
+def _write(cached: Path, valid: ValidImages) -> None:
+    with tempfile.TemporaryDirectory(dir=cached.parent) as unfinished:
+        written = Path(unfinished, cached.name)
         written.write_text(json.dumps(valid))
-        os.replace(written, kept)
+        os.replace(written, cached)

@@ -1,4 +1,4 @@
-"""The one place that opens a image: whatever a data set holds becomes upright, opaque 8-bit RGB, or an error.
+"""The one place that opens an image: every kind becomes upright, opaque 8-bit RGB, or an error.
 
 The header's size is checked before a pixel is decoded, the first frame counts, transparency is laid on white, 16-bit
 grey is scaled to 8 bits (not clipped), every other mode becomes RGB, and the image is turned as its EXIF orientation
@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, features
@@ -27,7 +27,7 @@ UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.spl
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 T = TypeVar("T")
-ImageSource = str | PathLike[str] | bytes | Mapping[str, Any] | Image.Image
+ImageSource = str | PathLike[str] | bytes | Mapping[str, str | bytes | None] | Image.Image
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -40,7 +40,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def check_header(source: ImageSource) -> None:
-    """Raises ValueError as `open_image` does, as far as the header tells, without decoding a pixel."""
+    """Raises ValueError as `open_image` does, for what the header shows: no pixel is decoded."""
     _opened(source, _require_usable)
 
 
@@ -61,11 +61,11 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
 
 
 def is_exhausted(error: Exception) -> bool:
-    """Whether an error says that the machine has run out of memory or file handles: the image is not at fault."""
+    """Whether an error says that the machine has run out of memory or file handles: nothing is wrong with the image."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in EXHAUSTED)
 
 
-def _locate(source: Any) -> tuple[str, Path | io.BytesIO | Image.Image]:
+def _locate(source: object) -> tuple[str, Path | io.BytesIO | Image.Image]:
     """What to call the image in errors, and where its content is: in the bytes where a value has both."""
     if isinstance(source, Image.Image):
         return f"the {source.mode} image given", source

@@ -89,5 +89,5 @@ class SkippedRecords:
                 try:
                     record = json.loads(line)
                     self.reasons[record["id"]] = record["reason"]
-                except (ValueError, KeyError, TypeError):  # cut short when a process was killed
+                except (ValueError, KeyError, TypeError):  # cut off when a process was killed
                     continue

@@ -1,6 +1,6 @@
 """How long the texts of a data set are, in tokens, before anything is trained: every text is tokenised once.
 
-Distinct texts are tokenised one time each, and the result is kept beside the records' cache under what it depends on:
+Distinct texts are tokenised one time each, and the result is cached with the records under what it depends on:
 the tokenizer and the texts themselves. Not here: what fits (`Processor.fit`), and what is done with records that do not
 (data/invalid.py).
 """
@@ -101,7 +101,7 @@ def measure(
     Args:
         processor: says what fits, and cuts answers if it was told to.
         answers: as in `PaliGemmaDataset`: "rotate" looks at all answers of a record, "majority" at one; None at none.
-        cache_dir: where the lengths are kept for the next time, as in `load_records`.
+        cache_dir: where the lengths are cached, as in `load_records`.
     """
     texts = text_table(records, answers)
     prompt, longest, total, count = counted(texts, processor, cache_folder(cache_dir))
@@ -134,8 +134,8 @@ def text_table(records: Sequence[Mapping[str, Any]], answers: Literal["rotate", 
         counts = pc.list_value_length(lists).to_numpy().astype(np.int32)
         one = np.minimum(counts, 1 if answers else 0)
         offsets = pa.array(np.concatenate(([0], np.cumsum(one))), pa.int32())
-        kept = table["answer"].cast(pa.string()).combine_chunks().filter(pa.array(one == 1))
-        lists = pa.ListArray.from_arrays(offsets, kept)
+        majority = table["answer"].cast(pa.string()).combine_chunks().filter(pa.array(one == 1))
+        lists = pa.ListArray.from_arrays(offsets, majority)
     return pa.table({"prefix": prefix, "answers": lists}).combine_chunks()
 
 

@@ -1,4 +1,4 @@
-"""Picture -> tensor, prefix and suffix -> ids, token types and labels, as PaliGemma was trained (arXiv 2407.07726).
+"""Image -> tensor, prefix and suffix -> ids, token types and labels, as PaliGemma was trained (arXiv 2407.07726).
 
     <image> x N  <bos>  prefix  "\\n"     token type 0, sees all of itself
     suffix  <eos>                        token type 1, causal; the labels
@@ -49,11 +49,11 @@ class PixelForm(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Processor:
-    """Pictures and texts -> what the network takes; made by `from_pretrained`."""
+    """Images and texts -> what the network takes; made by `from_pretrained`."""
 
     tokenizer: Tokenizer
     pixel_form: PixelForm
-    image_size: int  # height and width of a image, in pixels
+    image_size: int  # height and width of an image, in pixels
     num_image_tokens: int  # N, one for each patch
     positions: int  # tokens of the longest row that the network was made for
     special_ids: frozenset[int]  # of all special tokens, which no text may hold
@@ -91,8 +91,9 @@ class Processor:
         special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         for token, expected in special_ids.items():
             if special.get(token) != expected:
-                fault = f"{token} is {expected} in config.json, {special.get(token)} as special token in tokenizer.json"
-                raise ValueError(f"{folder}: {fault}; copy both files from one PaliGemma checkpoint")
+                other = f"{special.get(token)} as special token in tokenizer.json"
+                difference = f"{token} is {expected} in config.json, {other}"
+                raise ValueError(f"{folder}: {difference}; copy both files from one PaliGemma checkpoint")
         # A tokenizer.json carries the truncation and padding with which it was last used.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -116,7 +117,7 @@ class Processor:
     ) -> dict[str, Tensor]:
         """A right-padded batch as data/collate.py describes it; `labels` only with suffixes.
 
-        ValueError if there are not as many of each, or if a image cannot be used.
+        ValueError if there are not as many of each, or if an image cannot be used.
         """
         answers = [None] * len(prefixes) if suffixes is None else suffixes
         if not len(images) == len(prefixes) == len(answers):
@@ -132,8 +133,8 @@ class Processor:
             ValueError: the text is too long (see `fit`), or holds a special token or half a character.
         """
         prompt, answer = self.prompt_ids(prefix), [] if suffix is None else self.answer_ids(suffix)
-        if (kept := self.fit(len(prompt), len(answer))) < len(answer):
-            answer = [*answer[: kept - 1], self.eos_id]
+        if (length := self.fit(len(prompt), len(answer))) < len(answer):
+            answer = [*answer[: length - 1], self.eos_id]
         before = [self.image_token_id] * self.num_image_tokens + [self.bos_id, *prompt]
         encoded = {"input_ids": before + answer, "token_type_ids": [0] * len(before) + [1] * len(answer)}
         if suffix is not None:
@@ -246,8 +247,8 @@ def _read_pixel_form(folder: Path, image_size: int, num_image_tokens: int) -> Pi
             continue  # 4.x, too, writes a processor_config.json, but without pixels
         for key, value in wanted.items():
             if given.get(key, value) != value:
-                fault = f"{key} is {given[key]}, by config.json it should be {value}"
-                raise ValueError(f"{folder / name}: {fault}; copy both files from one PaliGemma checkpoint")
+                difference = f"{key} is {given[key]}, by config.json it should be {value}"
+                raise ValueError(f"{folder / name}: {difference}; copy both files from one PaliGemma checkpoint")
         mean, std = (tuple(given.get(key, (0.5, 0.5, 0.5))) for key in ("image_mean", "image_std"))
         if len(mean) != 3 or len(std) != 3 or 0 in std:
             raise ValueError(f"{folder / name}: expected 3 channels and no std of 0, got mean {mean}, std {std}")

@@ -1,4 +1,4 @@
-"""A source as a configuration names it -> records: their columns, the choice of some, the file they are kept in.
+"""A source as a configuration names it -> records: their columns, the choice of some, the file they are cached in.
 
 A record holds the absolute path of its image: `datasets` never opens it, data/images.py does. Not here: reading the
 official files (data/sources/vqa_files.py) and a person's own lines (data/sources/json_lines.py).
@@ -9,7 +9,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -37,7 +37,7 @@ FEATURES = datasets.Features(
     answer_type=TEXT,
     question_type=TEXT,
 )
-FORMAT = 4  # goes up when records are written differently, so that kept ones are written anew
+FORMAT = 4  # goes up when records are written differently, so that cached ones are written again
 
 
 def load_records(
@@ -64,28 +64,16 @@ def load_records(
         fraction, count, sample_by, seed: draw this share or number, by whole images or by single questions.
         prompt: the prefix of an official question, with {question} where the question goes.
         split: such as "train2014", where the official files do not say it.
-        cache_dir: where the records are kept for the next time, by default beside those of `datasets`.
+        cache_dir: where the records are cached, by default in a folder of the cache of `datasets`.
         skipped: where what cannot be used goes; by default there may be none. Records whose image cannot be used by
             its header are among them, but keep their places: in training others are taken instead, for an evaluation
             see `decodable`.
 
     Raises:
         ValueError: a file is missing or not what it should be; there are too few questions to draw from; records
-            cannot be used, more than may be left out.
+            cannot be used, more than may be skipped.
     """
-    folder = None if images is None else Path(images).absolute()
-    if folder is not None and not folder.is_dir():
-        said = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"{images} {said}; expected the folder of the images")
-    if jsonl is not None:
-        files = [Path(jsonl)]
-        folder = folder or files[0].parent.absolute()
-        rows = partial(read_jsonl, files[0], folder)
-    elif questions is not None:
-        files = [Path(file) for file in (questions, annotations) if file is not None]
-        rows = partial(read_vqav2, files, folder, prompt, split)
-    else:
-        raise ValueError("a source needs questions (with annotations and images), or jsonl")
+    rows, files, folder = reader(questions, annotations, images, jsonl, prompt, split)
     draw = partial(choose, fraction=fraction, count=count, sample_by=sample_by, seed=seed)
     drawn = fraction is not None or count is not None  # else the seed changes nothing
     options = [rows.func.__name__, *rows.args, draw.keywords if drawn else ""]
@@ -93,16 +81,46 @@ def load_records(
     records, invalid = memory_mapped(partial(rows, draw), files, options, cache)
     total = len(records) + len(invalid)
     if folder is not None and len(records):
-        paths = records.data.column("image").combine_chunks().field("path")
-        unique = paths.unique().to_pylist()
-        reasons = unusable(unique, cache, folder if jsonl is not None else Path(unique[0]).parent)
-        for position, path in enumerate(paths.to_pylist() if reasons else ()):
-            if path in reasons:
-                invalid.append(InvalidRecord(records[position]["id"], reasons[path]))
+        invalid += with_unusable_image(records, cache, None if jsonl is None else folder)
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
         raise ValueError(f"{files[0]} holds no record that can be used")
     return records
+
+
+def reader(
+    questions: File | None,
+    annotations: File | None,
+    images: File | None,
+    jsonl: File | None,
+    prompt: str,
+    split: str | None,
+) -> tuple[partial[Iterator[dict[str, Any] | InvalidRecord]], list[Path], Path | None]:
+    """What reads a source, given how to choose; its files; the folder of its images. Arguments as in `load_records`."""
+    folder = None if images is None else Path(images).absolute()
+    if folder is not None and not folder.is_dir():
+        said = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{images} {said}; expected the folder of the images")
+    if jsonl is not None:
+        files = [Path(jsonl)]
+        folder = folder or files[0].parent.absolute()
+        return partial(read_jsonl, files[0], folder), files, folder
+    if questions is not None:
+        files = [Path(file) for file in (questions, annotations) if file is not None]
+        return partial(read_vqav2, files, folder, prompt, split), files, folder
+    raise ValueError("a source needs questions (with annotations and images), or jsonl")
+
+
+def with_unusable_image(records: datasets.Dataset, cache: Path, folder: Path | None) -> list[InvalidRecord]:
+    """The records whose image cannot be used by its header. folder: of the images, by default that of the first one."""
+    paths = records.data.column("image").combine_chunks().field("path")
+    unique = paths.unique().to_pylist()
+    reasons = unusable(unique, cache, folder or Path(unique[0]).parent)
+    return [
+        InvalidRecord(records[position]["id"], reasons[path])
+        for position, path in enumerate(paths.to_pylist() if reasons else ())
+        if path in reasons
+    ]
 
 
 def decodable(
@@ -111,7 +129,7 @@ def decodable(
     """The records whose images can be decoded, after decoding all of them; `skipped` as in `load_records`.
 
     Raises:
-        ValueError: more cannot be used than may be left out.
+        ValueError: more cannot be used than may be skipped.
     """
     paths = [image["path"] for image in records["image"][:]]
     reasons = unusable(dict.fromkeys(paths), cache_folder(cache_dir), decode=True)
@@ -124,7 +142,7 @@ def decodable(
 
 
 def cache_folder(cache_dir: File | None) -> Path:
-    """Where records and what was seen of images are kept for the next time."""
+    """Where records and the results of checking images are cached."""
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "paligemma_lora")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -171,8 +189,8 @@ def memory_mapped(
     for file in files:
         status = require_file(file)
         key.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    kept = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
-    if not kept.exists():
+    cached = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
+    if not cached.exists():
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             written, invalid = Path(unfinished, "records.arrow"), []
             with ArrowWriter(path=str(written), features=FEATURES) as writer:
@@ -185,10 +203,10 @@ def memory_mapped(
                 writer.finalize()
             Path(unfinished, "invalid.json").write_text(json.dumps(invalid))
             # Whole or not at all, also when several processes write it: the records last.
-            os.replace(Path(unfinished, "invalid.json"), kept.with_suffix(".json"))
-            os.replace(written, kept)
-    invalid = [InvalidRecord(*fault) for fault in json.loads(kept.with_suffix(".json").read_bytes())]
-    return datasets.Dataset.from_file(str(kept)), invalid
+            os.replace(Path(unfinished, "invalid.json"), cached.with_suffix(".json"))
+            os.replace(written, cached)
+    invalid = [InvalidRecord(*entry) for entry in json.loads(cached.with_suffix(".json").read_bytes())]
+    return datasets.Dataset.from_file(str(cached)), invalid
 
 
 def require_file(path: Path) -> os.stat_result:

@@ -1,27 +1,32 @@
-"""Fine-tuning: LoRA, adapters on disk, merging, training, evaluation.
+"""What changes the network: LoRA, adapters on disk, merging, training, evaluation."""
 
-The names below are imported on first use, as PEP 562 describes: importing `finetune.cli` for `--help` loads no torch.
-"""
-
-from importlib import import_module
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from finetune.adapters.merge import merge_lora
-    from finetune.adapters.storage import load_adapter, save_adapter
-    from finetune.lora.linear import LoRAConfig, LoRALinear, inject_lora, remove_lora
+    from finetune.adapters.merge import merge_lora as merge_lora
+    from finetune.adapters.storage import load_adapter as load_adapter
+    from finetune.adapters.storage import save_adapter as save_adapter
+    from finetune.lora.config import LoRAConfig as LoRAConfig
+    from finetune.lora.linear import LoRALinear as LoRALinear
+    from finetune.lora.linear import inject_lora as inject_lora
+    from finetune.lora.linear import remove_lora as remove_lora
 
-__all__ = ["LoRAConfig", "LoRALinear", "inject_lora", "load_adapter", "merge_lora", "remove_lora", "save_adapter"]
-
+# Imported when they are asked for: a script's --help needs no torch.
 _MODULES = {
-    "finetune.adapters.merge": ("merge_lora",),
-    "finetune.adapters.storage": ("load_adapter", "save_adapter"),
-    "finetune.lora.linear": ("LoRAConfig", "LoRALinear", "inject_lora", "remove_lora"),
+    "LoRAConfig": "finetune.lora.config",
+    "LoRALinear": "finetune.lora.linear",
+    "inject_lora": "finetune.lora.linear",
+    "load_adapter": "finetune.adapters.storage",
+    "merge_lora": "finetune.adapters.merge",
+    "remove_lora": "finetune.lora.linear",
+    "save_adapter": "finetune.adapters.storage",
 }
+__all__ = list(_MODULES)
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> object:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,7 +1,4 @@
-"""What the scripts share: a user's mistake becomes one message and an exit code, never a traceback.
-
-Importing this module loads no torch, so that `--help` is fast.
-"""
+"""What the scripts share: a person's mistake becomes one message and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -20,59 +16,67 @@ from finetune.system.allocator import use_expandable_segments
 from finetune.system.terminal import visible
 
 MISTAKE, NOT_FINITE, STOPPED, INTERRUPTED = 2, 4, 75, 130
+CONSOLE = "paligemma-lora"
+SCRIPTS = {"train": "train.py", "evaluate": "evaluate.py", "predict": "predict.py", "merge": "merge_lora.py"}
+DTYPES = ("bfloat16", "float32")  # the names in system/device.py, which imports torch
 NEW_TOKENS_HELP = "longest answer, in tokens (default: that of the longest trained answer, stored with the adapter)"
-DTYPE_NAMES = ("bfloat16", "float32")  # those of DTYPES in system/device.py, which imports torch
 QUANTIZE_HELP = "keep the base in four bits; auto: as it was while the adapter was trained"
 
 
 class StoppedError(Exception):
-    """A run was told to stop, and what it had done is kept; says how to go on."""
+    """A run was told to stop, and has saved what it had done; says how to resume it."""
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Call a script's `main` with the command line, and exit: 0; 2 after a mistake or on a full disk, 4 after values
-    that are not finite, 75 after a request to stop (the state is saved), 130 after an immediate interrupt.
+    """Call a script's `main` with the command line, and exit: 0; 2 on a mistake or a full disk, 4 on values
+    that are not finite, 75 when told to stop (what was done is saved), 130 when stopped at once.
 
-    A launcher of several processes terminates all of them once one has failed, with an exit code of its own.
+    A launcher of several processes ends them all once one has failed, with an exit code of its own.
     """
     terminal.keep_all_output()
     use_expandable_segments()
     try:
         with terminal.plain_warnings():
             main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        show_error(f"error: {error}")
-        sys.exit(MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        exit_together(error)
-    from finetune.system import distributed
+        if (code := report(error)) is None:
+            raise
+        sys.exit(code)
+    if "torch" in sys.modules:
+        from finetune.system import distributed
 
-    distributed.destroy()
+        distributed.destroy()
 
 
-def exit_together(error: Exception) -> NoReturn:
-    """Exit after an error that concerns all processes of a run; any other error is raised."""
-    from finetune.system import distributed
+def report(error: Exception) -> int | None:
+    """Say what ended a script; returns its exit code, or None for an error of this project, which needs a traceback."""
+    from finetune.system import distributed  # imports torch, which --help does without
 
-    if isinstance(error, distributed.ElsewhereError):
-        show_error(f"error: {error}")
-        sys.exit(MISTAKE)
+    if isinstance(error, ValueError | OSError | distributed.ElsewhereError):
+        tqdm.write(visible(f"error: {error}"), file=sys.stderr)  # on a line of its own, below any bar
+        return MISTAKE
     if not isinstance(error, FloatingPointError | StoppedError):
-        raise error
-    mistake = isinstance(error, FloatingPointError)
+        return None
+    not_finite = isinstance(error, FloatingPointError)  # of all processes of a run alike
     if distributed.is_main():
-        show_error(f"error: {error}" if mistake else str(error))
-    with contextlib.suppress(distributed.ElsewhereError):  # another process was killed
-        distributed.gather("message shown")  # before one exits, and the launcher terminates the others
-    sys.exit(NOT_FINITE if mistake else STOPPED)
+        tqdm.write(visible(f"error: {error}" if not_finite else str(error)), file=sys.stderr)
+    with contextlib.suppress(distributed.ElsewhereError):  # one has ended meanwhile
+        distributed.gather("said")  # before one is gone, and the launcher ends the others
+    return NOT_FINITE if not_finite else STOPPED
 
 
-def show_error(message: str) -> None:
-    """Print a message to stderr, on a line of its own, below any progress bar."""
-    tqdm.write(visible(message), file=sys.stderr)
+def script_parser(script: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser for the arguments of a script, with its docstring as help."""
+    words = called(script)
+    return argparse.ArgumentParser(
+        prog=script if words[-1] == script else " ".join(words),
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def positive(text: str) -> int:
@@ -82,17 +86,28 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def called(script: str) -> list[str]:
+    """The words that call a script as this one was called: by its name, or as a command of `paligemma-lora`."""
+    this = Path(sys.argv[0])
+    name = next(name for name, file in SCRIPTS.items() if file == script)
+    if this.stem == CONSOLE:
+        return [CONSOLE, name]
+    return ["python", "-m", "finetune", name] if this == Path(__file__).with_name("__main__.py") else ["python", script]
+
+
 def command(script: str, *words: str) -> str:
     """A command line to show: a script under the interpreter that runs this one, quoted for a shell."""
-    python, here = Path(sys.executable), Path.cwd()
-    shown = python.relative_to(here) if python.is_relative_to(here) else python
-    return shlex.join([str(shown), script, *words])
+    first, *others = called(script)
+    if first == "python":
+        python, here = Path(sys.executable), Path.cwd()
+        first = str(python.relative_to(here) if python.is_relative_to(here) else python)
+    return shlex.join([first, *others, *words])
 
 
 def quantization(asked: str, adapter: str | Path | None) -> str | None:
-    """How to quantize the base: as asked, or with "auto" as it was while the adapter was trained."""
+    """The quantization of the base: as asked, or by default as it was while the adapter was trained."""
     if asked == "auto":
-        from finetune.adapters.storage import trained_on
+        from finetune.adapters.metadata import trained_on  # imports torch, which --help does without
 
         return trained_on(adapter) if adapter else None
     return None if asked == "none" else asked

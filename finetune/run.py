@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from data import PaliGemmaDataset, Processor, collate
 from data.lengths import TextLengths
 from data.records import decodable
 from finetune import cli, save_adapter
+from finetune.adapters.fingerprint import fingerprint
 from finetune.adapters.generation_config import store_max_new_tokens
-from finetune.adapters.storage import TrainingFacts
+from finetune.adapters.metadata import TrainingFacts
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
@@ -27,16 +28,19 @@ from finetune.training.examples import max_new_tokens, open_examples, open_proce
 from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, start_run
-from finetune.training.setup import adapt, open_model, plan_steps, show_trained
+from finetune.training.setup import adapt, open_model, plan_steps, shard_decoder, show_trained
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_changes: bool = False) -> None:
     """The run, from its start or from where it was stopped, to its result.
 
-    words: of the command line, to show how to go on. resume, accept_changes: as in `find_checkpoint`.
+    words: of the command line, to show how to resume. resume, accept_changes: as in `find_checkpoint`.
     """
     found, notes = distributed.on_main(partial(find_checkpoint, config, resume, accept_changes))
     checkpoint = Path(found) if found else None
@@ -53,55 +57,83 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     require_fit(config, planned)
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
-    steps = plan_steps(config, len(dataset))
-    if checkpoint and step_of(checkpoint) == steps.total and not accept_changes:
-        result = Result.read(Path(config.output))
-        if result and result.finished and result_directory(config).exists():
-            show(f"{config.output} is finished: nothing is left to train; kept {result}")
-            return
-    if checkpoint and step_of(checkpoint) > steps.total:
-        raise ValueError(
-            f"{checkpoint} is beyond the {steps.total:,} steps of this configuration: make the run longer "
-            "(train.max_steps, train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
-        )
-    model = open_model(directory, config)
+    batch_sampler = plan_steps(config, len(dataset))
+    if checkpoint and is_finished(config, checkpoint, batch_sampler.total, accept_changes):
+        show(f"{config.output} is finished: nothing is left to train; kept {Result.read(Path(config.output))}")
+        return
+    model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
     show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
-    if warning := spill_warning(model.device):
-        show(f"warning: {warning}")
-    adapt(model, config, anew=checkpoint is not None)
     show_trained(model)
     distributed.on_main(partial(start_run, config))
+    evaluated = planned_evaluation(config, planned, new_tokens)
     trainer = LoRATrainer(
         config,
         model,
         dataset,
-        steps,
+        batch_sampler,
         plan.execution,
         collate=partial(collate, pad_id=processor.pad_id),
-        save_result=partial(save_result, model, config, examples.lengths),
-        evaluate=evaluation_of(planned_evaluation(config, planned, new_tokens), model, processor, asked, new_tokens),
-        callbacks=[*callbacks_for(config, steps), stop := StopOnSignal()],
+        save_result=partial(save_result, model, config, examples.lengths, base_fingerprint),
+        evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens),
+        callbacks=[*callbacks_for(config, batch_sampler), stop := StopOnSignal()],
     )
-    if checkpoint and step_of(checkpoint) == steps.total:
+    if checkpoint and step_of(checkpoint) == batch_sampler.total:
         show(f"{config.output}: all steps are trained, the result is left to be kept")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.stopping and trainer.state.global_step < steps.total:
-        again = cli.command("train.py", *words)
-        again = again if distributed.count() == 1 else "the same command"
-        raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to go on: {again}")
+    if stop.stopping and trainer.state.global_step < batch_sampler.total:
+        again = cli.command("train.py", *words) if distributed.count() == 1 else "the same command"
+        raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {again}")
     trainer.finish()
+    conclude(config, words, batch_sampler.total)
+
+
+def is_finished(config: RunConfig, checkpoint: Path, total: int, accept_changes: bool) -> bool:
+    """Whether a run of `total` steps, whose newest checkpoint this is, has its result and nothing left to do.
+
+    Raises:
+        ValueError: the checkpoint has seen more steps.
+    """
+    if step_of(checkpoint) > total:
+        raise ValueError(
+            f"{checkpoint} is beyond the {total:,} steps of this configuration: make the run longer (train.max_steps, "
+            "train.epochs), resume an earlier checkpoint (--resume DIR), or choose another output=..."
+        )
+    result = Result.read(Path(config.output))
+    ended = result is not None and result.finished and result_directory(config).exists()
+    return step_of(checkpoint) == total and not accept_changes and ended
+
+
+def open_adapted(directory: Path, config: RunConfig, resumes: bool) -> tuple[PaliGemma, str | None]:
+    """The network on its device, with adapters in place; and the fingerprint of its base where its layers are sharded,
+    for it is taken of whole weights.
+
+    resumes: adapters are filled from a checkpoint later, not with the values of lora.start_from.
+    """
+    model, base_fingerprint = open_model(directory, config), None
+    adapt(model, config, anew=resumes)
+    if distributed.asks_for_fsdp():
+        base_fingerprint = fingerprint(model)
+        shard_decoder(model, config)
+        show(f"each of the {distributed.count()} processes holds a shard of every decoder layer")
+    if warning := spill_warning(model.device):
+        show(f"warning: {warning}")
+    return model, base_fingerprint
+
+
+def conclude(config: RunConfig, words: Sequence[str], total: int) -> None:
+    """Note that a run of `total` steps went to its end, and show its result and what to do next."""
     distributed.on_main(partial(Result.finish, Path(config.output)))
     after = cli.command("evaluate.py", *words)
     if config.data.validation is None:
         after = cli.command("predict.py", "--help")
     result = Result.read(Path(config.output))
-    if result and result.step < steps.total:  # a last step that was kept has said so just now
+    if result and result.step < total:  # a last step that was kept has said so just now
         show(f"kept {result}")
     show(f"saved {result_directory(config)}; next: {after}")
 
 
-def asked_in_training(config: RunConfig, processor: Processor) -> Any:
-    """A fixed selection of the valid validation questions, whose pictures were decoded; None where the run has none."""
+def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None:
+    """A fixed selection of the valid validation questions, whose images were decoded; None where the run has none."""
     if config.data.validation is None or config.train.eval_every is None:
         return None
     examples = open_examples(config, "validation", processor)
@@ -111,7 +143,9 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Any:
     return decodable(records, skipped)
 
 
-def evaluation_of(config: RunConfig, model: PaliGemma, processor: Processor, records: Any, new_tokens: int) -> Any:
+def evaluation_of(
+    config: RunConfig, model: PaliGemma, processor: Processor, records: Dataset | None, new_tokens: int
+) -> Callable[[], dict[str, float]] | None:
     """What measures the model during training: loss and accuracy on these records; None without them.
 
     new_tokens: the most that an answer may have.
@@ -141,8 +175,13 @@ def facts_of(config: RunConfig, lengths: TextLengths, result: Result) -> Trainin
     )
 
 
-def save_result(model: PaliGemma, config: RunConfig, lengths: TextLengths, result: Result) -> None:
-    """The result of the run: an adapter, or the whole checkpoint where all of it was trained; and why this one."""
+def save_result(
+    model: PaliGemma, config: RunConfig, lengths: TextLengths, base_fingerprint: str | None, result: Result
+) -> None:
+    """The result of the run: an adapter, or the whole checkpoint where all of it was trained; and why this one.
+
+    base_fingerprint: of the base, where the model no longer has its weights whole.
+    """
     directory, facts = result_directory(config), facts_of(config, lengths, result)
 
     def fill(path: Path) -> None:
@@ -151,7 +190,7 @@ def save_result(model: PaliGemma, config: RunConfig, lengths: TextLengths, resul
 
     with result.written(Path(config.output)):
         if config.lora:
-            save_adapter(model, directory, config.model.path, config.model.revision, facts)
+            save_adapter(model, directory, config.model.path, config.model.revision, facts, base_fingerprint)
         else:
             write_whole(directory, fill, sum(parameter.nbytes for parameter in model.parameters()), replace=True)
     show(f"kept {result}")

@@ -7,7 +7,6 @@ directions: only a tied `lm_head.weight` and the unused vision head may differ.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -126,8 +125,7 @@ def save(
         for path in (path for pattern in SIDE_FILES for path in source.glob(pattern)):
             shutil.copyfile(path, directory / path.name)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    unfinished = directory / "model.safetensors.unfinished"
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)  # safetensors makes it readable for its owner alone
-    os.replace(unfinished, directory / "model.safetensors")
+    # safetensors puts a new file in place: tensors may lie in the one that is there, mapped into memory.
+    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # it makes it readable for its owner alone

@@ -9,6 +9,7 @@ Axes: B batch, S prompt length, T new tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,8 +61,11 @@ def generate(
     sampling: Sampling,
     eos_token_id: int,
     pad_token_id: int,
+    is_done: Callable[[bool], bool] = bool,
 ) -> Tensor:
     """Continue prompts, given as embeddings [B, S, D], right-padded; masks [B, S] as in `PaliGemma.forward`.
+
+    is_done: of whether every row has finished, whether decoding stops.
 
     Returns:
         i64 [B, T], the new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
@@ -84,7 +88,7 @@ def generate(
         token = token.masked_fill(finished, pad_token_id)
         new_tokens.append(token)
         finished |= token == eos_token_id
-        if len(new_tokens) == sampling.max_new_tokens or bool(finished.all()):
+        if len(new_tokens) == sampling.max_new_tokens or is_done(bool(finished.all())):
             return torch.stack(new_tokens, dim=1)  # (B, T)
         visible = torch.cat((visible, torch.ones_like(visible[:, :1])), dim=1)
         positions = (lengths + len(new_tokens))[:, None]  # (B, 1)

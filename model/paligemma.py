@@ -12,6 +12,7 @@ the last layer, L supervised positions.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -202,8 +203,13 @@ class PaliGemma(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        is_done: Callable[[bool], bool] = bool,
     ) -> Tensor:
         """Continue right-padded prompts; images, masks and types as in `forward`, the rest as in `Sampling`.
+
+        Args:
+            is_done: asked after each token, with whether every row has finished, whether decoding stops: processes that
+                share sharded layers go on until every row of all of them has.
 
         Returns:
             i64 [B, T], the new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
@@ -221,4 +227,4 @@ class PaliGemma(nn.Module):
             image_features = self.encode_images(pixel_values)
         x = self.embed(input_ids, image_features)  # (B, S, D)
         eos, pad = self.config.eos_token_id, self.config.pad_token_id
-        return generate(self.language_model, x, attention_mask, token_type_ids, sampling, eos, pad)
+        return generate(self.language_model, x, attention_mask, token_type_ids, sampling, eos, pad, is_done)

@@ -1,4 +1,4 @@
-"""Two processes on the CPU with torch's fully_shard on every decoder layer: run by tests/lora/test_sharding.py.
+"""Two processes on the CPU that share the decoder's layers: run by tests/lora/test_sharding.py.
 
 python -m tests.fully_sharded FILE: the loss, what each process holds, and whether loss and gradients are those of one
 process, as JSON.
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from finetune import LoRAConfig, inject_lora
 from finetune.lora.protocol import adapters, set_dropout_seeds, trained_parameters
+from finetune.system import sharding
 from model import PaliGemma, PaliGemmaConfig
 from tests import tiny
 
@@ -80,10 +79,11 @@ def compared(dtype: torch.dtype) -> dict[str, float | bool]:
     model = adapted(dtype)
     layers = model.language_model.model.layers
     before, weights = held(layers), [weakref.ref(parameter) for parameter in layers.parameters()]
-    for layer in layers:
-        fully_shard(layer, mesh=init_device_mesh("cpu", (PROCESSES,)))
+    sharding.shard(model.language_model.model, layers, torch.device("cpu"))
     gc.collect()
     loss, gradients = loss_and_gradients(model)
+    summed = {name for name, parameter in trained_parameters(layers).items() if isinstance(parameter, DTensor)}
+    gradients |= {name: gradients[name] / PROCESSES for name in gradients if name.partition("layers.")[2] in summed}
     sharded = all(isinstance(p, DTensor) for _, a in adapters(layers) for p in a.parameters())
     same = expected.keys() == gradients.keys() and all(
         torch.allclose(gradients[name], expected[name], rtol=1e-10, atol=1e-12) for name in expected

@@ -1,8 +1,8 @@
-"""Spoil adapters, training checkpoints and base checkpoints in every way we know, open them, and look what came of it.
+"""Corrupt adapters, training checkpoints and base checkpoints in every way we know, open them, and see what happens.
 
     python -m tests.fuzz --files 10000 [--seed 0]
 
-Each case spoils one file of a whole directory. It must end in one of three ways:
+Each case corrupts one file of a whole directory. It must end in one of three ways:
 
     refused      a ValueError that names the file or its directory; a training checkpoint is passed over for the one
                  before it, with the reason
@@ -48,7 +48,13 @@ from finetune.adapters.storage import LAYOUTS, PREFIX
 from finetune.lora.nf4 import open_base
 from finetune.lora.protocol import AdapterModule, adapters, trained_parameters
 from finetune.system.atomic import MANIFEST, write_whole
-from finetune.training.checkpoints import newest_whole, read_moments, read_parameters, write_checkpoint
+from finetune.training.checkpoints import (
+    gather_state,
+    newest_whole,
+    read_optimizer_state,
+    read_parameters,
+    write_checkpoint,
+)
 from model import PaliGemma
 from model.config import TextConfig, VisionConfig
 from model.random_init import from_random
@@ -258,7 +264,7 @@ class Checkpoints:
                 parameter.grad = torch.randn_like(parameter)
             self.optimizer.step()
             documents = {"trainer_state.json": {"global_step": step, "log": [1.5, None]}, "best.json": {"a": 1}}
-            self.directory = write_checkpoint(directory, step, self.trained, self.optimizer, documents)
+            self.directory = write_checkpoint(directory, step, gather_state(self.trained, self.optimizer), documents)
 
     def load(self) -> Snapshot:
         newest, skipped = newest_whole(self.directory.parent)
@@ -266,12 +272,12 @@ class Checkpoints:
         if newest != self.directory:
             raise ValueError("; ".join(skipped))
         read_parameters(newest, self.trained)
-        read_moments(newest, self.trained, self.optimizer)
-        moments = {
+        read_optimizer_state(newest, self.trained, self.optimizer)
+        stored = {
             f"{name}/{key}": value for name, p in self.trained.items() for key, value in self.optimizer.state[p].items()
         }
         documents = {name: (newest / name).read_text() for name in ("trainer_state.json", "best.json")}
-        return {"tensors": frozen({**self.trained, **moments}), "declared": documents}
+        return {"tensors": frozen({**self.trained, **stored}), "declared": documents}
 
     def meanings(self) -> list[Snapshot]:
         return []
@@ -292,9 +298,9 @@ def tiny_model(directory: Path) -> PaliGemma:
     return model
 
 
-# How files are spoiled. A spoiler's name is the kind of damage in the table; it takes and returns a file's content.
+# How files are corrupted: the name of a corruption is the kind of damage in the table; it changes a file's content.
 
-Spoiler = Callable[[Random, bytes], bytes]
+Corruption = Callable[[Random, bytes], bytes]
 
 
 def cut_short(rng: Random, content: bytes) -> bytes:
@@ -310,10 +316,10 @@ def bytes_appended(rng: Random, content: bytes) -> bytes:
 
 
 def bits_flipped(rng: Random, content: bytes, start: int, stop: int) -> bytes:
-    spoilt = bytearray(content)
+    corrupted = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        spoilt[rng.randrange(start, stop)] ^= 1 << rng.randrange(8)
-    return bytes(spoilt)
+        corrupted[rng.randrange(start, stop)] ^= 1 << rng.randrange(8)
+    return bytes(corrupted)
 
 
 def tensors_header_bits_flipped(rng: Random, content: bytes) -> bytes:
@@ -563,8 +569,8 @@ def json_key_twice(rng: Random, content: bytes) -> bytes:
     return content.rstrip()[:-1] + f",{json.dumps(key)}:{json.dumps(rng.choice(JUNK))}}}".encode()
 
 
-ANY: list[Spoiler] = [cut_short, emptied, bytes_appended]
-OF_TENSORS: list[Spoiler] = [
+ANY: list[Corruption] = [cut_short, emptied, bytes_appended]
+OF_TENSORS: list[Corruption] = [
     tensors_header_bits_flipped,
     tensors_value_bits_flipped,
     tensors_value_block_zeroed,
@@ -579,7 +585,7 @@ OF_TENSORS: list[Spoiler] = [
     tensor_offsets_edited,
     tensor_named_twice_in_header,
 ]
-OF_JSON: list[Spoiler] = [
+OF_JSON: list[Corruption] = [
     json_bits_flipped,
     json_garbled,
     json_value_changed,
@@ -614,7 +620,7 @@ def link_to_copy(path: Path, content: bytes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n")[0])
-    parser.add_argument("--files", type=int, default=10_000, help="how many files to spoil")
+    parser.add_argument("--files", type=int, default=10_000, help="how many files to corrupt")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the next has the next one")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
@@ -661,11 +667,11 @@ def open_families(directory: Path) -> list[Family]:
 
 
 def one(family: Family, original: Snapshot, rng: Random) -> tuple[bool, str, str, str]:
-    """Spoil a file, open its directory, put the file back: whether a manifest was there, kind, outcome and detail."""
+    """Corrupt a file, open its directory, put the file back: whether a manifest was there, kind, outcome and detail."""
     path = rng.choice(sorted(family.directory.iterdir()))
     content = path.read_bytes()
     listed = (family.directory / MANIFEST).exists() and path.name != MANIFEST
-    kind, may_mean_another = spoil(path, content, rng)
+    kind, may_mean_another = corrupt(path, content, rng)
     changed = not path.is_file() or path.read_bytes() != content
     try:
         with limited(SECONDS):
@@ -695,8 +701,8 @@ def judge(
     return "violation", "loaded silently wrong"
 
 
-def spoil(path: Path, content: bytes, rng: Random) -> tuple[str, bool]:
-    """Spoil a file that nothing is known of but its name: the kind, and whether a whole file may have come of it."""
+def corrupt(path: Path, content: bytes, rng: Random) -> tuple[str, bool]:
+    """Corrupt a file that nothing is known of but its name: the kind, and whether a whole file may have come of it."""
     of_tensors = path.suffix == ".safetensors"
     choices: list[Any] = [*ANY, *(OF_TENSORS if of_tensors else OF_JSON), *IN_PLACE]
     choice = rng.choice(choices)

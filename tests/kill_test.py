@@ -33,7 +33,7 @@ import train
 from data.lengths import Longest
 from data.synthetic import scenes
 from finetune import run
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.preflight.plan import Plan
 from finetune.preflight.run_plan import RunPlan
 from finetune.system.atomic import damage

@@ -30,7 +30,7 @@ from data.synthetic import scenes
 from finetune import cli
 from finetune import run as training_run
 from finetune.system import atomic, device, distributed
-from finetune.training.trainer import LoRATrainer
+from finetune.training.gradient_accumulation import GradientAccumulation
 from tests import kill_test, rounding
 
 PATIENCE = 600.0  # seconds for a run, which takes two
@@ -58,9 +58,9 @@ def main(argv: Sequence[str]) -> None:
     run("one", 1)
     run("two", 2)
     run("killed", 2, at(2, 1, lambda _: os.kill(os.getpid(), signal.SIGKILL)))
-    run("killed, gone on", 1, output="killed")
+    run("killed, resumed", 1, output="killed")
     run("told", 2, at(0, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM)), "told", "train.save_every=100")
-    run("told, gone on", 3, lambda: None, "told", "train.save_every=100")
+    run("told, resumed", 3, lambda: None, "told", "train.save_every=100")
     run("full disk", 2, full_disk)
     run("not finite", 2, not_finite)
     run("little memory", 2, little_memory, "little memory", "train.micro_batch=auto")
@@ -153,14 +153,14 @@ def at(step: int, rank: int, act: Callable[[list[dict[str, Any]]], None]) -> Fau
     """Do something with the examples of a step (counted from 0) in one process, before it computes gradients."""
 
     def fault() -> None:
-        cut_step = LoRATrainer.cut_step
+        accumulate = GradientAccumulation.accumulate
 
-        def faulty(self: LoRATrainer, model: Any, examples: Any, tokens: int) -> torch.Tensor:
-            if (self.state.global_step, distributed.rank()) == (step, rank):
+        def faulty(self: GradientAccumulation, examples: Any, tokens: int, number: int) -> torch.Tensor:
+            if (number, distributed.rank()) == (step, rank):
                 act(examples)
-            return cut_step(self, model, examples, tokens)
+            return accumulate(self, examples, tokens, number)
 
-        LoRATrainer.cut_step = faulty  # type: ignore[method-assign]
+        GradientAccumulation.accumulate = faulty  # type: ignore[method-assign, assignment]
 
     return fault
 
@@ -179,11 +179,11 @@ def full_disk() -> None:
 
 def not_finite() -> None:
     """In step 2 an example of the second process gives an infinite gradient; it says which."""
-    micro_step, broken = LoRATrainer.micro_step, []
+    micro_step, broken = GradientAccumulation.micro_step, []
 
-    def poisoned(self: LoRATrainer, model: Any, part: Any, *given: Any) -> torch.Tensor:
-        loss = micro_step(self, model, part, *given)
-        if any(example["id"] in broken for example in part):
+    def poisoned(self: GradientAccumulation, micro_batch: Any, *given: Any) -> torch.Tensor:
+        loss = micro_step(self, micro_batch, *given)
+        if any(example["id"] in broken for example in micro_batch):
             next(iter(self.trained.values())).grad.fill_(torch.inf)  # type: ignore[union-attr]
         return loss
 
@@ -191,20 +191,20 @@ def not_finite() -> None:
         broken.append(examples[1]["id"])
         print(f"broken: {broken[0]}", flush=True)
 
-    LoRATrainer.micro_step = poisoned  # type: ignore[method-assign, assignment]
+    GradientAccumulation.micro_step = poisoned  # type: ignore[method-assign, assignment]
     at(1, 1, note)()
 
 
 def little_memory() -> None:
     """The second process has too little memory for the plan's micro-batches of three."""
-    micro_step = LoRATrainer.micro_step
+    micro_step = GradientAccumulation.micro_step
 
-    def small(self: LoRATrainer, model: Any, part: Any, *given: Any) -> torch.Tensor:
-        if distributed.rank() == 1 and len(part) > 1:
+    def small(self: GradientAccumulation, micro_batch: Any, *given: Any) -> torch.Tensor:
+        if distributed.rank() == 1 and len(micro_batch) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return micro_step(self, model, part, *given)
+        return micro_step(self, micro_batch, *given)
 
-    LoRATrainer.micro_step = small  # type: ignore[method-assign, assignment]
+    GradientAccumulation.micro_step = small  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

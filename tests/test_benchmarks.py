@@ -119,13 +119,13 @@ def test_answering_beside_the_library(in_this_process: Callable[[Fault], None], 
     assert "| ours / library |" in printed
     assert "float32 8 of 8 rows are the same" in printed
 
-    def other_pictures(arm: str, case: Path) -> None:
+    def other_images(arm: str, case: Path) -> None:
         if arm == "library":
             batch = load_file(case / "batch.safetensors")
-            batch["picture"] = 1 - batch["picture"]
+            batch["image_index"] = 1 - batch["image_index"]
             save_file(batch, case / "batch.safetensors")
 
-    in_this_process(other_pictures)
+    in_this_process(other_images)
     with pytest.raises(SystemExit, match="nothing to compare"):
         generate.main(QUICK)
 

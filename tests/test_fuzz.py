@@ -10,7 +10,7 @@ from finetune.system import atomic
 from tests.fuzz import OUTCOMES, fuzz
 
 
-def test_spoilt_files_are_refused_or_load_as_what_they_say(tmp_path: Path) -> None:
+def test_corrupted_files_are_refused_or_load_as_what_they_say(tmp_path: Path) -> None:
     counts, violations = fuzz(tmp_path, files=300, seed=0)
     assert violations == []
     assert counts.total() == 300

@@ -23,7 +23,7 @@ from benchmarks.acceptance.findings import Check, Finding, Part, Report, Skipped
 from finetune.evaluation import evaluate
 from finetune.lora.linear import adapters
 from finetune.training import trainer
-from finetune.training.trainer import LoRATrainer
+from finetune.training.gradient_accumulation import GradientAccumulation
 from model import IGNORE_INDEX, PaliGemma
 
 ON_A_CPU = ["--device", "cpu", "--size", "tiny"]
@@ -206,25 +206,26 @@ def failed(found: dict[str, Finding]) -> set[str]:
 
 def test_masks_that_depend_on_the_cut_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keyed by the row's place in its micro-batch instead of by the record: right only where nothing is cut."""
-    monkeypatch.setattr(LoRATrainer, "dropout_seeds", lambda self, names: torch.arange(len(names), dtype=torch.int32))
+    by_place = lambda self, names, step: torch.arange(len(names), dtype=torch.int32)  # noqa: E731
+    monkeypatch.setattr(GradientAccumulation, "dropout_seeds", by_place)
     found = failed(run({"dropout": correctness_training.dropout}, bench))
     assert found == {f"dropout.{mode}" for mode in ("micro_batches", "single_rows", "all_together")}
 
 
 def test_a_step_that_depends_on_the_cut_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each micro-batch divided by its own tokens: the mean of means."""
-    whole = LoRATrainer.micro_step
+    whole = GradientAccumulation.micro_step
 
-    def by_its_own(self: LoRATrainer, model: Any, rows: Any, images: Any, tokens: int) -> torch.Tensor:
+    def by_its_own(self: GradientAccumulation, rows: Any, images: Any, tokens: int, step: int) -> torch.Tensor:
         own = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
-        return whole(self, model, rows, images, own * 3)
+        return whole(self, rows, images, own * 3, step)
 
-    monkeypatch.setattr(LoRATrainer, "micro_step", by_its_own)
+    monkeypatch.setattr(GradientAccumulation, "micro_step", by_its_own)
     assert {"step.micro_batches", "step.single_rows"} <= failed(run({"step": correctness_training.cuts}, bench))
 
 
 def test_a_run_that_forgets_its_optimizer_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.checkpoints, "read_moments", lambda *_: None)
+    monkeypatch.setattr(trainer.checkpoints, "read_optimizer_state", lambda *_: None)
     assert failed(run({"resume": correctness_training.resume}, bench)) == {"resume"}
 
 
@@ -235,14 +236,14 @@ def test_another_optimizer_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_host_that_waits_fails_and_says_where(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two synchronisations in each micro-batch, which torch tells as warnings."""
-    whole = LoRATrainer.micro_step
+    whole = GradientAccumulation.micro_step
 
-    def waits(self: LoRATrainer, *inputs: Any) -> torch.Tensor:
+    def waits(self: GradientAccumulation, *inputs: Any) -> torch.Tensor:
         for _ in range(2):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         return whole(self, *inputs)
 
-    monkeypatch.setattr(LoRATrainer, "micro_step", waits)
+    monkeypatch.setattr(GradientAccumulation, "micro_step", waits)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     bench.card.is_cuda = True

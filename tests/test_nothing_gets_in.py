@@ -22,11 +22,11 @@ def forbid(event, arguments):
 sys.addaudithook(forbid)
 import evaluate, merge_lora, predict, train
 
-output, picture, *run = sys.argv[1:]
+output, image, *run = sys.argv[1:]
 train.main(run)
 merge_lora.main([output + "/adapter", "--output", output + "/merged", "--dtype", "float32"])
 evaluate.main(run)
-predict.main(["--model", output + "/merged", "--image", picture, "--prompt", "caption en", "--device", "cpu"])
+predict.main(["--model", output + "/merged", "--image", image, "--prompt", "caption en", "--device", "cpu"])
 """
 SECRETS = {
     "HF_TOKEN": "hf_a1b2c3secret",
@@ -39,12 +39,12 @@ SECRETS = {
 def watched(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:  # noqa: F811
     """The directory of a run through all scripts in a process of its own, and what it printed."""
     output = tmp_path_factory.mktemp("watched") / "run"
-    picture = next((base / "data/images").iterdir())
+    image = next((base / "data/images").iterdir())
     run = [str(ROOT / "configs/quickstart.yaml"), *overrides(base, output)]
     # Without the setting that keeps the Hub's library off the network: nothing asks for it.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_HUB_", "WANDB_"))}
     ran = subprocess.run(
-        [sys.executable, "-c", WATCHED, str(output), str(picture), *run],
+        [sys.executable, "-c", WATCHED, str(output), str(image), *run],
         cwd=ROOT,
         env=environment | SECRETS,
         capture_output=True,

@@ -20,7 +20,7 @@ from data.download import remote_zip, vqav2
 from data.records import load_records
 from data.synthetic import scenes
 from finetune import pipeline
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.evaluation.vqa_accuracy import VQAScore
 from finetune.system import distributed
 from model import PaliGemma

@@ -23,13 +23,15 @@ from safetensors.torch import save
 
 from data.processor import Processor
 from finetune import LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
-from finetune.adapters.storage import CONFIG_FILE, PREFIX, WEIGHTS_FILE, WRITTEN, adapter_tensors, peft_config
-from finetune.config.schema import ConfigError, RunConfig, dump_config, load_config
+from finetune.adapters.metadata import CONFIG_FILE, WEIGHTS_FILE
+from finetune.adapters.storage import PREFIX, WRITTEN, adapter_tensors, peft_config
+from finetune.config.load import ConfigError, dump_config, load_config
+from finetune.config.schema import RunConfig
 from finetune.evaluation.vqa_accuracy import normalize_answer, score, vqa_accuracy
 from finetune.lora.protocol import adapters
 from model import PaliGemma
 from tests import tiny
-from tests.config.test_schema import keys
+from tests.config.minimal import keys
 from tests.reference_vqa import REFERENCE, ReferenceEvaluation, rule_texts
 
 SECOND = 1000  # milliseconds
@@ -99,7 +101,7 @@ def test_any_values_laid_over_any_keys_are_a_configuration_or_a_config_error(
     assert_loads_or_is_refused(path, [f"{key}={value}" for key, value in overrides])
 
 
-# The processor: texts and pictures.
+# The processor: texts and images.
 
 BASE = Path(__file__).parent.parent / "assets" / "tiny-base"
 SCRIPTS = [
@@ -185,14 +187,14 @@ def encoded(form: str, **keywords: Any) -> bytes:
     return content.getvalue()
 
 
-PICTURES = [encoded(form) for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")]
-PICTURES += [encoded("TIFF", compression="tiff_lzw"), encoded("JPEG", progressive=True)]
+IMAGES = [encoded(form) for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")]
+IMAGES += [encoded("TIFF", compression="tiff_lzw"), encoded("JPEG", progressive=True)]
 
 
 @st.composite
-def spoilt_pictures(draw: st.DrawFn) -> bytes:
-    """Pictures with bytes changed, most of them where the header is, and cut off."""
-    content = bytearray(draw(st.sampled_from(PICTURES)))
+def corrupted_images(draw: st.DrawFn) -> bytes:
+    """Images with bytes changed, most of them where the header is, and cut off."""
+    content = bytearray(draw(st.sampled_from(IMAGES)))
     for _ in range(draw(st.integers(0, 4))):
         content[draw(st.integers(0, min(len(content), 80) - 1) | st.integers(0, len(content) - 1))] = draw(
             st.integers(0, 255)
@@ -200,10 +202,10 @@ def spoilt_pictures(draw: st.DrawFn) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)) | st.just(len(content)))])
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of what is odd in them
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what is wrong in them
 @steady
-@given(content=st.binary() | spoilt_pictures())
-def test_any_bytes_are_a_picture_or_refused(processor: Processor, content: bytes) -> None:
+@given(content=st.binary() | corrupted_images())
+def test_any_bytes_are_an_image_or_refused(processor: Processor, content: bytes) -> None:
     try:
         pixels = processor.pixels(content)
     except ValueError as refusal:

@@ -25,15 +25,15 @@ import predict
 import train
 from data.synthetic import scenes
 from finetune import cli
-from finetune.adapters.storage import training_facts
-from finetune.config.schema import load_config
+from finetune.adapters.metadata import training_facts
+from finetune.config.load import load_config
 from finetune.system import terminal
+from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.result import Result
-from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set((ROOT / "configs").glob("accelerate_*")))
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")))
 
 
 @pytest.fixture(scope="module")
@@ -167,17 +167,17 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(
 ) -> None:
     """Although an evaluation has kept an adapter by then; that of a run that ended gives way to nothing."""
     argv = [*arguments(base, tmp_path / "run"), "train.save_every=100"]
-    cut_step = LoRATrainer.cut_step
+    accumulate = GradientAccumulation.accumulate
 
-    def stopped(self: LoRATrainer, *given: Any) -> torch.Tensor:
-        if self.state.global_step == 3:
+    def stopped(self: GradientAccumulation, examples: Any, tokens: int, step: int) -> torch.Tensor:
+        if step == 3:
             raise KeyboardInterrupt
-        return cut_step(self, *given)
+        return accumulate(self, examples, tokens, step)
 
-    monkeypatch.setattr(LoRATrainer, "cut_step", stopped)
+    monkeypatch.setattr(GradientAccumulation, "accumulate", stopped)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
-    monkeypatch.setattr(LoRATrainer, "cut_step", cut_step)
+    monkeypatch.setattr(GradientAccumulation, "accumulate", accumulate)
     assert (tmp_path / "run/adapter").is_dir()
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     with pytest.raises(ValueError, match="adapter exists, without checkpoints to go on from"):
@@ -461,7 +461,7 @@ def test_a_finished_run_is_not_trained_again(
 
 
 @pytest.fixture(scope="module")
-def pictures(base: Path) -> list[str]:
+def image_paths(base: Path) -> list[str]:
     return sorted(str(path) for path in (base / "data/images").iterdir())[:3]
 
 
@@ -471,14 +471,14 @@ def predictions(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_predict_asks_every_prompt_of_every_picture(
-    base: Path, run: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+def test_predict_asks_every_prompt_of_every_image(
+    base: Path, run: Path, image_paths: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = ["answer en is there a circle?", "caption en"]
     common = ["--model", str(base), "--adapter", str(run / "adapter")]
-    rows = predictions(capsys, *common, "--image", *pictures, "--prompt", *prompts, "--format", "jsonl")
+    rows = predictions(capsys, *common, "--image", *image_paths, "--prompt", *prompts, "--format", "jsonl")
     asked = [(row["image"], row["prompt"]) for row in map(json.loads, rows)]
-    assert asked == [(picture, prompt) for picture in pictures for prompt in prompts]
+    assert asked == [(image, prompt) for image in image_paths for prompt in prompts]
     for row in map(json.loads, rows[:2]):
         assert predictions(capsys, *common, "--image", row["image"], "--prompt", row["prompt"]) == [row["answer"]]
 
@@ -486,13 +486,13 @@ def test_predict_asks_every_prompt_of_every_picture(
 def test_an_adapter_finds_its_base(
     base: Path,
     run: Path,
-    pictures: list[str],
+    image_paths: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the name it has, from wherever it is asked; in the directory of its run, too."""
-    asked = ["--image", pictures[0], "--prompt", "caption en"]
+    asked = ["--image", image_paths[0], "--prompt", "caption en"]
     expected = predictions(capsys, "--model", str(base), "--adapter", str(run / "adapter"), *asked)
     assert predictions(capsys, "--adapter", str(run / "adapter"), *asked) == expected
     assert predictions(capsys, "--adapter", str(run), *asked) == expected
@@ -518,7 +518,7 @@ def test_an_adapter_finds_its_base(
 @pytest.mark.parametrize("known", [True, False], ids=["with --model", "without"])
 @pytest.mark.parametrize("kind", ["empty", "absent", "unfinished run"])
 def test_a_directory_without_an_adapter_is_said_to_have_none(
-    base: Path, pictures: list[str], tmp_path: Path, known: bool, kind: str
+    base: Path, image_paths: list[str], tmp_path: Path, known: bool, kind: str
 ) -> None:
     """Before a network is opened."""
     given = tmp_path / "given"
@@ -530,13 +530,13 @@ def test_a_directory_without_an_adapter_is_said_to_have_none(
     official = [word for name, value in files(base, "val2014").items() for word in (f"--{name}", value)]
     expected = rf"{given}\S* .*: expected the directory of an adapter, or of a run$"
     with pytest.raises(ValueError, match=expected):
-        predict.main([*named, "--image", pictures[0], "--prompt", "caption en"])
+        predict.main([*named, "--image", image_paths[0], "--prompt", "caption en"])
     with pytest.raises(ValueError, match=expected):
         evaluate.main([*named, *official])
 
 
-def test_predict_samples_by_seed(base: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    hot = ["--model", str(base), "--image", *pictures, "--prompt", "caption en", "--temperature", "1.5"]
+def test_predict_samples_by_seed(base: Path, image_paths: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    hot = ["--model", str(base), "--image", *image_paths, "--prompt", "caption en", "--temperature", "1.5"]
     first, again, other = (predictions(capsys, *hot, "--seed", seed) for seed in ("1", "1", "2"))
     assert first == again != other
 
@@ -678,30 +678,30 @@ def test_a_card_without_bfloat16_is_told_what_works(monkeypatch: pytest.MonkeyPa
     assert pick_dtype("float32", torch.device("cuda")) == torch.float32
 
 
-def test_pictures_that_cannot_be_used_are_named_and_the_others_answered(
-    base: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_that_cannot_be_used_are_named_and_the_others_answered(
+    base: Path, image_paths: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"not a picture")
+    broken.write_bytes(b"not an image")
     asked = ["--model", str(base), "--prompt", "x", "--device", "cpu", "--max-new-tokens", "2", "--image"]
     with pytest.raises(ValueError, match="1 of 3 images could not be used"):
-        predict.main([*asked, pictures[0], str(broken), pictures[1]])
+        predict.main([*asked, image_paths[0], str(broken), image_paths[1]])
     said = capsys.readouterr()
-    assert [line.split("\t")[0] for line in said.out.splitlines()] == pictures[:2]
+    assert [line.split("\t")[0] for line in said.out.splitlines()] == image_paths[:2]
     assert f"error: image {broken} cannot be used: cannot identify" in said.err
     with pytest.raises(ValueError, match="no image is left to ask about"):
         predict.main([*asked, str(broken), str(tmp_path / "gone.png")])
 
 
 def test_an_image_that_cannot_be_used_has_its_line_among_the_others(
-    base: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, image_paths: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the reason in the place of the answer, one for each prompt, also where no image is left."""
     broken, gone = tmp_path / "broken.jpg", tmp_path / "gone.png"
     broken.write_bytes(b"not an image")
     common = ["--model", str(base), "--device", "cpu", "--max-new-tokens", "2", "--format", "jsonl"]
     asked = [*common, "--prompt", "caption en", "y", "--image"]
-    images = [pictures[0], str(broken), pictures[1], str(gone)]
+    images = [image_paths[0], str(broken), image_paths[1], str(gone)]
     for given, message in (
         (images, "2 of 4 images could not be used"),
         (images[1::2], "no image is left to ask about"),
@@ -723,8 +723,8 @@ def test_an_image_that_cannot_be_used_has_its_line_among_the_others(
 
 
 @pytest.fixture
-def odd(base: Path, tmp_path: Path) -> Path:
-    """Scenes of which some pictures are of odd kinds, two training ones are broken in a way that the header does not
+def unusual(base: Path, tmp_path: Path) -> Path:
+    """Scenes of which some images are of unusual kinds, two training ones are broken in a way that the header does not
     tell, one by its header, and one for validation.
     """
     shutil.copytree(base / "data", tmp_path / "data")
@@ -744,11 +744,11 @@ def odd(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_over_broken_pictures_fails_or_skips_as_asked(
-    odd: Path, base: Path, workers: int, capsys: pytest.CaptureFixture[str]
+def test_a_run_over_broken_images_fails_or_skips_as_asked(
+    unusual: Path, base: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By name, within a quota, listed with the reason, and twice the same."""
-    asked = overrides(odd, odd / "run", f"model.path={base}", f"data.workers={workers}", "train.batch_size=24")
+    asked = overrides(unusual, unusual / "run", f"model.path={base}", f"data.workers={workers}", "train.batch_size=24")
     config = [str(ROOT / "configs/quickstart.yaml"), *asked]
     with pytest.raises(
         ValueError, match=r"(?s)records cannot be used; more than the 1\.0% .*COCO_train2014_.* cannot be used"
@@ -758,42 +758,46 @@ def test_a_run_over_broken_pictures_fails_or_skips_as_asked(
         train.main([*config, "data.on_error=skip"])
     skip = [*config, "data.on_error=skip", "data.skip_at_most=0.4"]
     train.main(skip)
-    train.main([*skip, f"output={odd}/again"])
-    first, second = (odd / name / "adapter/adapter_model.safetensors" for name in ("run", "again"))
+    train.main([*skip, f"output={unusual}/again"])
+    first, second = (unusual / name / "adapter/adapter_model.safetensors" for name in ("run", "again"))
     assert first.read_bytes() == second.read_bytes()
-    lines = (odd / "run/skipped_train.jsonl").read_text().splitlines()
+    lines = (unusual / "run/skipped_train.jsonl").read_text().splitlines()
     reasons = {fault["id"]: fault["reason"] for fault in map(json.loads, lines)}
     assert len(reasons) == len(lines)
     assert len({reason.split(" cannot be used")[0] for reason in reasons.values()}) == 3
     evaluate.main(skip)
-    asked_of = json.loads((odd / "run/eval/adapter/results.json").read_text())
-    left = (odd / "run/skipped_validation.jsonl").read_text().splitlines()
-    questions = json.loads((odd / "data/v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
+    asked_of = json.loads((unusual / "run/eval/adapter/results.json").read_text())
+    left = (unusual / "run/skipped_validation.jsonl").read_text().splitlines()
+    questions = json.loads((unusual / "data/v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
     assert len(asked_of) + len(left) == len(questions)
     assert len(left) > 0
-    before = digest(odd / "run")
+    before = digest(unusual / "run")
     evaluate.main([*skip, "--limit", "20"])  # a glance leaves the list of all as it is
-    assert digest(odd / "run") == before
+    assert digest(unusual / "run") == before
     capsys.readouterr()
     train.main([*skip, "--check"])
     assert capsys.readouterr().out.count("that is within data.skip_at_most (40.0%): a run skips them") == 2
 
 
-def test_a_picture_that_breaks_off_ends_a_run_by_name(odd: Path, base: Path) -> None:
+def test_an_image_that_breaks_off_ends_a_run_by_name(unusual: Path, base: Path) -> None:
     """Seen in a worker process, which would add a page of traceback."""
-    lines = [{"image": path.name, "prefix": "x", "suffix": "y"} for path in sorted((odd / "data/images").iterdir())]
-    (odd / "examples.jsonl").write_text("\n".join(map(json.dumps, lines[7:8])))
-    settings = overrides(odd, odd / "run", f"model.path={base}", "data.workers=1", "train.eval_every=null")
-    source = f"data.train={{jsonl: {odd}/examples.jsonl, images: {odd}/data/images}}"
+    lines = [{"image": path.name, "prefix": "x", "suffix": "y"} for path in sorted((unusual / "data/images").iterdir())]
+    (unusual / "examples.jsonl").write_text("\n".join(map(json.dumps, lines[7:8])))
+    settings = overrides(unusual, unusual / "run", f"model.path={base}", "data.workers=1", "train.eval_every=null")
+    source = f"data.train={{jsonl: {unusual}/examples.jsonl, images: {unusual}/data/images}}"
     with pytest.raises(ValueError, match=r"^1 of 1 records cannot be used; .*\n  1: image .* truncated") as caught:
         train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source])
     assert "Traceback" not in str(caught.value)
 
 
-def test_check_decodes_every_picture_and_lists_what_cannot_be_used(
-    odd: Path, base: Path, run: Path, capsys: pytest.CaptureFixture[str]
+def test_check_decodes_every_image_and_lists_what_cannot_be_used(
+    unusual: Path, base: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = [str(ROOT / "configs/quickstart.yaml"), *overrides(odd, odd / "run", f"model.path={base}"), "--check"]
+    config = [
+        str(ROOT / "configs/quickstart.yaml"),
+        *overrides(unusual, unusual / "run", f"model.path={base}"),
+        "--check",
+    ]
     with pytest.raises(
         ValueError, match=r"\d records of data\.train cannot be used; more than the 1\.0%.*\n.*data\.validation"
     ):
@@ -801,17 +805,19 @@ def test_check_decodes_every_picture_and_lists_what_cannot_be_used(
     shown = capsys.readouterr().out
     assert shown.count("truncated") + shown.count("cannot identify") == shown.count("\n  ")
     assert len({line.split(" cannot be used")[0].split()[-1] for line in shown.splitlines() if "image" in line}) == 4
-    assert not (odd / "run").exists()
+    assert not (unusual / "run").exists()
     train.main([*arguments(base, run), "--check"])
     assert "0 cannot" in capsys.readouterr().out
 
 
-def test_check_lists_all_where_nothing_can_be_used(odd: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = sorted((odd / "data/images").iterdir())[7].name
+def test_check_lists_all_where_nothing_can_be_used(
+    unusual: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = sorted((unusual / "data/images").iterdir())[7].name
     line = json.dumps({"image": broken, "prefix": "x", "suffix": "y"})
-    (odd / "examples.jsonl").write_text(f"{{\n{line}\n")
-    settings = overrides(odd, odd / "run", f"model.path={base}", "train.eval_every=null")
-    source = f"data={{train: {{jsonl: {odd}/examples.jsonl, images: {odd}/data/images}}}}"
+    (unusual / "examples.jsonl").write_text(f"{{\n{line}\n")
+    settings = overrides(unusual, unusual / "run", f"model.path={base}", "train.eval_every=null")
+    source = f"data={{train: {{jsonl: {unusual}/examples.jsonl, images: {unusual}/data/images}}}}"
     with pytest.raises(ValueError, match=r"^2 records of data\.train cannot be used; none is left, fix them$"):
         train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source, "--check"])
     shown = capsys.readouterr().out
@@ -821,22 +827,22 @@ def test_check_lists_all_where_nothing_can_be_used(odd: Path, base: Path, capsys
 
 @pytest.mark.parametrize("line", ["{", '{"image": "gone.jpg", "prefix": "x", "suffix": "y"}'])
 def test_check_lists_the_reason_where_every_line_is_bad(
-    odd: Path, base: Path, line: str, capsys: pytest.CaptureFixture[str]
+    unusual: Path, base: Path, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (odd / "examples.jsonl").write_text(line)
-    settings = overrides(odd, odd / "run", f"model.path={base}", "train.eval_every=null")
-    source = f"data={{train: {{jsonl: {odd}/examples.jsonl}}, on_error: skip, skip_at_most: 0.5}}"
+    (unusual / "examples.jsonl").write_text(line)
+    settings = overrides(unusual, unusual / "run", f"model.path={base}", "train.eval_every=null")
+    source = f"data={{train: {{jsonl: {unusual}/examples.jsonl}}, on_error: skip, skip_at_most: 0.5}}"
     with pytest.raises(ValueError, match=r"^1 records of data\.train cannot be used; none is left, fix them$"):
         train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source, "--check"])
     shown = capsys.readouterr().out
     assert "line 1" in shown or "No such file" in shown
 
 
-def test_a_run_does_not_go_on_with_data_edited_meanwhile(odd: Path, base: Path) -> None:
+def test_a_run_does_not_go_on_with_data_edited_meanwhile(unusual: Path, base: Path) -> None:
     skip = ["data.on_error=skip", "data.skip_at_most=0.4"]
-    config = [str(ROOT / "configs/quickstart.yaml"), *overrides(odd, odd / "run", f"model.path={base}", *skip)]
+    config = [str(ROOT / "configs/quickstart.yaml"), *overrides(unusual, unusual / "run", f"model.path={base}", *skip)]
     train.main(config)
-    annotations = Path(files(odd, "train2014")["annotations"])
+    annotations = Path(files(unusual, "train2014")["annotations"])
     annotations.write_text(annotations.read_text().replace('"answer": "yes"', '"answer": "no"', 1))
     with pytest.raises(ValueError, match=r"(?s)leads to another result.*data\.train\.annotations: the content"):
         train.main(config)

@@ -23,7 +23,7 @@ from benchmarks.acceptance.training import (
     step_gradients,
 )
 from finetune.lora.protocol import trained_parameters
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
 
 ROWS = 6
@@ -83,7 +83,7 @@ def steps(bench: Bench) -> Iterator[Finding]:
         trained, model = arms.library_on(bench.library(torch.float32), bench.adapter_directory(), False, False)
         optimizer = torch.optim.AdamW(trained.values(), LEARNING_RATE, BETAS, weight_decay=0.0)
         losses = []
-        for pairs in Steps(len(examples), size, 0, STEPS):
+        for pairs in BatchSampler(len(examples), size, 0, STEPS):
             loss = model(**bench.batch([examples[index] for index, _ in pairs]), use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()

@@ -82,7 +82,7 @@ def phases(bench: Bench) -> Iterator[Finding]:
         meter.mark("trainer")
         measure_steps(trainer, examples, meter)
         at_once = planner.evaluation_batch(ANSWERS_AT_ONCE, NEW_TOKENS, plan.budget)
-        with trainer.vision_on_device():
+        with trainer.accumulation.vision_on_device():
             answers(bench, model, examples, at_once)
         meter.mark("evaluation")
     planned = {"load": planner.frozen, "inject": planner.frozen + planner.trained}
@@ -107,23 +107,25 @@ def planned_beside(name: str, planned: int, found: Memory, **details: Any) -> Fi
 
 def measure_steps(trainer: LoRATrainer, examples: list[Example], meter: Meter) -> None:
     """Two steps of the trainer, the second of which has its optimizer's state, with a mark at the end of each phase."""
-    network, backward = trainer.network, trainer.accelerator.backward
+    network, micro_step = trainer.network, trainer.accumulation.micro_step
 
-    def measured_backward(loss: Tensor) -> None:
-        meter.mark("forward")
-        backward(loss)
+    def measured(*given: Any) -> Tensor:
+        loss = micro_step(*given)
         meter.mark("backward")
+        return loss
 
-    hook = network.language_model.model.register_forward_pre_hook(lambda *_: meter.mark("images"))
-    trainer.accelerator.backward = measured_backward
+    hooks = [network.language_model.model.register_forward_pre_hook(lambda *_: meter.mark("images"))]
+    hooks.append(network.register_forward_hook(lambda *_: meter.mark("forward")))
+    trainer.accumulation.micro_step = measured  # type: ignore[method-assign, assignment]
     optimizer = trainer.create_optimizer()
     for _ in range(2):
         trainer.training_step(network, examples)
         optimizer.step()
         meter.mark("optimizer")
         optimizer.zero_grad()
-    hook.remove()
-    trainer.accelerator.backward = backward
+    for hook in hooks:
+        hook.remove()
+    trainer.accumulation.micro_step = micro_step  # type: ignore[method-assign]
 
 
 class Pixels:
@@ -159,7 +161,7 @@ def offload(bench: Bench) -> Iterator[Finding]:
     gradients_of(trained_parameters(model))
     bench.release()
     before = bench.card.allocated()
-    with trainer.vision_on_device():
+    with trainer.accumulation.vision_on_device():
         within = bench.card.allocated()
     if not bench.card.is_cuda:
         raise SkippedError(SKIPPED_ON_CPU)
@@ -179,7 +181,7 @@ def recovers(bench: Bench) -> Iterator[Finding]:
         warnings.simplefilter("always")
         trainer.training_step(trainer.network, examples)
         got = joined(gradients_of(trained_parameters(model)))
-        rows = trainer.mode.micro_batch
+        rows = trainer.accumulation.execution_plan.micro_batch
         trainer.training_step(trainer.network, examples)
         again = joined(gradients_of(trained_parameters(model)))
     said = sum("out of memory" in str(warning.message) for warning in caught)

@@ -17,7 +17,7 @@ from benchmarks.acceptance.bench import Bench, Example, gradients_of
 from data import collate
 from finetune.config.schema import RunConfig
 from finetune.lora.protocol import trained_parameters
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
@@ -26,7 +26,7 @@ LEARNING_RATE, BETAS, MAX_GRAD_NORM = 1e-3, (0.9, 0.999), 1.0
 
 
 class Examples(Dataset[Example]):
-    """Examples by the (index, epoch) pairs of `Steps`."""
+    """Examples by the (index, epoch) pairs of `BatchSampler`."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -85,11 +85,11 @@ def make_trainer(
         run,
         model,
         data,
-        Steps(len(examples), size, 0, steps),
+        BatchSampler(len(examples), size, 0, steps),
         mode,
         partial(collate, pad_id=pad),
         save_result=lambda _: None,
-        checkpointed="save_every" in settings,
+        save_checkpoints="save_every" in settings,
     )
     trainer.losses = []
     trainer._initial_global_step = 0

@@ -6,8 +6,9 @@
     images/COCO_{split}_{image_id:012d}.jpg      or images/{split}/COCO_...
 
 The training annotations are 380 MB of JSON and several times that as Python objects, so files are read object by
-object: once for where each stands, once more for those that were chosen. Not here: scoring
-(finetune/evaluation/vqa_accuracy.py).
+object: once for where each stands, once more for those that were chosen. `json.load` takes 870 MB for them. ijson reads
+them as fast in less code, but replaces half a surrogate pair by "?" silently, does not say at which byte a file is
+broken, and would be one more dependency. Not here: scoring (finetune/evaluation/vqa_accuracy.py).
 """
 
 import codecs
@@ -25,7 +26,7 @@ from data.invalid import InvalidRecord
 from data.processor import single_line
 
 CHUNK = 1 << 12  # bytes decoded at once, more where an object is longer
-LONGEST = 1 << 24  # bytes of one object; beyond, the file is taken as broken
+LONGEST = 1 << 24  # bytes of one object; a file with a longer one is taken as broken
 OPTIONAL = {"answer": "multiple_choice_answer", "answer_type": "answer_type", "question_type": "question_type"}
 
 
@@ -125,19 +126,20 @@ class ObjectList:
         self.ids, self.image_ids, self._offsets, self._lengths = rows.T
         self._order = np.argsort(self.ids)
         self._sorted = self.ids[self._order]
+        distinct, counts = np.unique(self.ids, return_counts=True)
+        self._repeated = dict(zip(distinct[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True))
 
     def find(self, question_id: int) -> int | None:
         """The position of an object of this question."""
-        place = np.searchsorted(self._sorted, question_id)
+        place = self._sorted.searchsorted(question_id)
         return int(self._order[place]) if place < len(self.ids) and self._sorted[place] == question_id else None
 
     def only(self, position: int) -> dict[str, Any]:
         """The object at a position. ValueError if it is not the only one of its question."""
-        offset, question_id = self._offsets[position], self.ids[position]
-        count = np.searchsorted(self._sorted, question_id, "right") - np.searchsorted(self._sorted, question_id)
-        if count > 1:
+        offset, question_id = int(self._offsets[position]), int(self.ids[position])
+        if count := self._repeated.get(question_id):
             raise ValueError(f"{self.path} holds {count} objects of question {question_id}; expected one for each")
-        return json.loads(self._content[offset : offset + self._lengths[position]])
+        return json.loads(str(self._content[offset : offset + int(self._lengths[position])], "utf-8"))
 
     def _walk(self, name: str) -> Iterator[tuple[int, int, int, int]]:
         """(question_id, image_id, byte offset, byte length) of the objects in the list `name`."""
@@ -154,7 +156,7 @@ class ObjectList:
             try:
                 text, _ = codecs.utf_8_decode(content, "strict", False)
                 value, end = decode(text)
-            except (ValueError, RecursionError) as error:  # the object goes on after this chunk, or the file is broken
+            except (ValueError, RecursionError) as error:  # it continues after this chunk, or the file is broken
                 if len(chunk) < size or size > LONGEST:
                     raise ValueError(f"{self.path} is cut off or no JSON at byte {offset:,}: {error}") from error
                 size *= 2

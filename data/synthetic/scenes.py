@@ -77,9 +77,9 @@ class Question(NamedTuple):
     question_type: str
 
 
-def rng_of(split: str, seed: int, index: int, part: str) -> random.Random:
-    """The random numbers of one part of a scene; seeding with a string is the same on every platform."""
-    return random.Random(f"{split}/{seed}/{index}/{part}")
+def rng_of(split: str, seed: int, index: int, purpose: str) -> random.Random:
+    """The random numbers for one purpose in a scene; seeding with a string is the same on every platform."""
+    return random.Random(f"{split}/{seed}/{index}/{purpose}")
 
 
 def make_scene(rng: random.Random) -> Scene:

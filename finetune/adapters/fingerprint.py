@@ -40,7 +40,7 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Name, shape and some values of every weight of the base, whatever stands in its place."""
+    """Name, shape and some values of every weight of the base, also where an adapter stands in its place."""
     for path, module in model.named_modules():
         base = module.base_module() if isinstance(module, AdapterModule) else module
         for name, parameter in base.named_parameters(recurse=False):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from finetune.adapters.storage import training_facts
+from finetune.adapters.metadata import training_facts
 
 FILE, KEY = "generation_config.json", "max_new_tokens"
 DEFAULT_NEW_TOKENS = 64  # where nothing is stored

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from finetune.adapters.storage import CONFIG_FILE
+from finetune.adapters.metadata import CONFIG_FILE
 
 CHECKOUT = Path(__file__).parents[2]
 

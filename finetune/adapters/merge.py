@@ -1,29 +1,25 @@
-"""Merging adapters into the base weights, and the proof that it was done right.
+"""Merging adapters into the base weights: the sum W + scale * B A is taken in fp32 and cast once.
 
-The sum W + scale * B A is taken in fp32 and cast once. The proof is by logits on a seeded probe batch, never by keys:
-the adapter does something; in fp32 the merged network equals base + adapter; in bf16 the two differ by no more than
-twice what bf16 itself costs the base.
+What a merge is verified by is in merge_report.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from finetune.adapters.generation_config import store_max_new_tokens
-from finetune.adapters.storage import load_adapter, trained_on, training_facts
+from finetune.adapters.merge_report import MergeReport, Probes, distances, probe_logits
+from finetune.adapters.metadata import trained_on, training_facts
+from finetune.adapters.storage import load_adapter
 from finetune.lora.linear import remove_lora
 from finetune.lora.nf4 import dequantize, forget_original, open_base, quantization_of
 from finetune.lora.protocol import adapters, merge_into
 from finetune.system.atomic import MANIFEST, files_of, occupied, write_whole
 from model import PaliGemma, fetch
-
-FP32_TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit where that exceeds 1
-BF16_FACTOR = 2.0  # times the base's own bf16-to-fp32 distance
 
 
 def merge_lora(model: nn.Module) -> list[str]:
@@ -50,50 +46,6 @@ def merge_lora(model: nn.Module) -> list[str]:
     return paths
 
 
-@dataclasses.dataclass(frozen=True)
-class MergeReport:
-    """What the verification measured on the probe batch; distances are differences of logits."""
-
-    dtype: torch.dtype
-    modules: int  # merged
-    largest_logit: float
-    effect: float  # adapter against base, largest
-    largest: float  # merged against base + adapter, largest
-    drift: float  # the same, root mean square
-    rounding: float  # base in `dtype` against base in fp32, root mean square
-    changed_tokens: float  # share of positions whose most likely token is another one after merging
-    from_nf4: dict[str, float] = dataclasses.field(default_factory=dict)  # NF4 base + adapter against what it was
-    # merged into, root mean square, for each choice of `into`; empty where the adapter was not trained on NF4
-
-    def problems(self) -> list[str]:
-        """Why this merge is not to be trusted; empty when it is."""
-        found = []
-        if not self.effect > 0:
-            found.append("the adapter changes nothing: base and base + adapter give the same logits")
-        if self.dtype == torch.float32:
-            allowed = FP32_TOLERANCE * max(1.0, self.largest_logit)
-            if not self.largest <= allowed:
-                found.append(f"merged logits differ by up to {self.largest:.2e} in fp32, allowed {allowed:.2e}")
-        elif not self.drift <= BF16_FACTOR * self.rounding:
-            found.append(
-                f"merging moves the logits by {self.drift:.2e} (root mean square), more than {BF16_FACTOR:g} times the "
-                f"{self.rounding:.2e} that {self.dtype} costs the base"
-            )
-        return found
-
-    def __str__(self) -> str:
-        lines = [
-            f"merged {self.modules} modules in {str(self.dtype).removeprefix('torch.')}; on the probe batch:",
-            f"  adapter against base           largest {self.effect:.3e}",
-            f"  merged against base + adapter  largest {self.largest:.3e}, rms {self.drift:.3e}",
-            f"  base: rounding of the dtype    rms {self.rounding:.3e}",
-            f"  most likely tokens changed     {self.changed_tokens:.2%}",
-        ]
-        for into, drift in self.from_nf4.items():
-            lines.append(f"  against NF4 base + adapter     rms {drift:.3e} merged into the {into} base")
-        return "\n".join(lines)
-
-
 def merge_checkpoint(
     base: str | Path,
     adapter: str | Path,
@@ -101,17 +53,18 @@ def merge_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     revision: str | None = None,
-    into: str = "full",
+    into: Literal["full", "dequantized"] = "full",
     replace: bool = False,
 ) -> MergeReport:
     """Merge a saved adapter into a base checkpoint, verify, write to `output` and re-open what was written.
 
-    Only one copy of the network is in memory at a time: the fp32 one for reference, then the one in `dtype`.
+    The base is opened in fp32 for reference, then cast; where the adapter was trained on NF4, in NF4 before that, and
+    for "dequantized" once more in full. Only one copy of the network is in memory at a time.
 
     Args:
         into: "full", the base as it was published; or, for an adapter that was trained on NF4, "dequantized": the
             weights that NF4 stands for, which is what the adapter saw.
-        replace: a checkpoint that was written to `output` before gives way, once the new one is complete.
+        replace: a checkpoint that was written to `output` before is replaced, once the new one is complete.
 
     Raises:
         ValueError: the adapter does not fit the base, there is something at `output` (with `replace`, something else
@@ -122,55 +75,86 @@ def merge_checkpoint(
         raise ValueError(f"{output} exists already: choose another --output, or overwrite it with --force")
     directory = fetch(base, revision)
     require_replaceable(output, directory)
-    bases: dict[str, Callable[[torch.dtype], PaliGemma]] = {"full": lambda dtype: open_base(directory, dtype, device)}
-    from_nf4: dict[str, float] = {}
-    if kept := trained_on(adapter):
-        bases["dequantized"] = lambda dtype: dequantize(open_base(directory, dtype, device, kept))
-        trained = logits_with_adapter(open_base(directory, dtype, device, kept), adapter)
-        from_nf4 = {
-            name: root_mean_square(logits_with_adapter(opened(dtype), adapter, merged=True) - trained)
-            for name, opened in bases.items()
-        }
-    if into not in bases:
+    if into == "dequantized" and not trained_on(adapter):
         raise ValueError(f"{adapter} was not trained on NF4: there is no {into} base to merge it into, only the full")
-    opened = bases[into]
-    exact_base = None if dtype == torch.float32 else probe_logits(opened(torch.float32))
-    model = opened(dtype)
+    merge = merged_into_full if into == "full" else merged_into_dequantized
+    model, report = merge(directory, adapter, dtype, device)
+    if problems := report.problems():
+        advice = "" if dtype == torch.float32 else "\n--dtype float32 rounds nothing away, at twice the size"
+        raise ValueError(
+            "the merge is not to be trusted, nothing was written:\n  " + "\n  ".join(problems) + f"\n{report}{advice}"
+        )
+    write_merged(model, output, training_facts(adapter).max_new_tokens, replace)
+    return report
+
+
+def merged_into_full(
+    directory: Path, adapter: str | Path, dtype: torch.dtype, device: str | torch.device
+) -> tuple[PaliGemma, MergeReport]:
+    """The published base with the adapter merged into it, and the verification."""
+    nf4 = None
+    if trained_on(adapter):
+        model, trained = open_dequantized(directory, adapter, dtype, device)
+        nf4 = trained, merge_and_probe(model, adapter).merged
+        del model  # before the next one is opened
+    model = open_base(directory, torch.float32, device)
+    exact = None if dtype == torch.float32 else probe_logits(model)
+    probes = merge_and_probe(model.to(dtype), adapter)
+    from_nf4 = distances(nf4[0], full=probes.merged, dequantized=nf4[1]) if nf4 else {}
+    return model, probes.report(dtype, exact, from_nf4)
+
+
+def merged_into_dequantized(
+    directory: Path, adapter: str | Path, dtype: torch.dtype, device: str | torch.device
+) -> tuple[PaliGemma, MergeReport]:
+    """The weights that NF4 stands for with the adapter merged into them, and the verification."""
+    full = merge_and_probe(open_base(directory, dtype, device), adapter).merged
+    exact = None
+    if dtype != torch.float32:
+        exact = probe_logits(dequantize(open_base(directory, torch.float32, device, trained_on(adapter))))
+    model, trained = open_dequantized(directory, adapter, dtype, device)
+    probes = merge_and_probe(model, adapter)
+    return model, probes.report(dtype, exact, distances(trained, full=full, dequantized=probes.merged))
+
+
+def open_dequantized(
+    directory: Path, adapter: str | Path, dtype: torch.dtype, device: str | torch.device
+) -> tuple[PaliGemma, Tensor]:
+    """The weights that NF4 stands for, and the logits of the NF4 base with the adapter, as it was trained."""
+    model = open_base(directory, dtype, device, trained_on(adapter))
+    load_adapter(model, adapter)
+    trained = probe_logits(model)
+    remove_lora(model)
+    return dequantize(model), trained
+
+
+def merge_and_probe(model: PaliGemma, adapter: str | Path) -> Probes:
+    """Merge a saved adapter into a base, in place, with the logits before, with the adapter and after."""
     plain = probe_logits(model)
     load_adapter(model, adapter)
     adapted = probe_logits(model)
     modules = len(merge_lora(model))
-    merged = probe_logits(model)
-    report = MergeReport(
-        dtype=dtype,
-        modules=modules,
-        largest_logit=adapted.abs().max().item(),
-        effect=(adapted - plain).abs().max().item(),
-        largest=(merged - adapted).abs().max().item(),
-        drift=root_mean_square(merged - adapted),
-        rounding=0.0 if exact_base is None else root_mean_square(plain - exact_base),
-        changed_tokens=(merged.argmax(-1) != adapted.argmax(-1)).float().mean().item(),
-        from_nf4=from_nf4,
-    )
-    if problems := report.problems():
-        mend = "" if dtype == torch.float32 else "\n--dtype float32 rounds nothing away, at twice the size"
-        raise ValueError(
-            "the merge is not to be trusted, nothing was written:\n  " + "\n  ".join(problems) + f"\n{report}{mend}"
-        )
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    return Probes(modules, plain, adapted, probe_logits(model))
+
+
+def write_merged(model: PaliGemma, output: Path, max_new_tokens: int | None, replace: bool) -> None:
+    """Write a checkpoint whole and open it again.
+
+    Raises:
+        ValueError: what is on the disk is not what was saved.
+    """
 
     def fill(path: Path) -> None:
         model.save_pretrained(path)
-        store_max_new_tokens(path, training_facts(adapter).max_new_tokens)
+        store_max_new_tokens(path, max_new_tokens)
 
-    write_whole(output, fill, size, replace)
+    write_whole(output, fill, sum(parameter.nbytes for parameter in model.parameters()), replace)
     # By bits, not by logits: where in memory a weight begins may change the rounding of a product.
-    for name, written in PaliGemma.from_pretrained(output, dtype).named_parameters():
+    for name, written in PaliGemma.from_pretrained(output, model.dtype).named_parameters():
         if not torch.equal(written, model.get_parameter(name).cpu()):
             raise ValueError(
                 f"{output}, opened again, has another {name} than what was saved: the disk or the write failed"
             )
-    return report
 
 
 def require_replaceable(output: Path, base: Path) -> None:
@@ -184,27 +168,3 @@ def require_replaceable(output: Path, base: Path) -> None:
         raise ValueError(f"{output} holds {', '.join(foreign)}, which was not written with it. {expected}")
     if output.resolve() == base.resolve():
         raise ValueError(f"{output} is the base itself. {expected}")
-
-
-def logits_with_adapter(model: PaliGemma, adapter: str | Path, merged: bool = False) -> Tensor:
-    load_adapter(model, adapter)
-    if merged:
-        merge_lora(model)
-    return probe_logits(model)
-
-
-@torch.inference_mode()
-def probe_logits(model: PaliGemma, rows: int = 2, text_tokens: int = 24) -> Tensor:
-    """fp32 logits [rows * text_tokens, V] of the text positions of a seeded batch: random pictures, random tokens."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    side, images = config.vision.image_size, config.vision.num_patches
-    pixels = torch.rand(rows, config.vision.num_channels, side, side, generator=generator) * 2 - 1
-    text = torch.randint(3, config.text.vocab_size, (rows, text_tokens), generator=generator)
-    text = text.masked_fill(text == config.image_token_id, 3)
-    input_ids = torch.cat((torch.full((rows, images), config.image_token_id), text), dim=1).to(model.device)
-    hidden = model.hidden_states(input_ids, image_features=model.encode_images(pixels.to(model.device)))
-    return model.language_model.head(hidden[:, images:]).flatten(0, 1).float().cpu()
-
-
-def root_mean_square(difference: Tensor) -> float:
-    return difference.pow(2).mean().sqrt().item()

@@ -25,7 +25,7 @@ LAYOUTS: dict[str, Callable[[str], str]] = {
 WRITTEN = LAYOUTS["transformers 4.57"]
 
 # Values under which settings of PEFT's LoraConfig that are not implemented change nothing; of those not listed, UNSET.
-# The initialisations left out (PiSSA, OLoRA, CorDA, LoftQ, ...) also change the base weights.
+# The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, ...) also change the base weights.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
@@ -142,11 +142,11 @@ def target_regex(paths: list[str], every_linear: list[str]) -> str:
         adapted = tuple(split(path)[1] for path in paths if split(path)[::2] == (tower, name))
         present = tuple(split(path)[1] for path in every_linear if split(path)[::2] == (tower, name))
         by_layers.setdefault((tower, () if adapted == present else adapted), set()).add(name)
-    parts = [
+    alternatives = [
         rf".*{tower}.*" + (rf"\.layers\.({'|'.join(layers)})\..*" if layers else "") + rf"\.({'|'.join(sorted(names))})"
         for (tower, layers), names in by_layers.items()
     ]
-    regex = parts[0] if len(parts) == 1 else "|".join(f"({part})" for part in parts)
+    regex = alternatives[0] if len(alternatives) == 1 else "|".join(f"({one})" for one in alternatives)
     for layout in LAYOUTS.values():
         selected = [path for path in every_linear if re.fullmatch(regex, layout(path))]
         assert sorted(selected) == sorted(paths), f"{regex} selects {selected} instead of {paths}"
@@ -177,14 +177,14 @@ def select_by_peft(modules: Mapping[str, nn.Module], config: dict[str, Any], lay
     modules: those that hold parameters, by our path.
     """
     names = {path: layout(path) for path in modules}
-    kept, excluded = config.get("modules_to_save") or [], config.get("exclude_modules") or []
+    saved, excluded = config.get("modules_to_save") or [], config.get("exclude_modules") or []
     linears = {}
     for path, name in names.items():
         if (
             isinstance(modules[path], nn.Linear)
             and is_targeted(name, config)
             and not is_listed(name, excluded)
-            and not any(re.match(rf"(^|.*\.){pattern}($|\..*)", name) for pattern in kept)
+            and not any(re.match(rf"(^|.*\.){pattern}($|\..*)", name) for pattern in saved)
         ):
             linears[path] = AdapterSettings(
                 pattern_value(config.get("rank_pattern"), name, config["r"]),
@@ -192,7 +192,7 @@ def select_by_peft(modules: Mapping[str, nn.Module], config: dict[str, Any], lay
                 bool(config.get("use_rslora")),
                 float(config.get("lora_dropout") or 0.0),
             )
-    return Selection(linears, [path for path, name in names.items() if is_saved(name, kept)])
+    return Selection(linears, [path for path, name in names.items() if is_saved(name, saved)])
 
 
 def is_targeted(name: str, config: dict[str, Any]) -> bool:

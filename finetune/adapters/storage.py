@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.adapters.fingerprint import fingerprint
+from finetune.adapters.metadata import (
+    BASE_FINGERPRINT,
+    BASE_QUANTIZATION,
+    CONFIG_FILE,
+    TRAINING,
+    WEIGHTS_FILE,
+    TrainingFacts,
+    metadata_of,
+)
 from finetune.adapters.peft_config import (
     LAYOUTS,
     NEUTRAL,
@@ -37,57 +45,11 @@ from finetune.adapters.peft_config import (
 from finetune.lora.linear import put_adapter, put_in_full
 from finetune.lora.nf4 import NF4Linear, quantization_of
 from finetune.lora.protocol import METHODS, AdapterModule, adapters
-from finetune.system.atomic import require_whole, settle, write_whole
+from finetune.system.atomic import recover, require_whole, write_whole
 from model.checkpoint import canonical_name, mismatches
 from model.safetensors_io import DTYPES
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Keys in the metadata of the tensors' file.
-BASE_QUANTIZATION, BASE_FINGERPRINT, TRAINING = "base_quantization", "base_fingerprint", "training"
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingFacts:
-    """How an adapter was trained, as far as its use depends on it; None: not known."""
-
-    step: int | None = None
-    """The optimizer step whose weights these are."""
-    metric: str | None = None
-    """Name of the metric that the run was judged by."""
-    metric_value: float | None = None
-    """Its value at that step."""
-    validation_loss: float | None = None
-    """In nats per token, at that step."""
-    prompt: str | None = None
-    """Prompt of the questions, with {question} where the question goes."""
-    max_new_tokens: int | None = None
-    """Tokens of the longest answer that was trained, <eos> included."""
-    max_text_tokens: int | None = None
-    """The most that prefix, newline, suffix and <eos> took together."""
-
-    def __post_init__(self) -> None:
-        kinds = {"metric": (str,), "prompt": (str,), "metric_value": (int, float), "validation_loss": (int, float)}
-        for name, value in vars(self).items():
-            fits = type(value) in kinds.get(name, (int,)) and (isinstance(value, str) or 0 <= abs(value) < math.inf)
-            if value is not None and not fits:
-                expected = " or ".join(kind.__name__ for kind in kinds.get(name, (int,)))
-                raise ValueError(f"{name} is {value!r}; expected {expected}, finite, or null")
-
-    def to_json(self) -> str:
-        """What is known, as one JSON object."""
-        return json.dumps({name: value for name, value in vars(self).items() if value is not None})
-
-    @classmethod
-    def from_json(cls, text: str) -> TrainingFacts:
-        """Keys that a later version may add are ignored; ValueError where a value is of another type."""
-        try:
-            stored = json.loads(text)
-        except RecursionError as error:
-            raise ValueError(f"nested too deeply: {text:.50}") from error
-        if not isinstance(stored, dict):
-            raise ValueError(f"got {text:.50}; expected an object")
-        return cls(**{field.name: stored.get(field.name) for field in dataclasses.fields(cls)})
 
 
 def save_adapter(
@@ -96,13 +58,15 @@ def save_adapter(
     base: str | None = None,
     revision: str | None = None,
     facts: TrainingFacts | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base. The directory is there
-    whole or not at all, with a manifest; one that was there gives way.
+    whole or not at all, with a manifest; one that was there is replaced.
 
     Args:
         base, revision: what the adapter belongs to, a Hub id or a directory: stored as `base_model_name_or_path`.
         facts: how it was trained, stored in the metadata of the tensors' file.
+        base_fingerprint: of the base, where it was taken before the base's weights were sharded.
 
     Raises:
         ValueError: the model has no adapters, or their values are not finite.
@@ -114,7 +78,7 @@ def save_adapter(
     if poisoned:
         raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
     config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
-    about = {BASE_FINGERPRINT: fingerprint(model), BASE_QUANTIZATION: quantization_of(model)}
+    about = {BASE_FINGERPRINT: base_fingerprint or fingerprint(model), BASE_QUANTIZATION: quantization_of(model)}
     about |= {TRAINING: facts.to_json() if facts else None}
     metadata = {"format": "pt"} | {key: value for key, value in about.items() if value}
 
@@ -132,42 +96,6 @@ def serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(metadata.items()))
     return content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(size) + content[8 + size :]
-
-
-def trained_on(directory: str | Path) -> str | None:
-    """How the base was kept while the adapter in `directory` was trained: "nf4", or None (unknown for PEFT's files)."""
-    kept = metadata_of(Path(directory)).get(BASE_QUANTIZATION)
-    if kept not in (None, "nf4"):
-        raise ValueError(f"{Path(directory) / WEIGHTS_FILE} says it was trained on a base in {kept!r}; expected nf4")
-    return kept
-
-
-def training_facts(directory: str | Path) -> TrainingFacts:
-    """How the adapter in `directory` was trained; nothing is known of PEFT's files.
-
-    Raises:
-        ValueError: what is stored cannot be used; names the value.
-    """
-    stored = metadata_of(Path(directory)).get(TRAINING, "{}")
-    try:
-        return TrainingFacts.from_json(stored)
-    except ValueError as error:
-        raise ValueError(
-            f"{Path(directory) / WEIGHTS_FILE} says in its metadata, under {TRAINING!r}, what cannot be used: {error}"
-        ) from error
-
-
-def metadata_of(directory: Path) -> dict[str, str]:
-    """What the tensors' file says of itself, beside the tensors; nothing in PEFT's files."""
-    try:
-        with safe_open(directory / WEIGHTS_FILE, "pt") as file:
-            return file.metadata() or {}
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{directory} holds no {WEIGHTS_FILE}: expected the directory of an adapter, or of a run"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{directory} holds no readable {WEIGHTS_FILE}: {error}") from error
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -239,7 +167,7 @@ def fit_adapter(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration, checked to be one that is implemented, and tensors by our path and their name in files."""
-    settle(path)
+    recover(path)
     require_whole(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
@@ -330,7 +258,7 @@ def plan_loading(model: nn.Module, config: dict[str, Any], tensors: dict[str, Te
     wanted: dict[str, tuple[int, ...]] = {}
     for path, settings in selection.linears.items():
         linear = modules[path]
-        with FakeTensorMode():  # shapes alone, whatever rank is asked for
+        with FakeTensorMode():  # shapes alone: no memory, for any rank
             twin = nn.Linear(int(linear.in_features), int(linear.out_features))
             adapter = METHODS[config["peft_type"].lower()](twin, settings, 0, 0)
         wanted |= {f"{path}.{name}": tuple(p.shape) for name, p in named_for_file(adapter).items()}

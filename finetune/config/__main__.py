@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from finetune import cli
-from finetune.config.schema import describe, json_schema
+from finetune.config.describe import describe, json_schema
 
 
 def main(argv: Sequence[str] | None = None) -> None:

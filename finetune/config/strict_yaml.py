@@ -4,13 +4,14 @@ Scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2), not Py
 on, off, 1:30 and dates are text. Stricter than either: a key needs a value (`null` says none), no key comes twice,
 numbers are decimal and finite, a whole number without a point is an integer (1e5), and there are no tags and no aliases
 of sections or lists. PyYAML composes and writes; its constructors, which could build other things, are not used.
+ruamel.yaml, which follows 1.2 and knows lines, ends at the first problem of a file, and takes aliases, dates and inf.
 """
 
 import math
 import re
-from typing import Any
 
 import yaml
+from pydantic import JsonValue
 
 Path = tuple[str | int, ...]
 _TAG = "tag:yaml.org,2002:"
@@ -31,9 +32,9 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps the rules of 1.1 beside ours, and so puts text in quotes that either would take for something else."""
+    """Has the rules of 1.1 as well as ours, and so quotes every text that either would read as something else."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
@@ -51,7 +52,7 @@ for _name, (_pattern, _first) in _SCALARS.items():
 
 
 class Document:
-    """One text, read. `data`: None, bool, int, float, str, list or dict; `faults`: a line for each thing wrong.
+    """One text, read. `data`: None, bool, int, float, str, list or dict; `problems`: a line for each thing wrong.
 
     source names the text in them, with the line where count_lines is set: "run.yaml:3".
     """
@@ -59,10 +60,10 @@ class Document:
     def __init__(self, text: str | bytes, source: str, *, count_lines: bool = False) -> None:
         self._source, self._count_lines = source, count_lines
         self.origins: dict[Path, str] = {(): self._origin(0)}
-        self.faults: list[str] = []
+        self.problems: list[str] = []
         self._unread: set[Path] = set()
         self._seen: set[int] = set()
-        self.data: Any = None
+        self.data: JsonValue = None
         try:
             text = text.decode("utf-8") if isinstance(text, bytes) else text
             root = yaml.compose(text, Loader=_Loader)
@@ -74,30 +75,31 @@ class Document:
             self._not_yaml(error.problem or error.context, mark.line if mark else 0)
         except yaml.reader.ReaderError as error:
             self._not_yaml(error.reason, str(text).count("\n", 0, error.position))
-        except (ValueError, OverflowError, RecursionError) as error:  # escapes beyond Unicode, brackets without end
+        except (ValueError, OverflowError, RecursionError) as error:  # escapes outside of Unicode, brackets without end
             self._not_yaml(error, 0)
         else:
             self.data = self._refuse((), _NOTHING) if root is None else self._plain(root, ())
 
-    def fault(self, path: Path, message: str) -> None:
+    def add_problem(self, path: Path, message: str) -> None:
         """Note what is wrong with the value at a path, or with its absence, unless it could not be read at all."""
         above = [path[:length] for length in range(len(path), -1, -1)]
         if not self._unread.intersection(above):
             origin = next(self.origins[near] for near in above if near in self.origins)
             name = ".".join(map(str, path))
-            name = name if name.isprintable() else repr(name)  # a fault is one line
-            self.faults.append(f"{origin}: {name}{': ' if path else ''}{message}")
+            name = name if name.isprintable() else repr(name)  # a problem is one line
+            self.problems.append(f"{origin}: {name}{': ' if path else ''}{message}")
 
-    def lay_over(self, path: Path, value: Any, origin: str) -> None:
-        """Put a value at a path of keys, whatever stood there, making the sections on the way."""
+    def override(self, path: tuple[str, ...], value: JsonValue, origin: str) -> None:
+        """Set the value at a path of keys; what stood there is replaced, missing sections are made."""
         if not isinstance(self.data, dict):
             return
         section = self.data
         for length, key in enumerate(path[:-1], start=1):
-            if not isinstance(section.get(key), dict):
-                section[key] = {}
+            inner = section.get(key)
+            if not isinstance(inner, dict):
+                inner = section[key] = {}
                 self.origins[path[:length]] = origin
-            section = section[key]
+            section = inner
         section[path[-1]] = value
         self.origins = {at: where for at, where in self.origins.items() if at[: len(path)] != path} | {path: origin}
 
@@ -108,12 +110,13 @@ class Document:
         self.origins[()] = self._origin(line)
         self._refuse((), f"not valid YAML: {problem}")
 
-    def _refuse(self, path: Path, message: str) -> Any:
-        """Note that there is nothing to go by at a path; None stands in."""
-        self.fault(path, message)
+    def _refuse(self, path: Path, message: str) -> JsonValue:
+        """Note that the value at a path cannot be read; None stands in."""
+        self.add_problem(path, message)
         self._unread.add(path)
+        return None
 
-    def _plain(self, node: yaml.Node, path: Path) -> Any:
+    def _plain(self, node: yaml.Node, path: Path) -> JsonValue:
         self.origins.setdefault(path, self._origin(node.start_mark.line))
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)
@@ -126,8 +129,8 @@ class Document:
             return self._mapping(node, path)
         return self._refuse(path, f"the tag {node.tag} is not supported")
 
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, JsonValue]:
+        result: dict[str, JsonValue] = {}
         for key_node, value_node in node.value:
             named = isinstance(key_node, yaml.ScalarNode) and not _SURROGATE.search(key_node.value)
             at = (*path, key_node.value if named else "?")
@@ -136,11 +139,11 @@ class Document:
                 self._refuse(at, "expected a name as key")
                 continue
             if key_node.value in result:
-                self.fault(at, "the key occurs a second time")
+                self.add_problem(at, "the key occurs a second time")
             result[key_node.value] = self._plain(value_node, at)
         return result
 
-    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: Path) -> JsonValue:
         kind, text = node.tag.removeprefix(_TAG), node.value
         if kind == "str":
             return self._refuse(path, f"{text!r} holds half a character") if _SURROGATE.search(text) else text
@@ -158,7 +161,7 @@ class Document:
         return int(number) if "." not in text and number.is_integer() and abs(number) < 2**53 else number
 
 
-def dump(data: Any) -> str:
+def dump(data: JsonValue) -> str:
     """YAML that `Document` reads as the same data."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text

@@ -12,10 +12,11 @@ import torch
 from data import Processor
 from data.invalid import SkippedRecords
 from data.records import decodable, load_records
-from finetune import cli, load_adapter
+from finetune import cli
 from finetune.adapters.generation_config import max_new_tokens_of
 from finetune.adapters.locate import find_adapter, find_base
-from finetune.adapters.storage import training_facts
+from finetune.adapters.metadata import training_facts
+from finetune.adapters.storage import load_adapter
 from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
 from finetune.evaluation.vqa_accuracy import VQAScore

@@ -1,7 +1,8 @@
 """Answers generated and scored: the loss of the majority answer, and the official VQA accuracy.
 
-Every picture passes the vision tower once for all its questions. Several processes share the pictures, and each has
-all answers in the end. Logits of a data set are never kept.
+Every image passes the vision tower once for all its questions. Several processes share the images, and each has all
+answers in the end; where they share sharded layers, too, they compute equally many batches, and tokens of answers in
+each, some of which are dropped (finetune/system/sharding.py). Logits of a data set are never kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from data import Processor, collate
 from finetune.evaluation.vqa_accuracy import VQAScore, score, write_results
-from finetune.system import distributed
+from finetune.system import distributed, sharding
 from finetune.system.device import first_line, free_memory, is_out_of_memory
 from model import IGNORE_INDEX, PaliGemma
 
@@ -98,7 +99,8 @@ def generate_answers(
     def answer(rows: list[Record], features: Tensor) -> dict[str, Answer]:
         texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
         inputs: dict[str, Any] = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        new = model.generate(**inputs, image_features=features, max_new_tokens=max_new_tokens, **sampling).tolist()
+        settings = {"max_new_tokens": max_new_tokens, "is_done": sharding.every_process, **sampling}
+        new = model.generate(**inputs, image_features=features, **settings).tolist()
         given = (Answer(processor.decode(tokens), processor.eos_id in tokens) for tokens in new)
         return dict(zip((row["id"] for row in rows), given, strict=True))
 
@@ -141,22 +143,24 @@ def in_batches(
     each has its share of the images. A batch that runs out of memory is repeated in halves, as are all after it.
     """
     model.eval()
-    places = sorted((record["image_id"], i) for i, record in enumerate(records))
-    images = list(dict.fromkeys(image_id for image_id, _ in places))
+    ordered = sorted((record["image_id"], i) for i, record in enumerate(records))
+    images = list(dict.fromkeys(image_id for image_id, _ in ordered))
     mine = set(images[distributed.rank() :: distributed.count()])
-    batches = Batches([i for image_id, i in places if image_id in mine], batch_size)
+    batches = Batches([i for image_id, i in ordered if image_id in mine], batch_size)
     features: dict[str, Tensor] = {}
     for batch in progress(batches, len(batches)):
-        rows = [records[i] for i in batch]
+        rows = [records[i] for i in batch or [0]]  # an empty batch: others have one, and sharded layers need all
         try:
-            features = encode_new(model, processor, rows, features)
-            result = work(rows, torch.stack([features[row["image_id"]] for row in rows]))
+            with sharding.same_memory(model.language_model.model):
+                features = encode_new(model, processor, rows, features)
+                result = work(rows, torch.stack([features[row["image_id"]] for row in rows]))
         except Exception as error:
-            if not is_out_of_memory(error) or len(rows) == 1:
+            if not is_out_of_memory(error) or not batches.can_halve:
                 raise
             reason = first_line(error)
         else:
-            yield result
+            if batch:
+                yield result
             continue
         features = {}
         free_memory(model.device)
@@ -164,7 +168,10 @@ def in_batches(
 
 
 class Batches:
-    """Indices in batches of `size`; one that was too large comes again, in halves."""
+    """Indices in batches of `size`; one that was too large comes again, in halves.
+
+    Processes that share sharded layers have equally many, of one size: the last ones may be empty.
+    """
 
     def __init__(self, indices: list[int], size: int) -> None:
         self.indices, self.size, self.done, self.last = indices, size, 0, 0
@@ -173,17 +180,26 @@ class Batches:
         return -(-len(self.indices) // self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        while self.done < len(self.indices):
+        while sharding.any_process(self.done < len(self.indices)):
             batch = self.indices[self.done : self.done + self.size]
             self.last = len(batch)
             self.done += len(batch)
             yield batch
 
+    @property
+    def largest(self) -> int:
+        """The size of the batch at work, or of the largest one that a process may have."""
+        return self.size if sharding.shards_layers() else self.last
+
+    @property
+    def can_halve(self) -> bool:
+        return self.largest > 1
+
     def halve(self, reason: str) -> None:
         self.done -= self.last
-        self.size = self.last // 2
+        largest, self.size = self.largest, self.largest // 2
         warnings.warn(
-            f"out of memory with {self.last} questions at once ({reason}): repeated, and from here on {self.size} at "
+            f"out of memory with {largest} questions at once ({reason}): repeated, and from here on {self.size} at "
             "once; a smaller evaluation.batch_size (--batch-size) saves the attempt",
             stacklevel=3,
         )

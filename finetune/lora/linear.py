@@ -9,69 +9,17 @@ Axes: B batch, r rank.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from finetune.lora.config import SCOPES, LoRAConfig
 from finetune.lora.dropout import Dropout, feature_keys
 from finetune.lora.memory_efficient import memory_efficient_lora_linear
 from finetune.lora.nf4 import NF4Linear, dense, weight_of
 from finetune.lora.protocol import METHODS, AdapterModule, AdapterSettings, adapters
-
-SCOPES = {
-    "language": "language_model.model.",
-    "vision": "vision_tower.vision_model.",
-    "connector": "multi_modal_projector.",
-}
-LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """What to adapt and how. A target is SCOPE.COMPONENT...: a scope (language, vision or connector), then whole
-    components of the module's path in order, the last one being its name, or `*` for every name:
-    `language.q_proj`, `language.17.*`, `vision.layers.26.fc1`, `connector.linear`.
-    """
-
-    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012 (pydantic reads it)
-
-    rank: int = 16
-    """Rank r of the update B A."""
-    alpha: float = 16.0
-    """Scale of the update: alpha / rank, or alpha / sqrt(rank) with rslora."""
-    targets: tuple[str, ...] = tuple(f"language.{name}" for name in LANGUAGE_LINEARS)
-    """Linears to adapt, each SCOPE.COMPONENT such as language.q_proj or vision.*; scopes: language, vision,
-    connector.
-    """
-    dropout: float = 0.0
-    """Probability with which an input element of the low-rank branch is dropped in training, in [0, 1)."""
-    rslora: bool = False
-    """Rank-stabilised scaling alpha / sqrt(rank)."""
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Another rank for some of the targets, keyed as targets are; the last match counts."""
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Another alpha for some of the targets, keyed as targets are; the last match counts."""
-    train_in_full: tuple[str, ...] = ()
-    """Modules trained in full, in fp32, without a low-rank form, keyed as targets are, such as connector.linear."""
-    start_from: str | None = None
-    """Directory of an adapter, or of a run, to start from: rank, targets and all else that is not given here are that
-    adapter's. null: a new one.
-    """
-
-    method: str = "lora"
-    """How targets are adapted: lora, or another method that was registered."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r}: expected {' or '.join(METHODS)}")
-        ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())
-        if min(ranks) < 1 or min(alphas) <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"rank {ranks}, alpha {alphas}, dropout {self.dropout}: expected rank >= 1, alpha > 0, 0 <= dropout < 1"
-            )
 
 
 class LoRALinear(AdapterModule):

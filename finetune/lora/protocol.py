@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from finetune.system.distributed import whole
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSettings:
@@ -124,7 +126,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Every trained parameter has a gradient, and of every adapter one that is not zero.
+    """Every trained parameter has a gradient, and of every adapter one that is not zero; all processes call this.
 
     Not every parameter's: in a fresh LoRA adapter's first step A's gradient is zero, as B is. An adapter without any is
     one that the loss does not depend on.
@@ -137,7 +139,7 @@ def check_gradients(model: nn.Module) -> None:
     for path, adapter in adapters(model):
         gradients = {name: p.grad for name, p in adapter.adapter_parameters().items() if p.grad is not None}
         if gradients:
-            any_of_them = torch.stack([gradient.any() for gradient in gradients.values()]).any()
+            any_of_them = torch.stack([whole(gradient).any() for gradient in gradients.values()]).any()
             learning |= {f"{path}.{name}": any_of_them for name in gradients}
     if learning:
         seen = torch.stack(list(learning.values())).tolist()  # the device is asked once

@@ -17,7 +17,7 @@ from finetune.preflight.probe import StepWorkload, images_per_step, time_step
 from finetune.preflight.run_plan import RunPlan, assumed_lengths, plan_run, require_fit, spill_warning
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import Examples, max_new_tokens, open_examples, open_processor
 from finetune.training.setup import adapt, plan_steps, random_model, table_of_adapters
 from model import PaliGemma, PaliGemmaConfig, fetch
@@ -90,7 +90,9 @@ def readable_examples(config: RunConfig, directory: Path) -> Examples | None:
         return None
 
 
-def workload_of(config: RunConfig, planner: Planner, examples: Examples | None) -> tuple[Steps | None, StepWorkload]:
+def workload_of(
+    config: RunConfig, planner: Planner, examples: Examples | None
+) -> tuple[BatchSampler | None, StepWorkload]:
     """The steps, where the data can be read, and what each is made of, in rows of mean length."""
     size = config.train.batch_size
     if examples is None:
@@ -114,7 +116,9 @@ def three_digits(value: float) -> str:
     return f"{value:,.{max(places, 0)}f}"
 
 
-def show_step_time(config: RunConfig, directory: Path, plan: Plan, workload: StepWorkload, steps: Steps | None) -> None:
+def show_step_time(
+    config: RunConfig, directory: Path, plan: Plan, workload: StepWorkload, steps: BatchSampler | None
+) -> None:
     """How long the run would take, from the phases of a step on its device, in a network of random weights."""
     device = pick_device(config.model.device)
     model = random_model(directory, config, device)

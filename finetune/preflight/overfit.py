@@ -20,11 +20,12 @@ from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import generate_answers
 from finetune.preflight.run_plan import plan_run
 from finetune.system.console import new_table, show
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.gradient_accumulation import Collate, Example
 from finetune.training.setup import adapt, open_model, show_trained
-from finetune.training.trainer import Collate, Example, LoRATrainer
+from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, PaliGemmaConfig, fetch
 
 Answers = list[tuple[str, str, str]]  # question, expected answer, given answer
@@ -142,14 +143,14 @@ def train_until_learned(
             run,
             model,
             dataset,
-            Steps(count, count, run.train.seed, MAX_STEPS),
+            BatchSampler(count, count, run.train.seed, MAX_STEPS),
             execution,
             collate,
             save_result=lambda _: None,
             callbacks=[stop],
-            checkpointed=False,
+            save_checkpoints=False,
         )
-        stop.on_device = trainer.vision_on_device
+        stop.on_device = trainer.accumulation.vision_on_device
         try:
             trainer.train()
         except FloatingPointError as error:

@@ -9,6 +9,7 @@ takes (probe.py).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -90,12 +91,27 @@ class Planner:
         self.frozen = sum(p.nbytes for p in self.model.parameters()) - self.trained
         self.vision = sum(p.nbytes for p in self.model.vision_tower.parameters())
         self.dequantized = 0  # bytes of the largest weight that is dequantized for a product
+        self.gathered = 0  # bytes of sharded layers that are whole at a time
         self.sizes = {name: p.nbytes for name, p in self.model.named_parameters()}
         if quantize:
             packed = {id(weight): packed_bytes(weight.numel()) for weight in linears}
             self.sizes |= {name: packed[id(p)] for name, p in self.model.named_parameters() if id(p) in packed}
             self.frozen -= sum(weight.nbytes - packed_bytes(weight.numel()) for weight in linears)
             self.dequantized = max(weight.nbytes for weight in linears)
+
+    def shard_decoder(self, count: int) -> None:
+        """Plan for one of `count` processes that share the decoder's layers: it holds a shard of each, and two layers
+        whole: the one at work, and the one that is gathered meanwhile.
+        """
+        layers = "language_model.model.layers."
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(layers):
+                others_hold = self.sizes[name] - math.ceil(self.sizes[name] / count)
+                self.sizes[name] -= others_hold
+                self.trained -= others_hold * parameter.requires_grad
+                self.frozen -= others_hold * (not parameter.requires_grad)
+        decoder = self.model.language_model.model
+        self.gathered = 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in decoder.layers)
 
     def activations(self, execution: ExecutionPlan) -> int:
         """Bytes that one micro-batch saves in its forward pass for its backward pass, without the logits."""
@@ -127,7 +143,7 @@ class Planner:
         logits = max(1, self.supervised) * text.vocab_size * (e + 8)  # the loss's; generation has those of one token
         row = max(encoding, prefill + logits) + slots * (self.tokens + new_tokens)
         row += 2 * vision.num_patches * text.hidden_size * e  # image tokens, and those of the rows
-        activations = int((1 + self.fragmentation) * batch_size * row) + self.dequantized
+        activations = int((1 + self.fragmentation) * batch_size * row) + self.dequantized + self.gathered
         on_card = cublas_workspaces(self.device) if self.device.type == "cuda" else 0
         return self.frozen + 4 * self.trained + self.rounding(False) + activations + on_card + CONTEXT
 
@@ -155,7 +171,7 @@ class Planner:
             recomputed = size_of_all - size + positions * norms if size < size_of_all else 0
             before += size
             peak = max(peak, before + recomputed + gradients(positions))
-        return execution.micro_batch * (self.saved.other + peak) + self.dequantized
+        return execution.micro_batch * (self.saved.other + peak) + self.dequantized + self.gathered
 
     def mlp_backward(self, positions: int) -> int:
         """Bytes of the gradients of gate, up and their product (on a CPU in bf16, these may be summed in fp32), and of

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 from finetune.config.schema import RunConfig
 from finetune.preflight.count import TERA, flop_counter
 from finetune.system.device import is_out_of_memory
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.trainer import Collate, Example, ImageFeatures, LoRATrainer
+from finetune.training.gradient_accumulation import Collate, Example, ImageFeatures
+from finetune.training.trainer import LoRATrainer
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 
 REPEATS = 3  # of each phase, after one to warm up
@@ -98,7 +99,7 @@ class RandomExamples(Dataset[Example]):
         }
 
 
-def images_per_step(steps: Steps, image_ids: Sequence[str]) -> float:
+def images_per_step(steps: BatchSampler, image_ids: Sequence[str]) -> float:
     """How many different images a step is about, on average over the first steps of a run."""
     sampled = range(min(SAMPLED_STEPS, steps.total))
     return statistics.fmean(len({image_ids[index] for index, _ in steps[step]}) for step in sampled)
@@ -115,7 +116,7 @@ def time_step(
     with tempfile.TemporaryDirectory() as directory:
         run = run.model_copy(update={"output": directory})
         rows = RandomExamples(model.config, workload, execution.micro_batch)
-        steps = Steps(len(rows), len(rows), run.train.seed, 1)
+        steps = BatchSampler(len(rows), len(rows), run.train.seed, 1)
         trainer = LoRATrainer(run, model, rows, steps, execution, collate, save_result=lambda _: None)
         try:
             return time_phases(trainer, [rows[index] for index in range(len(rows))])
@@ -137,22 +138,22 @@ def time_phases(trainer: LoRATrainer, rows: list[Example]) -> StepTime:
     images: ImageFeatures | None = None
 
     def move() -> None:
-        with trainer.vision_on_device():
+        with trainer.accumulation.vision_on_device():
             pass
 
     def encode() -> None:
         nonlocal images
-        images = trainer.frozen_image_features(rows)
+        images = trainer.accumulation.frozen_image_features(rows)
 
     def decode() -> None:
-        trainer.micro_step(trainer.network, rows, images, tokens)
+        trainer.accumulation.micro_step(rows, images, tokens, step=0)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(trainer.trained.values(), trainer.run.train.max_grad_norm)
         optimizer.step()
 
     moved, _ = median_time(move, device)
-    with trainer.vision_on_device():
+    with trainer.accumulation.vision_on_device():
         encoded, encode_tflop = median_time(encode, device)
     decoded, decode_tflop = median_time(decode, device)
     updated, _ = median_time(update, device)

@@ -46,6 +46,8 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPl
     tokens = config.vision.num_patches + 1 + longest.text
     share = math.ceil(train.batch_size / distributed.count())
     planner = Planner(config, run.lora, dtype, tokens, longest.answer, share, device, run.model.quantize)
+    if distributed.asks_for_fsdp():
+        planner.shard_decoder(distributed.count())
     budget, source = budget_of(device, run.memory.budget_gib)
     micro_batch = None if train.micro_batch == "auto" else train.micro_batch
     recompute = None if train.recompute == "auto" else train.recompute

@@ -78,7 +78,7 @@ def cublas_workspaces(device: torch.device) -> int:
     """Bytes that cuBLAS keeps, of this process's handles: 8.125 MiB each, on Hopper and later 32. An estimate: how many
     handles come into being depends on the products, and a card that is elsewhere is taken for one before Hopper.
     """
-    import torch  # not at the top: the scripts call use_expandable_segments before they need torch
+    import torch  # here alone: the scripts set the variable before they import it
 
     here = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
     hopper = here and torch.cuda.get_device_capability(device) >= (9, 0)

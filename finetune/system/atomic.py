@@ -1,7 +1,8 @@
-"""Directories that are there whole or not at all.
+"""Atomic writes: a directory or file is written whole, or the old one stays as it was.
 
-A directory is filled beside its place, every file synced to the disk, sizes and sha256 of all files listed in a
-manifest, and then put in place by renaming. Killed at any moment, what was there before is there still.
+A directory is filled under a temporary path, every file is synced to the disk, a manifest lists the size and sha256 of
+each, and the directory is renamed. A process that is killed at any moment leaves the old directory as it was, and at
+most a temporary one, which `recover` removes.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ MANIFEST = "manifest.json"
 
 
 class NoSpaceError(OSError):
-    """The disk has too little room for what is to be written; nothing was."""
+    """The disk has too little room for what is to be written; nothing was written."""
 
 
 def write_whole(directory: Path, fill: Callable[[Path], None], size: int = 0, replace: bool = False) -> None:
-    """Make `directory` out of the files that `fill` writes into the path it is given.
+    """Write `directory` atomically, with the files that `fill` writes into the path it is given.
 
     Args:
-        size: bytes that will be written, about: missing room is noticed before anything is written.
-        replace: what is at `directory` gives way, once the new one is complete.
+        size: bytes that will be written, about; too little room is an error before anything is written.
+        replace: an existing `directory` is replaced, once the new one is complete.
 
     Raises:
         FileExistsError: there is something at `directory` already.
         NoSpaceError: too little room. Any other OSError while writing (the disk is full after all): nothing is left
             behind, and `directory` is as it was.
     """
-    settle(directory)
+    recover(directory)
     if occupied(directory) and not replace:
         raise FileExistsError(f"{directory} exists already")
     directory.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory.parent).free
     if free < size:
         raise NoSpaceError(f"{directory} needs {size:,} bytes, and {free:,} are free on its disk")
-    unfinished, superseded = beside(directory)
+    unfinished, superseded = temporary_paths(directory)
     unfinished.mkdir()
     try:
         fill(unfinished)
@@ -52,21 +53,21 @@ def write_whole(directory: Path, fill: Callable[[Path], None], size: int = 0, re
             directory.rename(superseded)
         unfinished.rename(directory)
     except BaseException:
-        settle(directory)
+        recover(directory)
         raise
     sync(directory.parent)
     shutil.rmtree(superseded, ignore_errors=True)
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or, as it was before, not at all; OSError where it finds no room."""
+    """Write a file atomically; OSError where there is no room."""
     with text_to_be(path, text):
         pass
 
 
 @contextlib.contextmanager
 def text_to_be(path: Path, text: str) -> Iterator[None]:
-    """The same, but the file, which has found its room, is put in place once all within this context was done."""
+    """As `write_text_whole`, but the file, already on the disk, is renamed when this context ends without an error."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -84,17 +85,17 @@ def occupied(directory: Path) -> bool:
     return directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
 
 
-def settle(directory: Path) -> None:
-    """Clear away what a killed `write_whole` left: the old directory is back if the new one was not in place yet."""
-    unfinished, superseded = beside(directory)
+def recover(directory: Path) -> None:
+    """Remove what a killed `write_whole` left; restore the old directory where the new one was not complete."""
+    unfinished, superseded = temporary_paths(directory)
     if superseded.exists() and not directory.exists():
         superseded.rename(directory)
     for leftover in (unfinished, superseded):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def beside(directory: Path) -> tuple[Path, Path]:
-    """Where a new directory grows, and where the old one waits while they change places."""
+def temporary_paths(directory: Path) -> tuple[Path, Path]:
+    """The path under which a new directory is filled, and the old one's while the two are renamed."""
     return directory.with_name(f".{directory.name}.unfinished"), directory.with_name(f".{directory.name}.superseded")
 
 
@@ -139,9 +140,9 @@ def describe(path: Path) -> dict[str, int | str]:
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file, or the names in a directory, on the disk itself."""
+    """Flush a file, or the names in a directory, to the disk."""
     if os.name != "posix" and path.is_dir():
-        return  # Windows has no such thing for directories
+        return  # Windows cannot do this for directories
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,7 +2,7 @@
 
 `accelerate launch` and `torchrun` start them and tell each through its environment which one it is. With one process
 nothing here does anything. Numbers are summed as tensors, all else is passed on as JSON, never as pickle. Not here:
-starting processes, and sharding a network over them (FSDP), which is refused.
+starting processes. Sharding layers over them is in sharding.py.
 """
 
 from __future__ import annotations
@@ -30,26 +30,33 @@ LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate takes these, too, for a WORLD_SIZE
 
 
+_fsdp = False  # whether the launcher asks for FSDP
+
+
 class ElsewhereError(Exception):
-    """The run cannot go on, for a reason that another of its processes has."""
+    """The run ends, for a reason that another of its processes has."""
 
 
-def init(device: torch.device) -> None:
+def init(device: torch.device, can_shard: bool = False) -> None:
     """Meet the other processes of the run, if there are any; on cards, "cuda" is this process's own from here on.
+
+    can_shard: whether the script shards a network where the launcher asks for FSDP; `asks_for_fsdp` tells it.
 
     Raises:
         ValueError: the environment is not that of a launcher, the launcher asks for what is not built, or `device` is
             one card for all processes.
     """
+    global _fsdp
     require_launcher()
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    _fsdp = take_over_fsdp(can_shard) and several
+    if not several:
         return
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true":
             raise ValueError(
-                f"the launcher asks for {name}, and here no network is sharded: each process holds all of it "
-                "(configs/accelerate_fsdp.yaml says why). Launch with --multi_gpu alone; model.quantize=nf4 and "
-                "train.recompute save memory"
+                f"the launcher asks for {name}, which is not built here: launch with --multi_gpu, where each process "
+                "holds all of the network, or with configs/accelerate/fsdp.yaml, which shards its decoder"
             )
     if device.index is not None:
         raise ValueError(f"{device} is one card for {os.environ['WORLD_SIZE']} processes: name it cuda, or auto")
@@ -57,14 +64,41 @@ def init(device: torch.device) -> None:
 
     with saying_who_is_awaited():
         PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
-        gather("here")  # none goes on, perhaps to its end, while another is on its way
+        gather("here")  # none continues, perhaps to its end, before the others are there
+
+
+def take_over_fsdp(can_shard: bool) -> bool:
+    """Whether the launcher asks for FSDP. Its wish leaves the environment: accelerate would fulfil it once more.
+
+    Raises:
+        ValueError: the script does not shard, or this is not FSDP2 of torch 2.13.
+    """
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false") != "true":
+        return False
+    version, torch_version = os.environ.get("FSDP_VERSION", "1"), tuple(map(int, torch.__version__.split(".")[:2]))
+    if not can_shard:
+        raise ValueError(
+            "the launcher asks for FSDP, and only train.py shards a network: launch this script with --multi_gpu, "
+            "where each process holds all of it, or in one process"
+        )
+    if version != "2" or torch_version < (2, 13):
+        raise ValueError(
+            f"the launcher asks for FSDP {version} with torch {torch.__version__}; expected FSDP 2 (fsdp_version: 2, "
+            "as in configs/accelerate/fsdp.yaml) and torch 2.13"
+        )
+    return True
+
+
+def asks_for_fsdp() -> bool:
+    """Whether the run has several processes and its launcher asks for FSDP."""
+    return _fsdp
 
 
 def require_launcher() -> None:
     """That the environment names this process as a launcher does, or not at all.
 
     Raises:
-        ValueError: it does so in part, or as one that cannot be: left over from something else.
+        ValueError: it does so incompletely, or as one that cannot be: left over from something else.
     """
     told = {name: os.environ[name] for name in (*LAUNCHER, *MPI) if name in os.environ}
     named = {name: value for name, value in told.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
@@ -126,6 +160,16 @@ def all_reduce(tensors: Sequence[Tensor]) -> None:
                 work.wait()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a shard, put together; all of them call this. Any other tensor as it is."""
+    # A DTensor is known by its method: importing its class takes longer than most scripts need it.
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    with others():
+        gathered: Tensor = tensor.full_tensor()
+    return gathered
+
+
 def gather(value: Any) -> list[Any]:
     """What each process gives, in their order, for all of them; by way of JSON, in which paths become text."""
     if count() == 1:
@@ -138,7 +182,7 @@ def gather(value: Any) -> list[Any]:
     texts = [torch.empty(int(sizes.max()), dtype=torch.uint8, device=device) for _ in range(count())]
     with others():
         dist.all_gather(texts, pad(text, (0, len(texts[0]) - len(text))))
-    return [json.loads(bytes(part[:size].tolist())) for part, size in zip(texts, sizes.tolist(), strict=True)]
+    return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes.tolist(), strict=True)]
 
 
 def total(number: float) -> float:
@@ -158,18 +202,18 @@ def on_main(call: Callable[[], Any]) -> Any:
     if is_main():
         try:
             given = call()
-        except Exception as caught:  # whatever it is, the others must not wait for it
+        except Exception as caught:  # of any kind: the others must not wait for it
             error = caught
     failed, given = gather([error is not None, given])[0]
     if error is not None:
         raise error
     if failed:
-        raise ElsewhereError("the first process of the run could not go on, and says why")
+        raise ElsewhereError("the first process of the run failed, and says why")
     return given
 
 
 def destroy() -> None:
-    """Take leave of the others, at the end."""
+    """Leave the process group, at the end."""
     if count() > 1:
         dist.destroy_process_group()
 
@@ -183,5 +227,5 @@ def others() -> Iterator[None]:
         if is_death(error):  # of a worker of this process, noticed while it waits for the others
             raise
         raise ElsewhereError(
-            "another process of the run has ended, so this one does; what was kept stands, and the same command goes on"
+            "another process of the run has ended, so this one does; what was saved stands, the same command resumes"
         ) from error

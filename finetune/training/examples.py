@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from data import Processor
 from data.invalid import SkippedRecords
@@ -15,12 +15,15 @@ from data.records import load_records
 from finetune.config.schema import DataConfig, RunConfig
 from finetune.system.console import show
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """Records as data/records.py describes them, those that are skipped among them, and their lengths."""
 
-    records: Any
+    records: Dataset
     lengths: TextLengths
     skipped: SkippedRecords
 
@@ -30,25 +33,25 @@ class Examples:
         return Longest(self.lengths.longest_text, self.lengths.longest_answer)
 
     @property
-    def valid(self) -> Any:
+    def valid(self) -> Dataset:
         """The records that are not skipped."""
         return valid(self.records, self.skipped)
 
 
-def open_records(config: RunConfig, part: str, skipped: SkippedRecords | None = None) -> Any:
-    """The records of data.train or data.validation (`part`), as `load_records` opens them; those that cannot be used go
-    to `skipped`, by default where the configuration says.
+def open_records(config: RunConfig, split: str, skipped: SkippedRecords | None = None) -> Dataset:
+    """The records of data.train or data.validation (`split`), as `load_records` opens them; those that cannot be used
+    go to `skipped`, by default where the configuration says.
     """
-    source, prompt, seed = getattr(config.data, part).model_dump(), config.data.prompt, config.train.seed
-    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, part))
+    source, prompt, seed = getattr(config.data, split).model_dump(), config.data.prompt, config.train.seed
+    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, split))
 
 
-def skipped_records(config: RunConfig, part: str, listed: bool = True) -> SkippedRecords:
-    """How many records of a part may be skipped by the configuration, and, if they are `listed`, in which file."""
+def skipped_records(config: RunConfig, split: str, listed: bool = True) -> SkippedRecords:
+    """How many records of a split may be skipped by the configuration, and, if they are `listed`, in which file."""
     allowed = config.data.skip_at_most
     if config.data.on_error == "fail":
         return SkippedRecords(skippable=allowed)
-    return SkippedRecords(Path(config.output, f"skipped_{part}.jsonl") if listed else None, allowed, allowed)
+    return SkippedRecords(Path(config.output, f"skipped_{split}.jsonl") if listed else None, allowed, allowed)
 
 
 def open_processor(directory: Path, data: DataConfig) -> Processor:
@@ -78,7 +81,7 @@ def open_examples(
     return Examples(records, lengths, skipped)
 
 
-def askable(records: Any, processor: Processor, skipped: SkippedRecords) -> Any:
+def askable(records: Dataset, processor: Processor, skipped: SkippedRecords) -> Dataset:
     """The records whose prompts can be asked, with a line about what was changed in those.
 
     Raises:
@@ -91,7 +94,7 @@ def askable(records: Any, processor: Processor, skipped: SkippedRecords) -> Any:
     return valid(records, skipped)
 
 
-def valid(records: Any, skipped: SkippedRecords) -> Any:
+def valid(records: Dataset, skipped: SkippedRecords) -> Dataset:
     """The records that are not among the skipped."""
     if not skipped.reasons:
         return records

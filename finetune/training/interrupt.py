@@ -1,4 +1,4 @@
-"""Being told to stop: the step at work is finished and kept, and whoever started the run learns how to go on."""
+"""A signal to stop: the step at work is finished and saved, and the run says how to resume."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A frozen module that lives in host memory and visits the device: the vision encoder, while the decoder works.
+"""A frozen module that is kept in host memory and brought to the device for its own work: the vision encoder.
 
-Its parameters are exchanged, not written to: whatever happens within the visit, the ones at home are put back.
+Its parameters are exchanged, not written to: also after an error, those in host memory are put back.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.storage import TrainingFacts
+from finetune.adapters.metadata import TrainingFacts
 from finetune.system.atomic import text_to_be
 
 METRIC = "accuracy"  # what steps are compared by; larger is better

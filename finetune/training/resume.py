@@ -1,4 +1,4 @@
-"""The run directory: its resolved configuration, what its data were, and whether a run may go on where it stopped."""
+"""The run directory: its resolved configuration, what its data were, and whether a run may resume."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import RunConfig, dump_config, load_config, what_changes
+from finetune.config.load import dump_config, load_config
+from finetune.config.schema import RunConfig
 from finetune.system.atomic import damage, describe, write_text_whole
 from finetune.training.checkpoints import checkpoints, newest_whole
 from finetune.training.result import Result
@@ -15,11 +16,11 @@ DATA_FILE = "data.json"
 
 
 def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what a person should know of it.
+    """The checkpoint to resume from, and what a person should know of it.
 
     Args:
         resume: "auto", the newest of the run that is whole, or none; "none"; or the directory of a checkpoint.
-        accept_changes: go on with a configuration that leads to another result.
+        accept_changes: resume with a configuration that leads to another result.
 
     Raises:
         ValueError: the run was made with another configuration, would be overwritten, or has no checkpoint that is
@@ -91,10 +92,10 @@ def start_run(config: RunConfig) -> None:
 
 def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
     """Size and sha256 of every file that the run's examples come from, by its key in the configuration."""
-    parts = {"train": config.data.train, "validation": config.data.validation}
+    splits = {"train": config.data.train, "validation": config.data.validation}
     return {
-        f"data.{part}.{name}": describe(Path(file))
-        for part, source in parts.items()
+        f"data.{split}.{name}": describe(Path(file))
+        for split, source in splits.items()
         for name in ("questions", "annotations", "jsonl")
         if source is not None and (file := getattr(source, name)) and Path(file).is_file()
     }
@@ -125,7 +126,7 @@ def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
     for key in dict.fromkeys([*old, *new]):
         was, is_now = old.get(key, "(absent)"), new.get(key, "(absent)")
         if was != is_now:
-            found.setdefault(what_changes(key), []).append(f"{key}: was {was}, is {is_now}")
+            found.setdefault(RunConfig.effect_of(key), []).append(f"{key}: was {was}, is {is_now}")
     return found
 
 

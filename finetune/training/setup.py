@@ -12,17 +12,29 @@ from finetune.adapters.start_from import start
 from finetune.config.schema import RunConfig
 from finetune.lora.linear import adapter_table
 from finetune.lora.nf4 import open_base, quantize
+from finetune.system import distributed, sharding
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from model import PaliGemma
 from model.random_init import from_random
 
 
 def open_model(directory: Path, config: RunConfig) -> PaliGemma:
-    """The network to start from, on its device."""
+    """The network to start from, on its device; in host memory where it will be sharded.
+
+    Raises:
+        ValueError: a base in four bits is to be sharded.
+    """
     device = pick_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, device)
+    if distributed.asks_for_fsdp():
+        if config.model.quantize:
+            raise ValueError(
+                f"model.quantize={config.model.quantize} under FSDP: packed weights are not sharded here. Set "
+                "model.quantize=null, or launch with --multi_gpu, where each process holds all of the packed network"
+            )
+        device = torch.device("cpu")
     if config.model.weights == "random":
         return from_random(directory, config.train.seed, dtype, device)
     return open_base(directory, dtype, device, config.model.quantize)
@@ -36,12 +48,12 @@ def random_model(directory: Path, config: RunConfig, device: torch.device) -> Pa
     return from_random(directory, config.train.seed, dtype, device)
 
 
-def plan_steps(config: RunConfig, examples: int) -> Steps:
+def plan_steps(config: RunConfig, examples: int) -> BatchSampler:
     train = config.train
     if train.max_steps:
-        return Steps(examples, train.batch_size, train.seed, train.max_steps)
+        return BatchSampler(examples, train.batch_size, train.seed, train.max_steps)
     assert train.epochs is not None, "the configuration has epochs or max_steps"
-    return Steps.for_epochs(examples, train.batch_size, train.seed, train.epochs)
+    return BatchSampler.for_epochs(examples, train.batch_size, train.seed, train.epochs)
 
 
 def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:
@@ -50,6 +62,15 @@ def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:
         model.requires_grad_(True)
     else:
         start(model, dataclasses.replace(config.lora, start_from=None) if anew else config.lora, config.train.seed)
+
+
+def shard_decoder(model: PaliGemma, config: RunConfig) -> None:
+    """Bring the network to its device, the layers of its decoder sharded over the processes: what holds most of the
+    weights, and is run through its forward alone. Vision tower, connector, embedding and final norm stay whole.
+    """
+    device, decoder = pick_device(config.model.device), model.language_model.model
+    sharding.shard(decoder, decoder.layers, device)
+    model.to(device)
 
 
 def table_of_adapters(model: PaliGemma) -> Table:

@@ -15,14 +15,15 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.config.schema import RunConfig, dump_config
+from finetune.config.load import dump_config
+from finetune.config.schema import RunConfig
 from finetune.system import distributed
 from finetune.system.atomic import write_text_whole
 from finetune.system.terminal import visible
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 
 
-def callbacks_for(config: RunConfig, steps: Steps) -> list[TrainerCallback]:
+def callbacks_for(config: RunConfig, steps: BatchSampler) -> list[TrainerCallback]:
     """The callbacks of a run; of several processes, one tracks for all."""
     if not distributed.is_main():
         return []
@@ -33,7 +34,7 @@ def callbacks_for(config: RunConfig, steps: Steps) -> list[TrainerCallback]:
 class MetricsFile(TrainerCallback):
     """Appends every log and evaluation to a file of JSON lines, with step, epoch and seconds since the start."""
 
-    def __init__(self, path: Path, steps: Steps) -> None:
+    def __init__(self, path: Path, steps: BatchSampler) -> None:
         self.path, self.steps, self.start, self.failed = path, steps, time.monotonic(), False
 
     def on_log(
@@ -64,7 +65,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 class ProgressBar(TrainerCallback):
-    """Steps done and left, with rate and remaining time, the last loss and the last accuracy."""
+    """BatchSampler done and left, with rate and remaining time, the last loss and the last accuracy."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
@@ -112,7 +113,7 @@ class Wandb(TrainerCallback):
     def attempt(self, action: str, call: Any) -> Any:
         try:
             return call()
-        except Exception as error:  # whatever it is, a night of training is worth more than its tracking
+        except Exception as error:  # of any kind: a night of training is worth more than its tracking
             said = f"wandb: {action} failed ({type(error).__name__}: {error}); going on without it"
             tqdm.write(visible(said), file=sys.stderr)
             self.logged = None

@@ -11,7 +11,8 @@ import torch
 from transformers import PaliGemmaForConditionalGeneration
 
 from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
-from finetune.adapters.merge import MergeReport, merge_checkpoint
+from finetune.adapters.merge import merge_checkpoint
+from finetune.adapters.merge_report import MergeReport
 from finetune.lora.linear import LoRALinear
 from finetune.lora.protocol import AdapterSettings, adapters, trained_parameters
 from finetune.system.atomic import write_whole

@@ -17,7 +17,7 @@ import train
 from data.synthetic import scenes
 from finetune import LoRAConfig, inject_lora, save_adapter
 from finetune.adapters.start_from import settings_of, start
-from finetune.config.schema import ConfigError, load_config
+from finetune.config.load import ConfigError, load_config
 from finetune.lora.protocol import trained_parameters
 from model import PaliGemma
 from tests import kill_test, tiny

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
 from finetune import LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
-from finetune.adapters.storage import LAYOUTS, PREFIX, TrainingFacts, training_facts
+from finetune.adapters.metadata import TrainingFacts, training_facts
+from finetune.adapters.storage import LAYOUTS, PREFIX
 from finetune.lora.protocol import trained_parameters
 from model import PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name
@@ -42,7 +43,7 @@ def pair(bases: Pair) -> Pair:
 
 
 def logits(model: Any) -> Tensor:
-    """At every real position. Transformers 4 needs labels for the prefix-LM mask; ours then gives a part only."""
+    """At every real position. Transformers 4 needs labels for the prefix-LM mask; ours then gives those only."""
     batch = tiny.batch(tiny.CONFIG, [5, 9, 3], [2, 4, 1])
     if isinstance(model, PaliGemma):
         del batch["labels"]
@@ -206,7 +207,7 @@ def test_a_language_adapter_names_its_targets_by_one_expression(pair: Pair, tmp_
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
-Spoil = Callable[[dict[str, Any], dict[str, Tensor]], None]
+Corrupt = Callable[[dict[str, Any], dict[str, Tensor]], None]
 KEY = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_B.weight"
 
 
@@ -266,12 +267,12 @@ def whole_numbers(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[KEY] = tensors[KEY].int()
 
 
-def setting(key: str, value: Any) -> Spoil:
+def setting(key: str, value: Any) -> Corrupt:
     return lambda config, _: config.update({key: value})
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (lose_a_tensor, r"missing \(1\): language_model.model.layers.1.mlp.up_proj.lora_B"),
         (lose_a_module, r"missing \(2\): language_model.model.layers.1.mlp.up_proj.lora_A"),
@@ -311,7 +312,7 @@ def setting(key: str, value: Any) -> Spoil:
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_and_the_model_left_alone(
-    pair: Pair, tmp_path: Path, spoil: Spoil, message: str
+    pair: Pair, tmp_path: Path, corrupt: Corrupt, message: str
 ) -> None:
     ours = pair[1]
     before = [(name, type(module)) for name, module in ours.named_modules()]
@@ -321,7 +322,7 @@ def test_what_does_not_fit_is_refused_by_name_and_the_model_left_alone(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     (tmp_path / "manifest.json").unlink()
-    spoil(config, tensors)
+    corrupt(config, tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=message):

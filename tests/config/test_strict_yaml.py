@@ -7,18 +7,19 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from finetune.config.strict_yaml import Document, dump
 
 
 def read(text: str) -> Any:
     document = Document(text, "test")
-    assert document.faults == []
+    assert document.problems == []
     return document.data
 
 
-def faults(text: str | bytes) -> list[str]:
-    return Document(text, "run.yaml", count_lines=True).faults
+def problems(text: str | bytes) -> list[str]:
+    return Document(text, "run.yaml", count_lines=True).problems
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def faults(text: str | bytes) -> list[str]:
         ("+7", 7),
         ("007", 7),
         ("123456789012345678", 123456789012345678),
-        ("9" * 400, "9" * 400),  # beyond every float
+        ("9" * 400, "9" * 400),  # larger than every float
         ("1e999", "1e999"),
         (".inf", ".inf"),
         (".nan", ".nan"),
@@ -98,8 +99,8 @@ def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
         ("a: !!binary aGk=", ["run.yaml:1: a: the tag"]),
     ],
 )
-def test_every_fault_is_named_with_its_line(text: str | bytes, expected: list[str]) -> None:
-    found = faults(text)
+def test_every_problem_is_named_with_its_line(text: str | bytes, expected: list[str]) -> None:
+    found = problems(text)
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
 
@@ -115,14 +116,14 @@ def test_aliases_cannot_make_a_small_text_large() -> None:
 
 def test_a_value_laid_over_replaces_what_stood_there_and_its_place() -> None:
     document = Document("a: {b: {c: 1}, d: 2}\ne: 5", "run.yaml", count_lines=True)
-    document.lay_over(("a", "b"), 3, "override 'a.b=3'")
-    document.lay_over(("e", "f", "g"), 4, "override 'e.f.g=4'")
+    document.override(("a", "b"), 3, "override 'a.b=3'")
+    document.override(("e", "f", "g"), 4, "override 'e.f.g=4'")
     assert document.data == {"a": {"b": 3, "d": 2}, "e": {"f": {"g": 4}}}
-    document.fault(("a", "b", "c"), "one")
-    document.fault(("e", "f"), "two")
-    document.fault(("a", "x"), "three")
-    document.fault(("y",), "four")
-    assert document.faults == [
+    document.add_problem(("a", "b", "c"), "one")
+    document.add_problem(("e", "f"), "two")
+    document.add_problem(("a", "x"), "three")
+    document.add_problem(("y",), "four")
+    assert document.problems == [
         "override 'a.b=3': a.b.c: one",
         "override 'e.f.g=4': e.f: two",
         "run.yaml:1: a.x: three",
@@ -132,9 +133,9 @@ def test_a_value_laid_over_replaces_what_stood_there_and_its_place() -> None:
 
 def test_what_could_not_be_read_is_complained_about_once() -> None:
     document = Document("a:\nb: 1", "test")
-    document.fault(("a", "b"), "expected a number")
-    document.fault(("b",), "expected text")
-    assert document.faults == ["test: a: nothing given (null would say: none)", "test: b: expected text"]
+    document.add_problem(("a", "b"), "expected a number")
+    document.add_problem(("b",), "expected text")
+    assert document.problems == ["test: a: nothing given (null would say: none)", "test: b: expected text"]
 
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -163,7 +164,7 @@ def test_what_is_written_reads_back_as_it_was(data: dict[str, Any]) -> None:
 
 
 def test_shared_lists_are_written_out_where_they_stand() -> None:
-    shared = [1, 2]
+    shared: list[JsonValue] = [1, 2]
     assert read(dump({"a": shared, "b": shared})) == {"a": shared, "b": shared}
 
 
@@ -180,7 +181,7 @@ def test_written_text_is_text_to_readers_of_yaml_1_1_too(text: str) -> None:
 @given(
     content=st.binary() | st.text().map(str.encode) | st.text(alphabet=" \n\t:-[]{},&*!|>'\"#%@`?a1.e~", max_size=60)
 )
-def test_any_content_is_data_or_faults_and_nothing_else(content: bytes | str) -> None:
+def test_any_content_is_data_or_problems_and_nothing_else(content: bytes | str) -> None:
     document = Document(content, "test")
-    assert document.faults or same(read(dump(document.data)), document.data)
+    assert document.problems or same(read(dump(document.data)), document.data)
     assert all(math.isfinite(value) for value in [document.data] if isinstance(value, float))

@@ -1,4 +1,4 @@
-"""Which answer a visit learns from, and that every example is one to learn from."""
+"""Which answer an epoch learns from, and that every example is one to learn from."""
 
 import pickle
 from pathlib import Path
@@ -61,17 +61,17 @@ def test_an_example_is_the_processors_tensors_and_two_names(
     assert torch.equal(example["pixel_values"], processor.pixels(records[1]["image"]))
 
 
-def test_ten_visits_learn_ten_different_answers_and_then_again(
+def test_ten_epochs_learn_ten_different_answers_and_then_again(
     processor: Processor, records: list[dict[str, Any]]
 ) -> None:
     dataset = PaliGemmaDataset(records, processor)
-    first = [learned(dataset[0, visit], processor) for visit in range(10)]
+    first = [learned(dataset[0, epoch], processor) for epoch in range(10)]
     assert sorted(first) == sorted(TEN)
-    assert [learned(dataset[0, visit], processor) for visit in range(10, 20)] == first
-    assert [learned(dataset[3, visit], processor) for visit in range(3)] == ["yes"] * 3
+    assert [learned(dataset[0, epoch], processor) for epoch in range(10, 20)] == first
+    assert [learned(dataset[3, epoch], processor) for epoch in range(3)] == ["yes"] * 3
 
 
-def test_an_answer_is_a_pure_function_of_seed_record_and_visit(
+def test_an_answer_is_a_pure_function_of_seed_record_and_epoch(
     processor: Processor, records: list[dict[str, Any]]
 ) -> None:
     def orders(seed: int) -> list[tuple[str, ...]]:
@@ -83,21 +83,21 @@ def test_an_answer_is_a_pure_function_of_seed_record_and_visit(
     assert len(set(orders(5) + orders(6))) == 6  # another order for each record and seed
 
 
-def test_a_bare_index_is_visit_0_and_negative_ones_name_the_same_record(
+def test_a_bare_index_is_epoch_0_and_negative_ones_name_the_same_record(
     processor: Processor, records: list[dict[str, Any]]
 ) -> None:
     dataset = PaliGemmaDataset(records, processor)
     assert len(dataset) == 4
     assert torch.equal(dataset[2]["labels"], dataset[2, 0]["labels"])
-    for visit in range(10):
-        assert torch.equal(dataset[-2, visit]["labels"], dataset[2, visit]["labels"])
+    for epoch in range(10):
+        assert torch.equal(dataset[-2, epoch]["labels"], dataset[2, epoch]["labels"])
     with pytest.raises(IndexError):
         dataset[4]
 
 
-def test_the_majority_is_learned_at_every_visit(processor: Processor, records: list[dict[str, Any]]) -> None:
+def test_the_majority_is_learned_in_every_epoch(processor: Processor, records: list[dict[str, Any]]) -> None:
     dataset = PaliGemmaDataset(records, processor, answers="majority")
-    assert {learned(dataset[0, visit], processor) for visit in range(10)} == {"3"}
+    assert {learned(dataset[0, epoch], processor) for epoch in range(10)} == {"3"}
 
 
 @pytest.mark.parametrize("suffix", ["", "yes", "a b " * 5, "a b " * 200])
@@ -136,7 +136,7 @@ def test_a_pickled_mapped_dataset_gives_the_same_examples(processor: Processor, 
     mapped = datasets.Dataset.from_list(records, features=FEATURES)
     worker = pickle.loads(pickle.dumps(PaliGemmaDataset(mapped, processor)))
     here = PaliGemmaDataset(records, processor)
-    for key in [(i, visit) for i in range(4) for visit in range(2)]:
+    for key in [(i, epoch) for i in range(4) for epoch in range(2)]:
         example = worker[key]
         for name, value in here[key].items():
             assert torch.equal(example[name], value) if isinstance(value, torch.Tensor) else example[name] == value
@@ -145,13 +145,13 @@ def test_a_pickled_mapped_dataset_gives_the_same_examples(processor: Processor, 
 def test_another_record_takes_the_place_of_one_that_cannot_be_used(
     processor: Processor, records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The same at every visit, in every process; the others are what they would have been."""
+    """The same in every epoch, in every process; the others are what they would have been."""
     whole = PaliGemmaDataset(records, processor)
     Path(records[2]["image"]["path"]).write_bytes(b"broken")
     datasets = [
         PaliGemmaDataset(records, processor, skipped=SkippedRecords(tmp_path / "left.jsonl", 0.5)) for _ in range(2)
     ]
-    taken = {dataset[2, visit]["id"] for dataset in datasets for visit in range(5)}
+    taken = {dataset[2, epoch]["id"] for dataset in datasets for epoch in range(5)}
     assert len(taken) == 1
     assert taken < {"q0", "q1", "q3"}
     assert list(datasets[0].skipped.reasons) == ["q2"]
@@ -165,11 +165,11 @@ def test_another_record_takes_the_place_of_one_that_cannot_be_used(
 
 
 def test_what_is_listed_as_skipped_is_never_learned_from(processor: Processor, records: list[dict[str, Any]]) -> None:
-    """Also at the visits whose answer would fit: the list says what was skipped. And nothing valid is an error."""
+    """Also in the epochs whose answer would fit: the list says what was skipped. And nothing valid is an error."""
     skipped = SkippedRecords(share=0.5)
     skipped.add([InvalidRecord("q1", "one of its answers does not fit")], 4)
     dataset = PaliGemmaDataset(records, processor, skipped=skipped)
-    taken = {dataset[1, visit]["id"] for visit in range(10)}
+    taken = {dataset[1, epoch]["id"] for epoch in range(10)}
     assert len(taken) == 1
     assert taken < {"q0", "q2", "q3"}
     assert [dataset[index]["id"] for index in (0, 2, 3)] == ["q0", "q2", "q3"]

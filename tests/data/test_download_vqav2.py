@@ -26,7 +26,7 @@ import pytest
 from data.download import remote_zip, vqav2
 from data.records import load_records
 from data.synthetic.scenes import write as write_scenes
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from tests.data.range_server import TIMEOUT, Server, serving, zipped
 
 ROOT = Path(__file__).parents[2]

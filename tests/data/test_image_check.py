@@ -1,4 +1,4 @@
-"""Pictures are looked at before training: headers only, once, and none outside of its folder."""
+"""Images are looked at before training: headers only, once, and none outside of its folder."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import data.image_check
 from data.image_check import unusable
 from data.invalid import SkippedRecords
 from data.records import decodable, load_records
-from tests.pictures import PICTURE, encoded
+from tests.images import IMAGE, encoded
 
 TRUNCATED = encoded(Image.effect_noise((64, 64), 60), "JPEG")[:-400]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four sound pictures, one that is truncated, one that is nothing, one that is missing."""
-    folder = tmp_path / "pictures"
+    """Four valid images, one that is truncated, one that is nothing, one that is missing."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for name in "abcd":
-        (folder / f"{name}.png").write_bytes(PICTURE)
+        (folder / f"{name}.png").write_bytes(IMAGE)
     (folder / "truncated.jpg").write_bytes(TRUNCATED)
     (folder / "nothing.jpg").write_bytes(b"")
     return folder
@@ -38,8 +38,8 @@ def paths(folder: Path) -> list[str]:
     ]
 
 
-def names(faults: dict[str, str]) -> list[str]:
-    return [os.path.basename(path) for path in faults]
+def names(reasons: dict[str, str]) -> list[str]:
+    return [os.path.basename(path) for path in reasons]
 
 
 def test_headers_find_what_they_tell_and_decoding_the_rest(folder: Path, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_headers_find_what_they_tell_and_decoding_the_rest(folder: Path, tmp_pat
     assert names(unusable(paths(folder), tmp_path, folder, decode=True)) == ["truncated.jpg", "nothing.jpg", "no.jpg"]
 
 
-def test_a_picture_is_looked_at_again_only_when_it_changed(
+def test_an_image_is_looked_at_again_only_when_it_changed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -66,23 +66,23 @@ def test_a_picture_is_looked_at_again_only_when_it_changed(
 
     watch("check_header")
     watch("open_image")
-    sound = paths(folder)[:4]
+    valid = paths(folder)[:4]
 
     def looked_at(**options: Any) -> list[str]:
         opened.clear()
-        assert not unusable(sound, tmp_path, folder, **options)
+        assert not unusable(valid, tmp_path, folder, **options)
         return names(dict.fromkeys(opened, ""))
 
     assert looked_at() == ["a.png", "b.png", "c.png", "d.png"]
     assert looked_at() == []
     os.utime(folder / "b.png", (1, 1))
-    (folder / "c.png").write_bytes(PICTURE + b"tail")
+    (folder / "c.png").write_bytes(IMAGE + b"tail")
     assert looked_at() == ["b.png", "c.png"]
     assert looked_at(decode=True) == ["a.png", "b.png", "c.png", "d.png"]
     assert looked_at(decode=True) == looked_at() == []
 
 
-def test_no_picture_lies_outside_of_its_folder(folder: Path, tmp_path: Path) -> None:
+def test_no_image_lies_outside_of_its_folder(folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     shutil.copy(folder / "a.png", outside / "a.png")
@@ -90,14 +90,14 @@ def test_no_picture_lies_outside_of_its_folder(folder: Path, tmp_path: Path) -> 
     (folder / "in.png").symlink_to(folder / "a.png")
     (folder / "sub").symlink_to(outside)
     asked = [str(folder / name) for name in ("out.png", "in.png", "sub/a.png")]
-    faults = unusable(asked, tmp_path, folder)
-    assert sorted(os.path.relpath(path, folder) for path in faults) == ["out.png", "sub/a.png"]
-    assert all("leads out of its folder by a link" in reason for reason in faults.values())
+    reasons = unusable(asked, tmp_path, folder)
+    assert sorted(os.path.relpath(path, folder) for path in reasons) == ["out.png", "sub/a.png"]
+    assert all("leads out of its folder by a link" in reason for reason in reasons.values())
     (tmp_path / "alias").symlink_to(folder)  # the folder itself may be reached by a link
     assert not unusable([str(tmp_path / "alias" / "a.png")], tmp_path, tmp_path / "alias")
 
 
-def test_records_of_broken_pictures_are_left_out_up_to_a_share(folder: Path, tmp_path: Path) -> None:
+def test_records_of_broken_images_are_skipped_up_to_a_share(folder: Path, tmp_path: Path) -> None:
     """They keep their places until an evaluation asks for those that can be decoded."""
     file = tmp_path / "examples.jsonl"
     lines = [{"image": Path(path).name, "prefix": "caption en", "suffix": "x"} for path in paths(folder)]

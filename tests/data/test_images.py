@@ -1,4 +1,4 @@
-"""Every kind of picture becomes upright, opaque RGB; every broken one an error that names it."""
+"""Every kind of image becomes upright, opaque RGB; every broken one an error that names it."""
 
 import errno
 import io
@@ -29,16 +29,16 @@ def photograph(size: tuple[int, int] = (40, 24)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def test_a_picture_is_the_same_by_path_bytes_dataset_value_and_pil(tmp_path: Path) -> None:
-    picture = photograph()
+def test_an_image_is_the_same_by_path_bytes_dataset_value_and_pil(tmp_path: Path) -> None:
+    original = photograph()
     path = tmp_path / "a.png"
-    picture.save(path)
+    original.save(path)
     sources: list[Any] = [str(path), path, path.read_bytes(), {"path": str(path), "bytes": None}]
-    sources += [{"path": None, "bytes": path.read_bytes()}, {"path": "gone.png", "bytes": path.read_bytes()}, picture]
+    sources += [{"path": None, "bytes": path.read_bytes()}, {"path": "gone.png", "bytes": path.read_bytes()}, original]
     for source in sources:
         opened = open_image(source)
         assert opened.mode == "RGB"
-        assert opened.tobytes() == picture.tobytes()
+        assert opened.tobytes() == original.tobytes()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -86,7 +86,7 @@ def test_a_png_may_carry_megabytes_of_metadata(compressed: bool) -> None:
     assert open_image(content).tobytes() == photograph().tobytes()
 
 
-def test_a_garbled_exif_block_leaves_the_picture_as_it_is() -> None:
+def test_a_garbled_exif_block_leaves_the_image_as_it_is() -> None:
     content = encoded(photograph(), "PNG", exif=b"Exif\x00\x00nonsense")
     assert open_image(content).tobytes() == photograph().tobytes()
 
@@ -124,7 +124,7 @@ def two_pixels(mode: str, first: Any, second: Any, form: str, **options: Any) ->
         (two_pixels("I", 4112, 65535, "PPM"), (16, 16, 16), WHITE),
         (two_pixels("CMYK", (0, 255, 255, 0), (0, 0, 0, 255), "TIFF"), RED, (0, 0, 0)),
     ],
-    ids=lambda value: "picture" if isinstance(value, bytes) else str(value),
+    ids=lambda value: "image" if isinstance(value, bytes) else str(value),
 )
 def test_every_mode_becomes_opaque_rgb(content: bytes, left: tuple[int, int, int], right: tuple[int, int, int]) -> None:
     opened = open_image(content)
@@ -232,7 +232,7 @@ def test_the_source_image_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["header", "pixels", "data set"])
-def test_a_machine_without_handles_or_memory_is_no_fault_of_an_image(
+def test_a_machine_without_handles_or_memory_is_not_an_invalid_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Such an error is raised as it is: as one of the image's it would skip good records."""

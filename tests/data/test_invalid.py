@@ -1,4 +1,4 @@
-"""What a run leaves out is counted over all its processes, and listed with the reason."""
+"""What a run skips is counted over all its processes, and listed with the reason."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import pytest
 
 from data.invalid import InvalidRecord, SkippedRecords
 
-FAULTS = [InvalidRecord(f"q{k}", f"reason {k}") for k in range(5)]
+INVALID = [InvalidRecord(f"q{k}", f"reason {k}") for k in range(5)]
 
 
 def listed(file: Path) -> list[str]:
     return [json.loads(line)["id"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_by_default_none_may_be_left_out_and_the_first_ones_are_named() -> None:
+def test_by_default_none_may_be_skipped_and_the_first_ones_are_named() -> None:
     SkippedRecords().add([], 100)
     with pytest.raises(
         ValueError, match=r"^1 of 100 records .*; fix them, or take them out of the file:\n  q0: reason 0$"
     ):
-        SkippedRecords().add(FAULTS[:1], 100)
+        SkippedRecords().add(INVALID[:1], 100)
     with pytest.raises(ValueError, match=r"(?s)5 of 100 .*q0: reason 0\n  q1: .*\n  q2: reason 2\n  and 2 more$"):
-        SkippedRecords().add(FAULTS, 100)
+        SkippedRecords().add(INVALID, 100)
 
 
-def test_up_to_a_share_they_are_left_out_and_listed_once(tmp_path: Path) -> None:
+def test_up_to_a_share_they_are_skipped_and_listed_once(tmp_path: Path) -> None:
     skipped = SkippedRecords(tmp_path / "run" / "skipped.jsonl", share=0.03)
-    skipped.add(FAULTS[:2], 100)
-    skipped.add([FAULTS[1], FAULTS[2], FAULTS[2]], 100)
+    skipped.add(INVALID[:2], 100)
+    skipped.add([INVALID[1], INVALID[2], INVALID[2]], 100)
     assert listed(tmp_path / "run" / "skipped.jsonl") == ["q0", "q1", "q2"]
     with pytest.raises(ValueError, match=r"4 of 100 .* more than the 3\.0% that may be skipped"):
-        skipped.add(FAULTS[2:4], 100)
+        skipped.add(INVALID[2:4], 100)
     assert listed(tmp_path / "run" / "skipped.jsonl") == list(skipped.reasons) == ["q0", "q1", "q2"]
     assert skipped.reasons["q2"] == "reason 2"
 
@@ -43,10 +43,10 @@ def test_processes_count_together(tmp_path: Path) -> None:
     file = tmp_path / "skipped.jsonl"
     file.write_bytes(b'{"id": "q0", "reason": "before"}\n{"id": "q9", "rea\n')
     here, there = SkippedRecords(file, share=0.03), SkippedRecords(file, share=0.03)
-    here.add(FAULTS[:2], 100)
-    there.add(FAULTS[2:3], 100)
+    here.add(INVALID[:2], 100)
+    there.add(INVALID[2:3], 100)
     with pytest.raises(ValueError, match="4 of 100"):
-        here.add(FAULTS[3:4], 100)
+        here.add(INVALID[3:4], 100)
     assert here.reasons == there.reasons == {"q0": "before", "q1": "reason 1", "q2": "reason 2"}
 
 
@@ -77,6 +77,6 @@ def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: P
 )
 def test_the_advice_can_be_followed(share: float, count: int, advice: str) -> None:
     """data.on_error=skip is no help beyond its share, nor where nothing would be left."""
-    faults = [InvalidRecord(f"q{k}", "broken") for k in range(count)]
+    invalid = [InvalidRecord(f"q{k}", "broken") for k in range(count)]
     with pytest.raises(ValueError, match=re.escape(f"{count} of 100 records cannot be used; {advice}:")):
-        SkippedRecords(share=share, skippable=0.03).add(faults, 100)
+        SkippedRecords(share=share, skippable=0.03).add(invalid, 100)

@@ -9,15 +9,13 @@ import pytest
 
 from data.invalid import SkippedRecords
 from data.records import FEATURES, load_records
-from tests.pictures import PICTURE
+from tests.images import IMAGE
 
 
-def write(
-    folder: Path, *lines: Mapping[str, Any] | str | bytes, pictures: tuple[str, ...] = ("a.jpg", "b.jpg")
-) -> Path:
-    for name in pictures:
+def write(folder: Path, *lines: Mapping[str, Any] | str | bytes, images: tuple[str, ...] = ("a.jpg", "b.jpg")) -> Path:
+    for name in images:
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
-        (folder / name).write_bytes(PICTURE)
+        (folder / name).write_bytes(IMAGE)
     file = folder / "train.jsonl"
     raw = [json.dumps(line, ensure_ascii=False) if isinstance(line, Mapping) else line for line in lines]
     file.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in raw))
@@ -35,7 +33,7 @@ def test_every_column_is_what_the_line_says(tmp_path: Path) -> None:
         "",
         line(image="./b.jpg", prefix="two\nlines", suffix=["x", "y", "y"], id="mine"),
         line(image="sub/c.jpg", prefix="", id=7),
-        pictures=("a.jpg", "b.jpg", "sub/c.jpg"),
+        images=("a.jpg", "b.jpg", "sub/c.jpg"),
     )
     records = load_records(jsonl=file, cache_dir=tmp_path / "cache")
     assert records.features == FEATURES
@@ -77,10 +75,10 @@ def test_every_column_is_what_the_line_says(tmp_path: Path) -> None:
     ]
 
 
-def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
-    file = write(tmp_path, line(), pictures=("pictures/a.jpg",))
-    record = load_records(jsonl=file, images=tmp_path / "pictures", cache_dir=tmp_path)[0]
-    assert record["image"]["path"] == str(tmp_path / "pictures" / "a.jpg")
+def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
+    file = write(tmp_path, line(), images=("images/a.jpg",))
+    record = load_records(jsonl=file, images=tmp_path / "images", cache_dir=tmp_path)[0]
+    assert record["image"]["path"] == str(tmp_path / "images" / "a.jpg")
     with pytest.raises(ValueError, match=r"1 of 1 records cannot be used.*\n  1: image .*a\.jpg .*No such file"):
         load_records(jsonl=file, cache_dir=tmp_path)
 
@@ -153,9 +151,9 @@ def test_missing_files_and_empty_ones_are_refused(tmp_path: Path) -> None:
         load_records(jsonl=write(tmp_path, "", " ", ""), cache_dir=tmp_path)
 
 
-def test_examples_are_drawn_by_picture_or_singly(tmp_path: Path) -> None:
+def test_examples_are_drawn_by_image_or_singly(tmp_path: Path) -> None:
     names = tuple(f"{k}.jpg" for k in range(20))
-    file = write(tmp_path, *[line(image=name) for name in names for _ in range(3)], pictures=names)
+    file = write(tmp_path, *[line(image=name) for name in names for _ in range(3)], images=names)
     whole = load_records(jsonl=file, fraction=0.2, cache_dir=tmp_path)
     assert (len(whole), len(set(whole["image_id"]))) == (12, 4)
     assert whole["id"] == sorted(whole["id"], key=int)

@@ -77,7 +77,7 @@ def test_no_row_of_a_data_set_is_longer_than_was_measured(processor: Processor, 
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
     records = [row | {"image": {"path": str(path), "bytes": None}} for row in rows(TEXTS) if row["answers"]]
     found, dataset = measure(records, processor, "rotate", tmp_path), PaliGemmaDataset(records, processor)
-    examples = [dataset[index, visit] for index in range(len(records)) for visit in range(6)]
+    examples = [dataset[index, epoch] for index in range(len(records)) for epoch in range(6)]
     assert max(len(row["input_ids"]) for row in examples) == processor.num_image_tokens + 1 + found.longest_text
     assert max(int((row["labels"] != -100).sum()) for row in examples) == found.longest_answer
 

@@ -44,7 +44,7 @@ def theirs() -> PaliGemmaProcessor:
     return library(BASE)
 
 
-def picture(width: int = 67, height: int = 31) -> Image.Image:
+def random_image(width: int = 67, height: int = 31) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -76,12 +76,12 @@ def test_half_a_character_is_refused(ours: Processor) -> None:
 def test_a_row_is_the_librarys_token_for_token(
     ours: Processor, theirs: PaliGemmaProcessor, prefix: str, suffix: str
 ) -> None:
-    expected = theirs(images=[picture(8, 8)], text=["<image>" + prefix], suffix=[suffix])
+    expected = theirs(images=[random_image(8, 8)], text=["<image>" + prefix], suffix=[suffix])
     row = ours.encode(prefix, suffix)
     assert row["input_ids"].tolist() == expected["input_ids"][0]
     assert row["token_type_ids"].tolist() == expected["token_type_ids"][0]
     assert row["labels"].tolist() == list(expected["labels"][0])
-    alone = theirs(images=[picture(8, 8)], text=["<image>" + prefix])
+    alone = theirs(images=[random_image(8, 8)], text=["<image>" + prefix])
     row = ours.encode(prefix)
     assert row["input_ids"].tolist() == alone["input_ids"][0]
     assert row["token_type_ids"].tolist() == [0] * len(row["input_ids"])
@@ -90,7 +90,7 @@ def test_a_row_is_the_librarys_token_for_token(
 def test_a_batch_is_the_librarys(ours: Processor, theirs: PaliGemmaProcessor) -> None:
     prefixes = ["answer en how many circles are there?", "caption en", "detect circle ; cross"]
     suffixes = ["3", "a red circle", "<loc0100><loc0200><loc0300><loc0400> circle"]
-    images = [picture(67, 31), picture(20, 90), picture(56, 56)]
+    images = [random_image(67, 31), random_image(20, 90), random_image(56, 56)]
     expected = theirs(
         images=[[image] for image in images],
         text=["<image>" + prefix for prefix in prefixes],
@@ -108,7 +108,7 @@ def test_a_batch_is_the_librarys(ours: Processor, theirs: PaliGemmaProcessor) ->
 
 
 def test_without_suffixes_there_are_no_labels(ours: Processor) -> None:
-    batch = ours(images=[picture()], prefixes=["caption en"])
+    batch = ours(images=[random_image()], prefixes=["caption en"])
     assert "labels" not in batch
     assert batch["token_type_ids"].sum() == 0
     assert "labels" not in ours.encode("caption en")
@@ -118,7 +118,7 @@ def test_without_suffixes_there_are_no_labels(ours: Processor) -> None:
 def test_pixels_are_the_librarys_bit_for_bit(
     ours: Processor, theirs: PaliGemmaProcessor, size: tuple[int, int]
 ) -> None:
-    image = picture(*size)
+    image = random_image(*size)
     expected = theirs.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
     found = ours.pixels(image)
     assert found.dtype == torch.float32
@@ -135,12 +135,12 @@ def test_every_level_of_every_channel_is_the_librarys(ours: Processor, theirs: P
     assert (expected.min(), expected.max()) == (-1, 1)
 
 
-def test_pixels_are_those_of_the_opened_picture(ours: Processor, tmp_path: Path) -> None:
-    """Orientation and transparency go through data/images.py, whatever the picture is given as."""
+def test_pixels_are_those_of_the_opened_image(ours: Processor, tmp_path: Path) -> None:
+    """Orientation and transparency go through data/images.py, for every form of image."""
     path = tmp_path / "a.png"
     exif = Image.Exif()
     exif[274] = 6
-    image = picture()
+    image = random_image()
     image.putalpha(100)
     image.save(path, exif=exif)
     expected = ours.pixels(open_image(path))
@@ -176,7 +176,7 @@ def test_a_leading_image_token_is_taken_off(ours: Processor, theirs: PaliGemmaPr
     assert (ours.prompt(leading + "caption en"), ours.is_marked(leading + "caption en")) == ("caption en", True)
     assert not ours.is_marked("caption <image> en")
     if leading == "<image>":
-        expected = theirs(images=[picture(8, 8)], text=[leading + "caption en"], suffix=["a circle"])
+        expected = theirs(images=[random_image(8, 8)], text=[leading + "caption en"], suffix=["a circle"])
         assert row["input_ids"].tolist() == expected["input_ids"][0]
 
 
@@ -283,9 +283,9 @@ def test_decode_stops_at_eos_and_drops_special_tokens(ours: Processor) -> None:
 
 def test_counts_must_agree(ours: Processor) -> None:
     with pytest.raises(ValueError, match="1 images, 2 prefixes and 2 suffixes"):
-        ours(images=[picture()], prefixes=["a", "b"], suffixes=["c", "d"])
+        ours(images=[random_image()], prefixes=["a", "b"], suffixes=["c", "d"])
     with pytest.raises(ValueError, match="1 images, 1 prefixes and 2 suffixes"):
-        ours(images=[picture()], prefixes=["a"], suffixes=["c", "d"])
+        ours(images=[random_image()], prefixes=["a"], suffixes=["c", "d"])
 
 
 @pytest.mark.skipif(IS_4, reason="4.x saves another form")
@@ -295,7 +295,7 @@ def test_the_form_5x_saves_is_read_alike(ours: Processor, theirs: PaliGemmaProce
     PaliGemmaConfig.from_pretrained(BASE).save_pretrained(tmp_path)
     assert not (tmp_path / "preprocessor_config.json").exists()
     processor = Processor.from_pretrained(tmp_path)
-    image, prefix, suffix = picture(), "answer en is there a <loc0001> circle?", "yes"
+    image, prefix, suffix = random_image(), "answer en is there a <loc0001> circle?", "yes"
     for name, tensor in ours([image], [prefix], [suffix]).items():
         assert torch.equal(processor([image], [prefix], [suffix])[name], tensor), name
 
@@ -314,18 +314,18 @@ def test_what_the_files_say_about_pixels_is_honoured(tmp_path: Path) -> None:
     """Not only SigLIP's values: checked against the library, which reads the same file."""
     form = {"image_mean": [0.4, 0.45, 0.5], "image_std": [0.2, 0.3, 0.4], "resample": 2, "rescale_factor": 1 / 128}
     directory = changed(tmp_path, "preprocessor_config.json", lambda content: content.update(form))
-    expected = SiglipImageProcessorPil.from_pretrained(directory)(images=[picture()], return_tensors="pt")
-    assert torch.equal(Processor.from_pretrained(directory).pixels(picture()), expected["pixel_values"][0])
+    expected = SiglipImageProcessorPil.from_pretrained(directory)(images=[random_image()], return_tensors="pt")
+    assert torch.equal(Processor.from_pretrained(directory).pixels(random_image()), expected["pixel_values"][0])
 
 
-def test_values_left_out_are_siglips(ours: Processor, tmp_path: Path) -> None:
+def test_missing_values_are_siglips(ours: Processor, tmp_path: Path) -> None:
     def strip(content: dict[str, Any]) -> None:
         for key in list(content):
             if key != "image_processor_type":
                 del content[key]
 
     directory = changed(tmp_path, "preprocessor_config.json", strip)
-    assert torch.equal(Processor.from_pretrained(directory).pixels(picture()), ours.pixels(picture()))
+    assert torch.equal(Processor.from_pretrained(directory).pixels(random_image()), ours.pixels(random_image()))
 
 
 def test_a_tokenizer_saved_after_truncating_does_not_truncate(ours: Processor, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_captions_tell_what_their_prefix_asks_for() -> None:
     assert 0.2 < absent / sum(len(captions_of(index)) for index in range(SCENES)) < 0.5
 
 
-def test_figures_neither_overlap_nor_leave_the_picture() -> None:
+def test_figures_neither_overlap_nor_leave_the_image() -> None:
     for index in range(SCENES):
         boxes = []
         for figure in scene_of(index):
@@ -88,7 +88,7 @@ def test_figures_neither_overlap_nor_leave_the_picture() -> None:
             assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1], (index, a, b)
 
 
-def test_pictures_show_each_figure_in_its_color() -> None:
+def test_images_show_each_figure_in_its_color() -> None:
     for index in range(20):
         scene = scene_of(index)
         image = scenes.render(scene, scenes.rng_of("train2014", 1, index, "picture"))
@@ -199,7 +199,7 @@ def test_files_have_the_official_keys(written: Path) -> None:
     assert len(set(question_ids)) == len(question_ids)
 
 
-def test_every_question_has_its_picture(written: Path) -> None:
+def test_every_question_has_its_image(written: Path) -> None:
     task = json.loads((written / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
     for asked in task["questions"]:
         with Image.open(written / "images" / f"COCO_val2014_{asked['image_id']:012d}.jpg") as image:

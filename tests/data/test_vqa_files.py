@@ -14,7 +14,7 @@ import pytest
 
 from data.records import FEATURES, choose, load_records, majority
 from data.sources.vqa_files import CHUNK
-from tests.pictures import PICTURE
+from tests.images import IMAGE
 
 Files = dict[str, Any]
 QUESTIONS, ANNOTATIONS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
@@ -46,14 +46,14 @@ def make(images: int = 6, per_image: int = 3) -> Files:
     }
 
 
-def write(folder: Path, files: Files, pictures: bool = True, **style: Any) -> dict[str, Any]:
+def write(folder: Path, files: Files, images: bool = True, **style: Any) -> dict[str, Any]:
     """The files on disk, as arguments for load_records."""
     folder.mkdir(exist_ok=True)
     (folder / QUESTIONS).write_text(json.dumps(files["questions"], **style), encoding="utf-8")
     (folder / ANNOTATIONS).write_text(json.dumps(files["annotations"], **style), encoding="utf-8")
     (folder / "images").mkdir(exist_ok=True)
-    for question in files["questions"].get("questions", []) if pictures else []:
-        (folder / "images" / f"COCO_val2014_{int(question['image_id']):012d}.jpg").write_bytes(PICTURE)
+    for question in files["questions"].get("questions", []) if images else []:
+        (folder / "images" / f"COCO_val2014_{int(question['image_id']):012d}.jpg").write_bytes(IMAGE)
     return {
         "questions": folder / QUESTIONS,
         "annotations": folder / ANNOTATIONS,
@@ -110,8 +110,8 @@ def test_without_annotations_answers_are_empty(tmp_path: Path) -> None:
     assert [record[name] for name in ("answers", "answer", "answer_type", "question_type")] == [[], "", "", ""]
 
 
-def test_without_images_no_picture_needs_to_exist(tmp_path: Path) -> None:
-    arguments = write(tmp_path, make(), pictures=False)
+def test_without_images_no_image_needs_to_exist(tmp_path: Path) -> None:
+    arguments = write(tmp_path, make(), images=False)
     with pytest.raises(ValueError, match="18 of 18 records cannot be used"):
         load_records(**arguments)
     assert len(load_records(**{**arguments, "images": None})) == 18
@@ -152,7 +152,7 @@ def test_the_prompt_is_a_persons_and_one_line(tmp_path: Path) -> None:
         load_records(**write(tmp_path, files), prompt="caption en")
 
 
-def test_pictures_may_lie_in_a_folder_of_their_split(tmp_path: Path) -> None:
+def test_images_may_lie_in_a_folder_of_their_split(tmp_path: Path) -> None:
     arguments = write(tmp_path, make())
     os.rename(tmp_path / "images", tmp_path / "val2014")
     (tmp_path / "images").mkdir()
@@ -176,11 +176,11 @@ def test_the_split_is_in_the_file_or_its_name_or_given(tmp_path: Path) -> None:
     assert len(load_records(**arguments, split="val2014")) == 18
 
 
-def test_questions_of_test_dev_ask_about_pictures_of_test(tmp_path: Path) -> None:
+def test_questions_of_test_dev_ask_about_images_of_test(tmp_path: Path) -> None:
     files = make(images=1)
     files["questions"]["data_subtype"] = "test-dev2015"
     (tmp_path / "q_test-dev2015_.json").write_text(json.dumps(files["questions"]))
-    (tmp_path / "COCO_test2015_000000000100.jpg").write_bytes(PICTURE)
+    (tmp_path / "COCO_test2015_000000000100.jpg").write_bytes(IMAGE)
     records = load_records(questions=tmp_path / "q_test-dev2015_.json", images=tmp_path, cache_dir=tmp_path)
     assert records[0]["image"]["path"].endswith("COCO_test2015_000000000100.jpg")
 
@@ -202,7 +202,7 @@ def change(files: Files, name: str, key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (lambda f: duplicated(f, "questions"), r"101000: .*val2014_questions\.json holds 2 objects of question 101000"),
         (lambda f: duplicated(f, "annotations"), r"annotations\.json holds 2 objects of question \d+; expected one"),
@@ -229,13 +229,13 @@ def change(files: Files, name: str, key: str, value: Any) -> None:
     ],
 )
 def test_files_that_are_wrong_are_named_with_the_reason(
-    tmp_path: Path, spoil: Callable[[Files], object], message: str
+    tmp_path: Path, corrupt: Callable[[Files], object], message: str
 ) -> None:
     files = make()
-    write(tmp_path, files)  # pictures
-    spoil(files)
+    write(tmp_path, files)  # images
+    corrupt(files)
     with pytest.raises(ValueError, match=message):
-        load_records(**write(tmp_path, files, pictures=False))
+        load_records(**write(tmp_path, files, images=False))
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]  # nothing half written
 
 
@@ -269,7 +269,7 @@ def test_text_that_is_no_utf8_and_broken_json_are_refused(tmp_path: Path) -> Non
             load_records(**arguments)
 
 
-def test_records_without_pictures_are_counted_and_the_first_named(tmp_path: Path) -> None:
+def test_records_without_images_are_counted_and_the_first_named(tmp_path: Path) -> None:
     arguments = write(tmp_path, make())
     for image_id in (101, 102, 103, 105):
         (tmp_path / "images" / f"COCO_val2014_{image_id:012d}.jpg").unlink()
@@ -281,7 +281,7 @@ def test_records_without_pictures_are_counted_and_the_first_named(tmp_path: Path
         load_records(**{**arguments, "questions": tmp_path / "no_such.json"})
 
 
-def test_only_chosen_pictures_need_to_exist(tmp_path: Path) -> None:
+def test_only_chosen_images_need_to_exist(tmp_path: Path) -> None:
     arguments = write(tmp_path, make())
     few = load_records(**arguments, count=3)
     for path in (tmp_path / "images").iterdir():
@@ -347,7 +347,7 @@ def test_a_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.M
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
 
 
-def test_whatever_changes_the_records_makes_them_anew(tmp_path: Path) -> None:
+def test_records_are_made_again_when_what_they_depend_on_changes(tmp_path: Path) -> None:
     arguments = write(tmp_path, make())
     first = load_records(**arguments)
     assert load_records(**arguments, prompt="{question}")[0]["prefix"] != first[0]["prefix"]
@@ -378,9 +378,9 @@ print(records.cache_files[0]["filename"])
 
 def test_memory_is_bounded_and_the_result_is_mapped(tmp_path: Path) -> None:
     """8,000 questions, 7 MB of JSON, 30 MB as objects; in a process of its own, where nothing else allocates."""
-    arguments = write(tmp_path, make(images=1600, per_image=5), pictures=False)
+    arguments = write(tmp_path, make(images=1600, per_image=5), images=False)
     for image_id in range(100, 1700):
-        (tmp_path / "images" / f"COCO_val2014_{image_id:012d}.jpg").write_bytes(PICTURE)
+        (tmp_path / "images" / f"COCO_val2014_{image_id:012d}.jpg").write_bytes(IMAGE)
     assert sum(os.path.getsize(arguments[name]) for name in ("questions", "annotations")) > 7_000_000
     small = write(tmp_path / "small", make())
     command = [sys.executable, "-c", MEASURE, *map(str, [*small.values(), *arguments.values()])]

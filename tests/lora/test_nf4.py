@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ import train
 from benchmarks.side_by_side import library_model
 from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, remove_lora, save_adapter
 from finetune.adapters.merge import merge_checkpoint
-from finetune.adapters.storage import LAYOUTS, trained_on
-from finetune.config.schema import ConfigError, load_config
+from finetune.adapters.metadata import trained_on
+from finetune.adapters.storage import LAYOUTS
+from finetune.config.load import ConfigError, load_config
 from finetune.lora.nf4 import NESTED, NF4Linear, decoder_linears, dense, dequantize, open_base, packed_bytes, weight_of
 from finetune.lora.protocol import adapters, trained_parameters
 from finetune.preflight.count import saved_bytes
@@ -186,15 +188,36 @@ def test_without_the_library_one_is_told_what_to_install(checkpoint: Path, monke
         open_base(checkpoint, torch.float32, "cpu", "nf4")
 
 
+def counted(opening: Callable[..., PaliGemma], opened: list[torch.dtype]) -> Callable[..., PaliGemma]:
+    """The same, and what it opens is listed."""
+
+    def open_and_count(*arguments: Any) -> PaliGemma:
+        opened.append((model := opening(*arguments)).dtype)
+        return model
+
+    return open_and_count
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("into", ["full", "dequantized"])
-def test_merged_both_ways_with_both_drifts(checkpoint: Path, tmp_path: Path, dtype: torch.dtype, into: str) -> None:
+def test_merged_both_ways_with_both_drifts(
+    checkpoint: Path,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    into: Literal["full", "dequantized"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = open_base(checkpoint, dtype, "cpu", "nf4")
     inject_lora(model, LORA)
     noise(model, 0.1)
     save_adapter(model, tmp_path / "adapter")
     assert trained_on(tmp_path / "adapter") == "nf4"
-    report = merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "merged", dtype, into=into)
+    with monkeypatch.context() as counting:
+        opened: list[torch.dtype] = []
+        counting.setattr(PaliGemma, "from_pretrained", counted(PaliGemma.from_pretrained, opened))
+        report = merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "merged", dtype, into=into)
+    # In NF4, in fp32, as it was written; for "dequantized" the full base too, and fp32 only where that is another.
+    assert len(opened) == (4 if into == "dequantized" and dtype == torch.bfloat16 else 3)
     drifts = report.from_nf4
     assert set(drifts) == {"full", "dequantized"}
     assert drifts["dequantized"] < 0.5 * drifts["full"]
@@ -237,12 +260,12 @@ def test_trained_resumed_evaluated_merged(base: Path, tmp_path: Path, capsys: py
     merge_script.main([adapter, "--output", str(outputs[0] / "merged"), "--dtype", "float32"])
     assert "merged into the dequantized base" in capsys.readouterr().out
     evaluate.main([*arguments(base, outputs[0]), "model.quantize=nf4"])
-    picture = str(next((base / "data/images").iterdir()))
-    question = ["--image", picture, "--prompt", "answer en how many shapes are there?", "--dtype", "float32"]
+    image = str(next((base / "data/images").iterdir()))
+    question = ["--image", image, "--prompt", "answer en how many shapes are there?", "--dtype", "float32"]
     answers = []
-    for kept in ("auto", "nf4", "none"):
+    for quantize in ("auto", "nf4", "none"):
         capsys.readouterr()
-        predict.main(["--model", str(base), "--adapter", adapter, *question, "--quantize", kept])
+        predict.main(["--model", str(base), "--adapter", adapter, *question, "--quantize", quantize])
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
 

@@ -152,8 +152,18 @@ def repeat(tensors: dict[str, Tensor]) -> None:
     tensors["model.language_model.norm.weight"] = torch.zeros(32)
 
 
+def test_a_checkpoint_is_saved_over_the_one_that_was_opened(tmp_path: Path) -> None:
+    """On a CPU, weights in the file's dtype are its own bytes, mapped into memory."""
+    tiny.save_library_model(tiny.library_model(tiny.CONFIG), tmp_path)
+    model = PaliGemma.from_pretrained(tmp_path, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    for state in (model.state_dict(), PaliGemma.from_pretrained(tmp_path, dtype=torch.float32).state_dict()):
+        assert all(torch.equal(before[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (drop, r"missing \(1\): language_model.model.norm.weight"),
         (add, r"unexpected \(1\): language_model.model.layers.3.mlp.up_proj.weight"),
@@ -163,12 +173,12 @@ def repeat(tensors: dict[str, Tensor]) -> None:
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused(
-    saved: Path, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], message: str
+    saved: Path, tmp_path: Path, corrupt: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     tensors = load_file(saved / "model.safetensors")
-    spoil(tensors)
+    corrupt(tensors)
     with pytest.raises(ValueError, match=message):
-        PaliGemma.from_pretrained(write(saved, tmp_path / "spoilt", tensors))
+        PaliGemma.from_pretrained(write(saved, tmp_path / "corrupted", tensors))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
@@ -204,15 +214,15 @@ def too_large(header: Header) -> None:
     header[BIAS]["shape"] = [2**62, 2**10, 32]  # 32 to whom counts in 64 bits
 
 
-@pytest.mark.parametrize("spoil", [overlap, leave_a_gap, not_whole, negative, too_large])
+@pytest.mark.parametrize("corrupt", [overlap, leave_a_gap, not_whole, negative, too_large])
 def test_a_header_that_is_not_of_its_file_is_refused(
-    saved: Path, tmp_path: Path, spoil: Callable[[Header], None]
+    saved: Path, tmp_path: Path, corrupt: Callable[[Header], None]
 ) -> None:
-    directory = write(saved, tmp_path / "spoilt", load_file(saved / "model.safetensors"))
+    directory = write(saved, tmp_path / "corrupted", load_file(saved / "model.safetensors"))
     content = (directory / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    spoil(header)
+    corrupt(header)
     text = json.dumps(header).encode()
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):

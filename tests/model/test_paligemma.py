@@ -295,7 +295,7 @@ def wrong_size(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (left_padded, "padded on the right"),
         (one_image_token_lost, r"hold \[3, 3\] image tokens"),
@@ -306,7 +306,7 @@ def wrong_size(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 def test_bad_batches_are_refused(
-    pair: Any, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+    pair: Any, corrupt: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        pair[1](**spoil(tiny.batch(tiny.CONFIG, [5, 9], [2, 4])))
+        pair[1](**corrupt(tiny.batch(tiny.CONFIG, [5, 9], [2, 4])))

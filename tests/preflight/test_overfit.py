@@ -20,6 +20,7 @@ from finetune.config.schema import RunConfig
 from finetune.preflight.overfit import Overfit, overfit_config, train_until_learned
 from finetune.preflight.probe import RandomExamples, StepWorkload
 from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.trainer import LoRATrainer
 from tests.preflight.small_run import arguments, network, run_config
 
@@ -99,12 +100,12 @@ def test_the_network_answers_every_five_steps_while_all_of_it_is_on_the_device(
 ) -> None:
     """Also where the vision tower leaves the device; the first right answers with a lower loss end the training."""
     inside, asked = 0, []
-    on_device = LoRATrainer.vision_on_device
+    on_device = GradientAccumulation.vision_on_device
 
     @contextlib.contextmanager
-    def noted(trainer: LoRATrainer) -> Iterator[None]:
+    def noted(accumulation: GradientAccumulation) -> Iterator[None]:
         nonlocal inside
-        with on_device(trainer):
+        with on_device(accumulation):
             inside += 1
             yield
             inside -= 1
@@ -113,7 +114,7 @@ def test_the_network_answers_every_five_steps_while_all_of_it_is_on_the_device(
         asked.append(inside)
         return [("?", "yes", "yes" if len(asked) >= 3 else "no")] * 4
 
-    monkeypatch.setattr(LoRATrainer, "vision_on_device", noted)
+    monkeypatch.setattr(GradientAccumulation, "vision_on_device", noted)
     monkeypatch.setattr(Overfit, "learned", property(lambda found: found.right == 4))
     found = learned(tmp_path, ExecutionPlan(2, offload_vision=True), ask)
     assert asked == [1, 1, 1]

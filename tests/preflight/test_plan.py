@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from finetune import LoRAConfig, inject_lora
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.preflight.count import TERA, flop_counter, saved_bytes
 from finetune.preflight.plan import GIB, Planner
 from finetune.preflight.run_plan import assumed_lengths, plan_run, require_fit, spill_warning
@@ -408,3 +408,19 @@ def test_windows_and_wsl_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Sysmem Fallback" in on("Linux", "5.15.90.1-microsoft-standard-WSL2", "cuda")
     assert on("Linux", "6.8.0-45-generic", "cuda") is None
     assert on("Windows", "11", "cpu") is None
+
+
+@pytest.mark.parametrize("lora", [TARGETS["language"], None], ids=["language", "in full"])
+def test_processes_that_share_the_decoders_layers_hold_a_shard_of_each(lora: LoRAConfig | None) -> None:
+    """And two layers whole while they work."""
+    alone, shared = (planner(lora, device="cpu") for _ in range(2))  # on a card so small weights are lost in segments
+    shared.shard_decoder(8)
+    layers = shared.model.language_model.model.layers
+    held = sum(parameter.nbytes for parameter in layers.parameters())
+    assert alone.frozen + alone.trained - shared.frozen - shared.trained == pytest.approx(held * 7 / 8, abs=300)
+    trained = sum(parameter.nbytes for parameter in layers.parameters() if parameter.requires_grad)
+    assert alone.trained - shared.trained == pytest.approx(trained * 7 / 8, abs=300)
+    gathered = 2 * sum(parameter.nbytes for parameter in layers[0].parameters())
+    assert shared.gathered - alone.gathered == gathered
+    saved = alone.plan(ExecutionPlan(1), 0).total - shared.plan(ExecutionPlan(1), 0).total
+    assert 0 < 0.9 * (held * 7 / 8 - gathered) < saved

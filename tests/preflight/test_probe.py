@@ -22,8 +22,9 @@ from finetune.preflight import probe
 from finetune.preflight.dry_run import three_digits
 from finetune.preflight.plan import Planner
 from finetune.preflight.probe import RandomExamples, StepTime, StepWorkload, images_per_step
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
 from tests.preflight.small_run import BASE, ROOT, arguments, network, run_config
@@ -53,7 +54,7 @@ def step_of_the_trainer(run: RunConfig, execution: ExecutionPlan, workload: Step
             return rows[pair[0]]
 
     pairs = Pairs(model.config, workload, workload.examples)
-    steps = Steps(len(pairs), workload.examples, 0, run.train.max_steps)
+    steps = BatchSampler(len(pairs), workload.examples, 0, run.train.max_steps)
     collated = partial(collate, pad_id=0)
     LoRATrainer(run, model, pairs, steps, execution, collated, save_result=lambda _: None, callbacks=[watch]).train()
     return statistics.median(after - before for before, after in zip(watch.ends, watch.ends[1:], strict=False))
@@ -176,14 +177,14 @@ def test_too_little_memory_is_said_with_what_to_change(tmp_path: Path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     run = run_config(("language.*",), 4, tmp_path)
-    monkeypatch.setattr(LoRATrainer, "micro_step", full)
+    monkeypatch.setattr(GradientAccumulation, "micro_step", full)
     with pytest.raises(ValueError, match=r"ran out of memory with micro-batches of 4, .* lower memory\.budget_gib"):
         probe.time_step(run, network(run), ExecutionPlan(4), StepWorkload(4, 4.0, 40, 3), partial(collate, pad_id=0))
 
 
 def test_images_of_a_step_are_counted_once() -> None:
-    assert images_per_step(Steps(8, 8, 0, 3), ["a", "b"] * 4) == 2
-    assert images_per_step(Steps(6, 2, 0, 300), ["a", "b", "c", "d", "e", "f"]) == 2
+    assert images_per_step(BatchSampler(8, 8, 0, 3), ["a", "b"] * 4) == 2
+    assert images_per_step(BatchSampler(6, 2, 0, 300), ["a", "b", "c", "d", "e", "f"]) == 2
 
 
 def test_a_dry_run_of_a_small_run_shows_its_work_and_a_step_larger_than_the_data(

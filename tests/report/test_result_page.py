@@ -11,7 +11,7 @@ import torch
 
 from data.records import load_records
 from data.synthetic import scenes
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.evaluation.vqa_accuracy import score, write_results
 from finetune.report import result_page
 from finetune.training.result import Result

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune.system import atomic
-from finetune.system.atomic import MANIFEST, NoSpaceError, damage, settle, write_text_whole, write_whole
+from finetune.system.atomic import MANIFEST, NoSpaceError, damage, recover, write_text_whole, write_whole
 
 
 def files(text: str) -> Callable[[Path], None]:
@@ -70,7 +70,7 @@ atomic.write_whole(pathlib.Path({str(tmp_path / "d")!r}), files("new"), replace=
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
     assert done.returncode in (0, -signal.SIGKILL)
     assert (done.returncode == 0) == (kill_at > 12)  # twelve calls in all: the last parameter is a run to the end
-    settle(tmp_path / "d")
+    recover(tmp_path / "d")
     assert damage(tmp_path / "d") is None
     assert (tmp_path / "d/a.txt").read_text() in ("old", "new")
     assert os.listdir(tmp_path) == ["d"]

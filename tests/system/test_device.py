@@ -25,13 +25,13 @@ from tests.card import DEVICE, Card, CardTensor
 from tests.training.test_trainer import ADAPTERS, EVERYWHERE, run_config, trainer_of
 
 TINY_BASE = Path(__file__).parents[2] / "assets/tiny-base"
-MODES = [ExecutionPlan(4), ExecutionPlan(4, recompute_layers=2), ExecutionPlan(4, offload_vision=True)]
+PLANS = [ExecutionPlan(4), ExecutionPlan(4, recompute_layers=2), ExecutionPlan(4, offload_vision=True)]
 DROPOUT = {**ADAPTERS, "dropout": 0.3}
 CASES = [
-    pytest.param(lora, mode, id=f"{name}, {mode}")
+    pytest.param(lora, plan, id=f"{name}, {plan}")
     for name, lora in (("language", ADAPTERS), ("dropout", DROPOUT), ("everywhere", EVERYWHERE))
-    for mode in MODES
-    if not (lora is EVERYWHERE and mode.offload_vision)  # a vision encoder that is trained stays
+    for plan in PLANS
+    if not (lora is EVERYWHERE and plan.offload_vision)  # a vision encoder that is trained stays
 ]
 
 
@@ -63,7 +63,7 @@ def off_their_start(trainer: LoRATrainer) -> LoRATrainer:
 
 def step(trainer: LoRATrainer) -> dict[str, Tensor]:
     """Gradients of the first step, on the CPU."""
-    examples = [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
+    examples = [trainer.train_dataset[pair] for pair in trainer.batch_sampler[0]]  # type: ignore[index]
     trainer.training_step(trainer.network, examples)
     return {n: p.grad.cpu() for n, p in trainer.trained.items() if p.grad is not None}
 
@@ -76,33 +76,35 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert (found[name] - tensor).abs().max() <= 1e-12 * largest, name
 
 
-@pytest.mark.parametrize(("lora", "mode"), CASES)
+@pytest.mark.parametrize(("lora", "execution_plan"), CASES)
 def test_a_step_on_a_card_is_that_on_the_cpu(
-    base: Path, tmp_path: Path, lora: dict[str, Any], mode: ExecutionPlan
+    base: Path, tmp_path: Path, lora: dict[str, Any], execution_plan: ExecutionPlan
 ) -> None:
     """Every operation finds its tensors on one device, and what comes out is the same."""
     config = run_config(base, tmp_path, lora)
-    expected = step(off_their_start(trainer_of(config, mode=mode, dtype=torch.float64)))
+    expected = step(off_their_start(trainer_of(config, execution_plan=execution_plan, dtype=torch.float64)))
     with standing_in():
-        trainer = off_their_start(trainer_of(config, mode=mode, dtype=torch.float64, device=DEVICE))
+        trainer = off_their_start(trainer_of(config, execution_plan=execution_plan, dtype=torch.float64, device=DEVICE))
         found = step(trainer)
         assert all(isinstance(parameter, CardTensor) for parameter in trainer.trained.values())
     assert_alike(found, expected)
 
 
-@pytest.mark.parametrize(("lora", "mode"), CASES)
+@pytest.mark.parametrize(("lora", "execution_plan"), CASES)
 def test_the_host_never_waits_within_a_micro_batch(
-    base: Path, tmp_path: Path, lora: dict[str, Any], mode: ExecutionPlan
+    base: Path, tmp_path: Path, lora: dict[str, Any], execution_plan: ExecutionPlan
 ) -> None:
     """A micro-batch, images included, moves in one copy of page-locked memory; nothing is read back."""
     with standing_in() as card:
-        trainer = off_their_start(trainer_of(run_config(base, tmp_path, lora), mode=mode, device=DEVICE))
-        examples = [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
+        trainer = off_their_start(
+            trainer_of(run_config(base, tmp_path, lora), execution_plan=execution_plan, device=DEVICE)
+        )
+        examples = [trainer.train_dataset[pair] for pair in trainer.batch_sampler[0]]  # type: ignore[index]
         card.waits.clear()
-        images = trainer.frozen_image_features(examples)
+        images = trainer.accumulation.frozen_image_features(examples)
         assert card.waits == []
         card.copies.clear()
-        trainer.micro_step(trainer.network, examples[:4], images, tokens=10)
+        trainer.accumulation.micro_step(examples[:4], images, tokens=10, step=0)
         assert card.waits == []
         assert len(card.copies) == 1, card.copies
 
@@ -110,10 +112,12 @@ def test_the_host_never_waits_within_a_micro_batch(
 def test_the_host_waits_once_a_step(base: Path, tmp_path: Path) -> None:
     """For whether loss and gradients are finite."""
     with standing_in() as card:
-        trainer = off_their_start(trainer_of(run_config(base, tmp_path, DROPOUT), mode=ExecutionPlan(4), device=DEVICE))
+        trainer = off_their_start(
+            trainer_of(run_config(base, tmp_path, DROPOUT), execution_plan=ExecutionPlan(4), device=DEVICE)
+        )
         trainer._initial_global_step = -1  # not the first step, which asks every adapter for its gradient
         card.waits.clear()
-        examples = [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
+        examples = [trainer.train_dataset[pair] for pair in trainer.batch_sampler[0]]  # type: ignore[index]
         trainer.training_step(trainer.network, examples)
         assert len(card.waits) == 1, card.waits
 
@@ -122,7 +126,9 @@ def test_an_offloaded_vision_encoder_is_away_but_for_its_visits(base: Path, tmp_
     """Neither the Trainer nor accelerate brings it back."""
     with standing_in():
         trainer = trainer_of(
-            run_config(base, tmp_path, ADAPTERS, max_steps=2), mode=ExecutionPlan(4, offload_vision=True), device=DEVICE
+            run_config(base, tmp_path, ADAPTERS, max_steps=2),
+            execution_plan=ExecutionPlan(4, offload_vision=True),
+            device=DEVICE,
         )
         where: list[set[torch.device]] = []
 
@@ -145,10 +151,10 @@ def test_a_visit_that_fails_ends_at_home(base: Path, tmp_path: Path, monkeypatch
     """Also where memory runs out in the middle of the move."""
     with standing_in() as card:
         trainer = trainer_of(
-            run_config(base, tmp_path, ADAPTERS), mode=ExecutionPlan(4, offload_vision=True), device=DEVICE
+            run_config(base, tmp_path, ADAPTERS), execution_plan=ExecutionPlan(4, offload_vision=True), device=DEVICE
         )
         home = dict(trainer.network.vision_tower.named_parameters())
-        with pytest.raises(ZeroDivisionError), trainer.vision_on_device():
+        with pytest.raises(ZeroDivisionError), trainer.accumulation.vision_on_device():
             raise ZeroDivisionError
         assert dict(trainer.network.vision_tower.named_parameters()) == home
         copied, moved = card.copied, []
@@ -160,7 +166,7 @@ def test_a_visit_that_fails_ends_at_home(base: Path, tmp_path: Path, monkeypatch
             copied(*arguments)
 
         monkeypatch.setattr(card, "copied", full)
-        with pytest.raises(torch.OutOfMemoryError), trainer.vision_on_device():
+        with pytest.raises(torch.OutOfMemoryError), trainer.accumulation.vision_on_device():
             pass
         assert len(moved) == 6
         assert all(p is home[name] for name, p in trainer.network.vision_tower.named_parameters())
@@ -169,7 +175,9 @@ def test_a_visit_that_fails_ends_at_home(base: Path, tmp_path: Path, monkeypatch
 def test_without_page_locked_memory_it_goes_on_and_says_so(base: Path, tmp_path: Path) -> None:
     config = run_config(base, tmp_path, ADAPTERS)
     with standing_in():
-        expected = step(off_their_start(trainer_of(config, mode=ExecutionPlan(4, offload_vision=True), device=DEVICE)))
+        expected = step(
+            off_their_start(trainer_of(config, execution_plan=ExecutionPlan(4, offload_vision=True), device=DEVICE))
+        )
     with standing_in() as card, pytest.MonkeyPatch.context() as patch:
 
         def none(size: int) -> Tensor:
@@ -177,7 +185,9 @@ def test_without_page_locked_memory_it_goes_on_and_says_so(base: Path, tmp_path:
 
         patch.setattr(transfer, "page_locked", none)
         with pytest.warns(UserWarning, match=r"no page-locked host memory \(CUDA error: OS call .* this OS\): copies"):
-            found = step(off_their_start(trainer_of(config, mode=ExecutionPlan(4, offload_vision=True), device=DEVICE)))
+            found = step(
+                off_their_start(trainer_of(config, execution_plan=ExecutionPlan(4, offload_vision=True), device=DEVICE))
+            )
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert any("transfer.py" in place for place in card.waits)
 

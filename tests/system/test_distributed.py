@@ -64,7 +64,7 @@ def assert_same_adapter(run: Path, other: Path) -> None:
 
 
 def test_two_processes_learn_what_one_does(runs: Path) -> None:
-    """Loss, gradient norm, rate, validation loss and accuracy of every step, in parts of four and three examples."""
+    """Loss, gradient norm, rate, validation loss and accuracy of every step, in shards of four and three examples."""
     assert (codes(runs, "one"), codes(runs, "two")) == ([0], [0, 0])
     one, two = curve(runs / "one"), curve(runs / "two")
     assert len([line for line in one if "loss" in line]) == 4
@@ -97,22 +97,22 @@ def test_answers_and_their_accuracy_are_those_of_one_process(runs: Path) -> None
     assert said(runs, "two, evaluated", 1) == ""
 
 
-def test_a_killed_process_ends_the_run_and_one_process_goes_on_with_it(runs: Path) -> None:
+def test_a_killed_process_ends_the_run_and_one_process_resumes_it(runs: Path) -> None:
     assert codes(runs, "killed") == [2, -signal.SIGKILL]
     assert "error: another process of the run has ended" in said(runs, "killed", 0)
     assert "Traceback" not in said(runs, "killed", 0)
-    assert codes(runs, "killed, gone on") == [0]
+    assert codes(runs, "killed, resumed") == [0]
     steps = [line["step"] for line in curve(runs / "killed") if "loss" in line]
     assert steps == [1, 2, 3, 4]  # two before, two after
     assert_same_adapter(runs / "killed", runs / "one")
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step_and_three_go_on(runs: Path) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_three_resume(runs: Path) -> None:
     assert codes(runs, "told") == [75, 75]
     assert "SIGTERM: finishing this step" in said(runs, "told", 1)
-    assert "stopped after step 1; to go on: the same command" in said(runs, "told", 0)
+    assert "stopped after step 1; to resume: the same command" in said(runs, "told", 0)
     assert "stopped after" not in said(runs, "told", 1)
-    assert codes(runs, "told, gone on") == [0, 0, 0]
+    assert codes(runs, "told, resumed") == [0, 0, 0]
     assert [line["step"] for line in curve(runs / "told") if "loss" in line] == [1, 2, 3, 4]
     assert_same_adapter(runs / "told", runs / "one")
 
@@ -120,7 +120,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_three_go_on(r
 def test_a_full_disk_ends_all_processes_and_nobody_waits(runs: Path) -> None:
     assert codes(runs, "full disk") == [2, 2]
     assert "no checkpoint of step 2 could be written, those before it stand" in said(runs, "full disk", 0)
-    assert "the first process of the run could not go on, and says why" in said(runs, "full disk", 1)
+    assert "the first process of the run failed, and says why" in said(runs, "full disk", 1)
     newest, skipped = newest_whole(runs / "full disk/checkpoints")
     assert newest is not None
     assert (newest.name, skipped) == ("step-000001", [])
@@ -225,19 +225,42 @@ def test_one_card_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.init(torch.device("cuda:1"))
 
 
-def test_what_accelerate_makes_of_the_configuration_for_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = str(kill_test.ROOT / "configs/accelerate_fsdp.yaml")
+def as_launched_for_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that accelerate makes of configs/accelerate/fsdp.yaml, for one process."""
+    config = str(kill_test.ROOT / "configs/accelerate/fsdp.yaml")
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))
-    as_launched(monkeypatch, arguments.num_processes)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
-    with pytest.raises(ValueError, match="the launcher asks for FSDP"):
+    assert arguments.num_processes == 2
+    made = prepare_multi_gpu_env(arguments)
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.setenv(name, made[name])
+
+
+def test_fsdp_is_for_train_py_and_for_fsdp2_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_launched(monkeypatch, 2)
+    as_launched_for_fsdp(monkeypatch)
+    with pytest.raises(ValueError, match=r"asks for FSDP, and only train\.py shards a network: .* --multi_gpu"):
         distributed.init(torch.device("cpu"))
+    as_launched_for_fsdp(monkeypatch)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match=r"asks for FSDP 1 with torch .*; expected FSDP 2"):
+        distributed.init(torch.device("cpu"), can_shard=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"asks for DEEPSPEED, .* configs/accelerate/fsdp\.yaml"):
+        distributed.init(torch.device("cpu"), can_shard=True)
+
+
+def test_fsdp_of_one_process_is_that_process_and_accelerate_does_not_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer and accelerate would take the wish from the environment."""
+    as_launched_for_fsdp(monkeypatch)
+    distributed.init(torch.device("cpu"), can_shard=True)
+    assert not distributed.asks_for_fsdp()
+    assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
 def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, tmp_path: Path) -> None:
     """`accelerate launch` as README shows it, with processes that prepare the examples."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", "configs/accelerate_2cpu.yaml", "train.py", "configs/quickstart.yaml"]
+    launch += ["--config_file", "configs/accelerate/two_processes.yaml", "train.py", "configs/quickstart.yaml"]
     changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=10000", "train.save_every=10000"]
     changes += ["train.eval_every=null", "train.learning_rate=1e-3", "train.schedule=constant", "train.warmup=0"]
     changes += ["data.workers=1", *several_processes.CHANGES[-1:]]
@@ -249,5 +272,5 @@ def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, 
     newest, skipped = newest_whole(tmp_path / "run/checkpoints")
     assert newest is not None, told
     stopped = int(newest.name.removeprefix("step-"))
-    assert f"stopped after step {stopped}; to go on: the same command" in told
+    assert f"stopped after step {stopped}; to resume: the same command" in told
     assert skipped == []

@@ -22,7 +22,7 @@ import torch
 import train
 from data.synthetic import scenes
 from finetune import cli
-from finetune.config.schema import load_config
+from finetune.config.load import load_config
 from finetune.system.atomic import damage
 from finetune.training import checkpoints
 from tests import kill_test

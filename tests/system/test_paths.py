@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.config.schema import ConfigError, RunConfig, dump_config, load_config
+from finetune.config.load import ConfigError, dump_config, load_config
+from finetune.config.schema import RunConfig
 from finetune.system.paths import expand, written
 from finetune.training.resume import find_checkpoint, start_run
 

@@ -26,7 +26,7 @@ import train
 from data.synthetic import scenes
 from finetune import cli, run
 from finetune.system import workers
-from finetune.training.trainer import LoRATrainer
+from finetune.training.gradient_accumulation import GradientAccumulation
 from tests import kill_test
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="worker processes are forked")
@@ -164,19 +164,19 @@ def train_with(directory: Path, fault: str) -> None:
     run.plan_run = kill_test.unplanned  # type: ignore[assignment]
     for split, seed in (("train2014", 1), ("val2014", 2)):
         scenes.write(directory / "data", scenes=8, seed=seed, split=split)
-    cut_step = LoRATrainer.cut_step
+    accumulate = GradientAccumulation.accumulate
 
-    def faulty(self: LoRATrainer, *arguments: Any) -> torch.Tensor:
-        total = cut_step(self, *arguments)
-        if self.state.global_step == 2 and fault == "killed":
+    def faulty(self: GradientAccumulation, examples: Any, tokens: int, step: int) -> torch.Tensor:
+        total = accumulate(self, examples, tokens, step)
+        if step == 2 and fault == "killed":
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-        elif self.state.global_step == 2 and fault == "not finite":
+        elif step == 2 and fault == "not finite":
             next(iter(self.gradients())).fill_(torch.inf)
-        elif self.state.global_step == 2 and fault == "a bug":
+        elif step == 2 and fault == "a bug":
             raise KeyError(fault)
         return total
 
-    LoRATrainer.cut_step = faulty  # type: ignore[method-assign, assignment]
+    GradientAccumulation.accumulate = faulty  # type: ignore[method-assign]
     changes = [*kill_test.overrides(directory, directory / "run"), "data.workers=2", "train.max_steps=40"]
     train.main([str(kill_test.ROOT / "configs/quickstart.yaml"), *changes, "train.eval_every=null"])
 

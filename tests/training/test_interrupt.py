@@ -1,4 +1,4 @@
-"""Killed, or told to stop: the run goes on as if nothing had been."""
+"""A run that is killed, or told to stop, resumes, and its result is that of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def test_told_to_stop_the_step_is_finished_and_the_command_to_go_on_printed(tmp_
     assert f"{signal.Signals(number).name}: finishing this step" in said
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert len(saved) == 1
-    assert f"stopped after step {int(saved[0][5:])}; to go on: " in said
+    assert f"stopped after step {int(saved[0][5:])}; to resume: " in said
     assert "train.py configs/quickstart.yaml 'model=" in said

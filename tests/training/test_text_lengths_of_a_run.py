@@ -19,7 +19,7 @@ import train
 from data import Processor
 from data.synthetic.scenes import write as write_scenes
 from finetune.adapters.generation_config import DEFAULT_NEW_TOKENS
-from finetune.adapters.storage import training_facts
+from finetune.adapters.metadata import training_facts
 from model import PaliGemma
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.tracking import MetricsFile
 
 
@@ -16,7 +16,7 @@ def test_on_a_full_disk_a_line_of_metrics_is_left_out_whole_and_that_is_said_onc
     tmp_path: Path, small_files: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Files end at 2,000 bytes; a short line finds room where a long one did not."""
-    metrics: Any = MetricsFile(tmp_path / "metrics.jsonl", Steps(40, 10, 0, 9))
+    metrics: Any = MetricsFile(tmp_path / "metrics.jsonl", BatchSampler(40, 10, 0, 9))
     state = type("State", (), {"global_step": 3})
     for length in (700, 500, 900, 900, 40):
         metrics.on_log(None, state, None, {"loss": "x" * length})

@@ -1,4 +1,4 @@
-"""Training: the step is one whatever its cut, a resumed run is the uninterrupted one, and only adapters are kept."""
+"""Training: the step does not depend on its cut, a resumed run is the uninterrupted one, and only adapters are kept."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from finetune import LoRAConfig, inject_lora
 from finetune.config.schema import RunConfig
 from finetune.lora.protocol import check_gradients, trained_parameters
 from finetune.system import atomic
-from finetune.training.batch_sampler import Steps
+from finetune.training.batch_sampler import BatchSampler
 from finetune.training.checkpoints import checkpoints, keep_newest, newest_whole
 from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.gradient_accumulation import GradientAccumulation, micro_batches
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, start_run
 from finetune.training.tracking import callbacks_for
-from finetune.training.trainer import LoRATrainer, micro_batches
+from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
 from tests import rounding, tiny
 from tests.rounding import Computed
@@ -36,7 +37,7 @@ EVERYWHERE = {"targets": ["language.*", "vision.*"], "rank": 4, "train_in_full":
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Forty questions of different lengths on eight pictures."""
+    """Forty questions of different lengths on eight images."""
 
     def __init__(self) -> None:
         made = tiny.batch(tiny.CONFIG, [2 + i % 7 for i in range(40)], [1 + i % 3 for i in range(40)])
@@ -44,7 +45,7 @@ class Examples(Dataset[dict[str, Any]]):
         rows = list(tiny.rows_of(made))
         self.examples = [
             {name: tensor[0] for name, tensor in row.items() if name != "attention_mask"}
-            | {"pixel_values": pixels[i % 8], "image_id": f"picture {i % 8}", "id": str(i)}
+            | {"pixel_values": pixels[i % 8], "image_id": f"image {i % 8}", "id": str(i)}
             for i, row in enumerate(rows)
         ]
 
@@ -81,11 +82,11 @@ def trainer_of(
         inject_lora(model, config.lora, config.train.seed)
     rounding.in_dtype(model, dtype).to(device)
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    steps = Steps(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
+    batch_sampler = BatchSampler(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
     keywords = {"save_result": lambda _: None, **keywords}
     size = config.train.micro_batch
-    mode = keywords.pop("mode", None) or ExecutionPlan(int(size))
-    return LoRATrainer(config, model, Examples(), steps, mode, partial(collate, pad_id=0), **keywords)
+    plan = keywords.pop("execution_plan", None) or ExecutionPlan(int(size))
+    return LoRATrainer(config, model, Examples(), batch_sampler, plan, partial(collate, pad_id=0), **keywords)
 
 
 def gradients(config: RunConfig, **keywords: Any) -> dict[str, Tensor]:
@@ -114,7 +115,7 @@ def gradients_of(trainer: LoRATrainer) -> dict[str, Tensor]:
 
 
 def first_step(trainer: LoRATrainer) -> list[dict[str, Any]]:
-    return [trainer.train_dataset[pair] for pair in trainer.steps[0]]  # type: ignore[index]
+    return [trainer.train_dataset[pair] for pair in trainer.batch_sampler[0]]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("lora", [ADAPTERS, EVERYWHERE], ids=["language", "everywhere, with dropout"])
@@ -129,9 +130,8 @@ def test_the_gradient_does_not_depend_on_the_cut(
 
 def test_dropout_is_active_and_keyed_by_seed_step_and_record(base: Path, tmp_path: Path) -> None:
     trainer = trainer_of(run_config(base, tmp_path, EVERYWHERE))
-    first = trainer.dropout_seeds(["a", "b"]).tolist()
-    trainer.state.global_step = 1
-    assert len({*first, *trainer.dropout_seeds(["a", "b"]).tolist()}) == 4
+    first, second = (trainer.accumulation.dropout_seeds(["a", "b"], step).tolist() for step in (0, 1))
+    assert len({*first, *second}) == 4
     with_dropout = gradients(run_config(base, tmp_path, EVERYWHERE))
     other_seed = gradients(run_config(base, tmp_path, EVERYWHERE, seed=1))
     without = gradients(run_config(base, tmp_path, {**EVERYWHERE, "dropout": 0.0}))
@@ -163,17 +163,17 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base: Path, tmp_path: Pa
     assert abs(loss - plain) <= 4 * torch.finfo(torch.float32).eps * plain
 
 
-def test_micro_batches_are_alike_in_length_and_keep_pictures_together() -> None:
+def test_micro_batches_are_alike_in_length_and_keep_images_together() -> None:
     examples = Examples().examples
-    parts = list(micro_batches(examples, 8))
-    assert {str(example["id"]) for part in parts for example in part} == {str(e["id"]) for e in examples}
-    assert [len(part) for part in parts] == [8] * 5
-    assert sum(len({example["image_id"] for example in part}) for part in parts) <= 8 + len(parts)
-    longest = [max(len(example["input_ids"]) for example in part) for part in parts]
+    cut = list(micro_batches(examples, 8))
+    assert {str(example["id"]) for micro_batch in cut for example in micro_batch} == {str(e["id"]) for e in examples}
+    assert [len(micro_batch) for micro_batch in cut] == [8] * 5
+    assert sum(len({example["image_id"] for example in micro_batch}) for micro_batch in cut) <= 8 + len(cut)
+    longest = [max(len(example["input_ids"]) for example in micro_batch) for micro_batch in cut]
     assert longest == sorted(longest, reverse=True)
 
 
-def test_each_picture_of_a_step_passes_the_tower_once(
+def test_each_image_of_a_step_passes_the_tower_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(base: Path, tmp_path: Path) -
 
 def test_training_lowers_the_loss_and_logs_every_step(base: Path, tmp_path: Path) -> None:
     config = run_config(base, tmp_path, ADAPTERS, max_steps=30)
-    steps = Steps(40, 10, 0, 30)
+    steps = BatchSampler(40, 10, 0, 30)
     trainer_of(config, callbacks=callbacks_for(config, steps)).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -287,7 +287,7 @@ def test_where_accuracy_does_not_move_the_lower_loss_is_kept(base: Path, tmp_pat
     ]
 
 
-def test_a_better_accuracy_is_kept_whatever_the_loss(base: Path, tmp_path: Path) -> None:
+def test_a_better_accuracy_is_kept_with_any_loss(base: Path, tmp_path: Path) -> None:
     figures = {1: (0.0, 1.0), 2: (5.0, 9.0), 3: (4.0, 0.1), 4: (float("nan"), 0.1), 5: (5.0, 9.5), 6: (6.0, 10.0)}
     trainer = evaluations(base, tmp_path, figures)
     trainer.train()
@@ -368,17 +368,17 @@ def test_a_gradient_that_is_not_finite_keeps_the_state_before_it(base: Path, tmp
     """The loss is fine, one example's gradient is not: it is named, and the step before can be resumed from."""
     config = run_config(base, tmp_path, ADAPTERS, micro_batch=5)
     trainer = trainer_of(config)
-    pairs = trainer.steps[2]
+    pairs = trainer.batch_sampler[2]
     poisoned = str(pairs[7][0])
-    step = trainer.micro_step
+    step = trainer.accumulation.micro_step
 
-    def poison(model: Any, part: Any, *arguments: Any) -> Tensor:
-        loss = step(model, part, *arguments)
-        if poisoned in [example["id"] for example in part]:
+    def poison(micro_batch: Any, *arguments: Any) -> Tensor:
+        loss = step(micro_batch, *arguments)
+        if poisoned in [example["id"] for example in micro_batch]:
             trainer.network.get_parameter("language_model.model.layers.1.mlp.up_proj.lora_B").grad.fill_(torch.inf)  # type: ignore[union-attr]
         return loss
 
-    trainer.micro_step = poison  # type: ignore[method-assign, assignment]
+    trainer.accumulation.micro_step = poison  # type: ignore[method-assign, assignment]
     with pytest.raises(
         FloatingPointError, match=r"step 3: .* norm inf; first in the gradient of .*layers\.1\.mlp"
     ) as e:
@@ -403,24 +403,24 @@ def test_a_gradient_that_is_not_finite_keeps_the_state_before_it(base: Path, tmp
     ],
     ids=["allocator", "another call", "cuBLAS", "Python"],
 )
-def test_out_of_memory_the_step_is_repeated_in_smaller_parts(
+def test_out_of_memory_the_step_is_repeated_in_smaller_micro_batches(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     config = run_config(base, tmp_path, {**ADAPTERS, "dropout": 0.3})
     expected = computed_gradients(config)
-    step, calls = LoRATrainer.micro_step, []
+    step, calls = GradientAccumulation.micro_step, []
 
-    def small(self: LoRATrainer, model: Any, part: Any, *arguments: Any) -> Tensor:
-        calls.append(len(part))
-        if len(part) > 2 and len(calls) > 1:  # the first part has added its gradients already
+    def small(self: GradientAccumulation, micro_batch: Any, *arguments: Any) -> Tensor:
+        calls.append(len(micro_batch))
+        if len(micro_batch) > 2 and len(calls) > 1:  # the first one has added its gradients already
             raise error
-        return step(self, model, part, *arguments)
+        return step(self, micro_batch, *arguments)
 
     def in_little_memory(dtype: torch.dtype) -> dict[str, Tensor]:
         calls.clear()
-        return gradients(auto, dtype=dtype, mode=ExecutionPlan(4))
+        return gradients(auto, dtype=dtype, execution_plan=ExecutionPlan(4))
 
-    monkeypatch.setattr(LoRATrainer, "micro_step", small)
+    monkeypatch.setattr(GradientAccumulation, "micro_step", small)
     auto = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": "auto"})})
     with pytest.warns(UserWarning, match=rf"step 1 \({said}\): repeated.*micro-batches of 2 instead of 4"):
         found = rounding.computed(in_little_memory)
@@ -504,7 +504,13 @@ def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: P
     model = PaliGemma.from_pretrained(base, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"model\.dtype=float32"):
         LoRATrainer(
-            config, model, Examples(), Steps(40, 10, 0, 1), ExecutionPlan(1), partial(collate, pad_id=0), lambda _: None
+            config,
+            model,
+            Examples(),
+            BatchSampler(40, 10, 0, 1),
+            ExecutionPlan(1),
+            partial(collate, pad_id=0),
+            lambda _: None,
         )
 
 
@@ -512,13 +518,13 @@ def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: P
 def test_recomputation_and_the_towers_leave_change_nothing(base: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     config = run_config(base, tmp_path, ADAPTERS)
     kept = gradients(config)
-    changed = gradients(config, mode=ExecutionPlan(10, **how))
+    changed = gradients(config, execution_plan=ExecutionPlan(10, **how))
     assert all(torch.equal(changed[name], gradient) for name, gradient in kept.items())
 
 
 def test_warm_up_and_cosine(base: Path, tmp_path: Path) -> None:
     config = run_config(base, tmp_path, ADAPTERS, max_steps=20, warmup=0.2, batch_size=2, micro_batch=2)
-    trainer_of(config, callbacks=callbacks_for(config, Steps(40, 2, 0, 20))).train()
+    trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 2, 0, 20))).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] / 1e-2 for line in lines if "learning_rate" in line]
     # The rate of a step is logged after the schedule has moved on: the fourth line shows the peak.
@@ -537,7 +543,7 @@ def rates_of(output: Path) -> dict[int, float]:
 def trained_with_log(config: RunConfig, checkpoint: Path | None = None) -> LoRATrainer:
     """Trained from the start or a checkpoint; `used` holds the rate that each step was taken with."""
     assert config.train.max_steps is not None
-    trainer = trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, config.train.max_steps)))
+    trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, config.train.max_steps)))
     used: dict[int, float] = {}
     step = trainer.training_step
 
@@ -585,7 +591,7 @@ def test_a_resumed_run_learns_as_its_configuration_says_and_not_as_the_checkpoin
         asked.append(resumed.state.global_step)
         return {"accuracy": 1.0}
 
-    callbacks = callbacks_for(changed, Steps(40, 10, 0, 9))
+    callbacks = callbacks_for(changed, BatchSampler(40, 10, 0, 9))
     resumed = trainer_of(changed, evaluate=evaluate, callbacks=callbacks)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints/step-000004"))
     (group,) = resumed.bare_optimizer.param_groups
@@ -610,7 +616,7 @@ def test_wandb_that_fails_is_said_once_and_does_not_end_the_run(
 
     monkeypatch.setattr(wandb, "init", fail)
     config = with_wandb(run_config(base, tmp_path, ADAPTERS), "online")
-    trainer = trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, 6)))
+    trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, 6)))
     trainer.train()
     assert trainer.state.global_step == 6
     assert capsys.readouterr().err.count("wandb: starting failed (ConnectionError: no route to host)") == 1
@@ -635,7 +641,7 @@ def test_wandb_gets_config_and_logs(base: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(wandb, "init", init)
     config = with_wandb(run_config(base, tmp_path, ADAPTERS), "offline")
-    trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, 6))).train()
+    trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, 6))).train()
     assert [step for step, logs in logged if "loss" in logs] == [1, 2, 3, 4, 5, 6]
     assert logged[-1] == (-1, {})
 
@@ -652,7 +658,7 @@ def test_a_resumed_run_continues_its_page_in_wandb(base: Path, tmp_path: Path, m
     monkeypatch.setattr(wandb, "init", init)
     for name, checkpoint in (("run", None), ("run", "step-000004"), ("other", None)):
         config = with_wandb(run_config(base, tmp_path / name, ADAPTERS, save_every=2), "offline")
-        trainer = trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, 6)))
+        trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, 6)))
         trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / name / "checkpoints" / checkpoint))
     first, again, other = (keywords["id"] for keywords in begun)
     assert first == again != other
@@ -663,7 +669,7 @@ def test_wandb_itself_takes_a_resumed_run_for_the_same(base: Path, tmp_path: Pat
     """Offline: two directories to upload, of one run."""
     for checkpoint in (None, str(tmp_path / "checkpoints/step-000004")):
         config = with_wandb(run_config(base, tmp_path, ADAPTERS, save_every=2), "offline")
-        trainer_of(config, callbacks=callbacks_for(config, Steps(40, 10, 0, 6))).train(
+        trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, 6))).train(
             resume_from_checkpoint=checkpoint
         )
     ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
@@ -673,7 +679,6 @@ def test_wandb_itself_takes_a_resumed_run_for_the_same(base: Path, tmp_path: Pat
 SEAMS: dict[str, list[str]] = {
     "get_train_dataloader": ["self"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
-    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "_wrap_model": ["self", "model", "training", "dataloader"],
     "create_optimizer": ["self", "model"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],

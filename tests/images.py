@@ -1,4 +1,4 @@
-"""A picture for tests that need some, whatever it shows."""
+"""An encoded image, for tests that need a valid one."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-PICTURE = encoded(Image.new("RGB", (4, 4), "red"))
+IMAGE = encoded(Image.new("RGB", (4, 4), "red"))

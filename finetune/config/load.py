@@ -1,0 +1,80 @@
+"""A YAML file and overrides -> `RunConfig`, or one error with all that is wrong, where it stands and what was expected.
+
+`~` and environment variables in paths are expanded (system/paths.py); how scalars are read (2e-5, 1e5, off) is in
+`strict_yaml.py`. Of the paths only lora.start_from is opened, for the keys of `lora` that are not given.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import JsonValue, ValidationError
+from pydantic_core import ErrorDetails
+
+from finetune.adapters import start_from
+from finetune.config import strict_yaml
+from finetune.config.describe import Keys, explain, without_alternative
+from finetune.config.schema import RunConfig
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: every problem on a line of its own, with file and line or the override."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a YAML file with overrides `section.key=value` applied to it. ConfigError lists all problems."""
+    try:
+        document = strict_yaml.Document(Path(path).read_bytes(), str(path), count_lines=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    for override in overrides:
+        try:
+            document.override(*parse_override(override), f"override {override!r}")
+        except ConfigError as error:
+            document.problems.append(str(error))
+    lora = document.data.get("lora") if isinstance(document.data, dict) else None
+    if isinstance(lora, dict) and isinstance(lora.get("start_from"), str):
+        try:
+            lora.update(start_from.complete(lora))
+        except ValueError as error:
+            document.add_problem(("lora", "start_from"), str(error))
+    config = None
+    try:
+        config = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        add_problems(document, error.errors(include_url=False))
+    if config is None or document.problems:
+        raise ConfigError("\n".join(document.problems))
+    return config
+
+
+def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails]) -> None:
+    """Note what pydantic found wrong with a document, in words and one problem a key."""
+    explained: set[Keys] = set()
+    misspelled = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
+    for details in errors:
+        above = details["loc"][:-1]
+        if details["type"] == "value_error" and above in misspelled and details["loc"] not in document.origins:
+            continue  # of a key that is not there, in a section with one that is not known: perhaps the same key
+        within = (details["ctx"]["key"],) if details["type"] == "error_at" else ()
+        place = without_alternative(details["loc"] + within)
+        if place not in explained:
+            document.add_problem(place, explain(place, details))
+        explained.add(place)
+
+
+def parse_override(override: str) -> tuple[tuple[str, ...], JsonValue]:
+    """`"data.train.count=100"` -> `("data", "train", "count"), 100`. Values are YAML: `lora=null`, `key=[a, b]`."""
+    name, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+){,9}", name):
+        raise ConfigError(f"override {override!r}: expected section.key=value, such as train.max_steps=100")
+    document = strict_yaml.Document(text, f"override {override!r}")
+    if document.problems:
+        raise ConfigError("\n".join(document.problems))
+    return tuple(name.split(".")), document.data
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML with every key, which loads to an equal configuration."""
+    return strict_yaml.dump(config.model_dump(mode="json"))

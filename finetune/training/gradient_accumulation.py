@@ -1,0 +1,216 @@
+"""Loss and gradients of an effective batch, micro-batch by micro-batch.
+
+The images of a step are encoded first, each once. The examples are then cut into micro-batches, and every loss is
+divided by the supervised tokens of the whole step, so that the gradient does not depend on the cut.
+
+Axes: B rows of a micro-batch, I images of a step, N image tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from finetune.config.schema import TrainConfig
+from finetune.lora.dropout import seed_of
+from finetune.lora.protocol import set_dropout_seeds
+from finetune.system import sharding
+from finetune.system.device import first_line, free_memory, is_out_of_memory
+from finetune.system.transfer import to_device
+from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.offload import Offload
+from model import IGNORE_INDEX, PaliGemma, TokenBatch
+
+Example = dict[str, Any]
+Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
+TEXTS = ("input_ids", "token_type_ids", "labels")  # of an example, what a micro-batch collates
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+    """Image tokens [I, N, D] of a step's images, all in one buffer, and in which row those of an image id are."""
+
+    rows: dict[str, int]
+    tokens: Tensor
+
+
+class GradientAccumulation:
+    """Forward and backward passes of a step.
+
+    Args:
+        network: on its device, adapters in place, the rest frozen.
+        trained: the parameters that get gradients, by name.
+        config: the section `train` of the run.
+        execution_plan: how a step is cut, and what is recomputed.
+        collate: examples -> right-padded tensors.
+    """
+
+    def __init__(
+        self,
+        network: PaliGemma,
+        trained: Mapping[str, nn.Parameter],
+        config: TrainConfig,
+        execution_plan: ExecutionPlan,
+        collate: Collate,
+    ) -> None:
+        self.network, self.trained, self.config = network, trained, config
+        self.execution_plan, self.collate = execution_plan, collate
+        self.device = network.device
+        self.offload = Offload(network.vision_tower, self.device) if execution_plan.offload_vision else None
+        network.language_model.model.set_recompute(execution_plan.recompute_layers)
+
+    def accumulate_in_memory(self, examples: list[Example], tokens: int, step: int) -> Tensor:
+        """`accumulate`, repeated with half the micro-batch where the device runs out of memory, if the plan chose it.
+
+        Processes that share sharded layers repeat it together.
+
+        Raises:
+            ValueError: out of memory, and the micro-batch is the configuration's, or one row already.
+        """
+        while True:
+            try:
+                with sharding.same_memory(self.network.language_model.model):
+                    return self.accumulate(examples, tokens, step)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            self.network.zero_grad()
+            free_memory(self.device)
+            self.halve_micro_batch(reason, step)
+
+    def accumulate(self, examples: list[Example], tokens: int, step: int) -> Tensor:
+        """Add up the gradients of these examples; returns their share of the mean loss.
+
+        tokens: supervised tokens of the whole step. step: its number, counted from 0.
+        """
+        images = self.frozen_image_features(examples)
+        total = torch.zeros((), device=self.device)
+        for micro_batch, counts in self.lockstep_micro_batches(examples):
+            total += self.micro_step(micro_batch, images, tokens, step, counts)
+        return total
+
+    def lockstep_micro_batches(self, examples: Sequence[Example]) -> Iterator[tuple[list[Example], bool]]:
+        """The micro-batches of a step, and whether each counts. Processes that share sharded layers have equally many:
+        one that has fewer repeats an example, which does not count.
+        """
+        own = list(micro_batches(examples, self.execution_plan.micro_batch))
+        missing = sharding.meet(len(own)) - len(own)
+        yield from ((micro_batch, True) for micro_batch in own)
+        yield from ((own[-1][-1:], False) for _ in range(missing))
+
+    def micro_step(
+        self,
+        micro_batch: Sequence[Example],
+        images: ImageFeatures | None,
+        tokens: int,
+        step: int,
+        counts: bool = True,
+    ) -> Tensor:
+        """Forward and backward pass of a micro-batch; returns its share of the mean loss over a step's `tokens`. One
+        that does not count adds zero to gradients and loss.
+
+        All that it needs is worked out on the host and moved in one copy: nothing in it waits for the device.
+        """
+        texts = self.collate([{name: example[name] for name in TEXTS} for example in micro_batch])
+        batch = TokenBatch.of(self.network.config.image_token_id, **texts)
+        inputs = {**batch.tensors(), "dropout": self.dropout_seeds([example["id"] for example in micro_batch], step)}
+        if images is None:
+            pixels = unique_images(micro_batch)
+            rows = {name: row for row, name in enumerate(pixels)}
+            inputs["pixels"] = torch.stack(list(pixels.values()))
+            inputs["image_dropout"] = self.dropout_seeds(list(pixels), step)
+        else:
+            rows = images.rows
+        inputs["image_rows"] = torch.tensor([rows[example["image_id"]] for example in micro_batch])
+        moved = to_device(inputs, self.device)
+        set_dropout_seeds(self.network.language_model, moved["dropout"])
+        if images is None:
+            set_dropout_seeds(self.network.vision_tower, moved["image_dropout"])
+            set_dropout_seeds(self.network.multi_modal_projector, moved["image_dropout"])
+        encoded = self.network.encode_images(moved["pixels"]) if images is None else images.tokens
+        batch = dataclasses.replace(batch, **{name: moved[name] for name in batch.tensors()})
+        output = self.network(batch=batch, image_features=encoded[moved["image_rows"]], num_items_in_batch=tokens)
+        loss: Tensor = output.loss if counts else 0 * output.loss
+        loss.backward()
+        return loss.detach()
+
+    def frozen_image_features(self, examples: Sequence[Example]) -> ImageFeatures | None:
+        """Image tokens of each image of a step, once each and without a graph; None where vision is trained."""
+        towers = (self.network.vision_tower, self.network.multi_modal_projector)
+        if any(parameter.requires_grad for tower in towers for parameter in tower.parameters()):
+            return None
+        pixels, config = unique_images(examples), self.network.config
+        shape = (len(pixels), config.vision.num_patches, config.text.hidden_size)
+        tokens = torch.empty(shape, dtype=self.network.dtype, device=self.device)
+        size = self.execution_plan.micro_batch
+        with torch.no_grad(), self.vision_on_device():
+            for images, features in zip(cut(list(pixels.values()), size), tokens.split(size), strict=True):
+                moved = to_device({"pixels": torch.stack(images)}, self.device)
+                features.copy_(self.network.encode_images(moved["pixels"]))
+        return ImageFeatures({name: row for row, name in enumerate(pixels)}, tokens)
+
+    def vision_on_device(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the vision encoder is on the device, also where the plan keeps it in host memory."""
+        return self.offload.on_device() if self.offload else contextlib.nullcontext()
+
+    def dropout_seeds(self, names: Sequence[str], step: int) -> Tensor:
+        """i32 [B]: what the dropout of each row is drawn from: seed, step and record or image, nothing else."""
+        return torch.tensor([seed_of(self.config.seed, step, name) for name in names], dtype=torch.int32)
+
+    def gradients(self) -> list[Tensor]:
+        """Of what is trained. Which parameters have one depends on the network alone, not on the examples."""
+        return [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+
+    def unsummed_gradients(self) -> list[Tensor]:
+        """Of what is trained and not sharded; those of sharded parameters were summed in the backward pass."""
+        return [gradient for gradient in self.gradients() if not isinstance(gradient, DTensor)]
+
+    def halve_micro_batch(self, reason: str, step: int) -> None:
+        """Halve the micro-batch of this step and those after it, out of memory for a `reason`.
+
+        Raises:
+            ValueError: the configuration sets the micro-batch, or it has one row.
+        """
+        rows = self.execution_plan.micro_batch
+        if self.config.micro_batch != "auto" or rows == 1:
+            raise ValueError(
+                f"out of memory in step {step + 1} with micro-batches of {rows} ({reason}): set "
+                "train.micro_batch=auto or less, train.recompute=auto or more, or close what else uses the device"
+            )
+        warnings.warn(
+            f"out of memory in step {step + 1} ({reason}): repeated, and from here on cut into micro-batches of "
+            f"{rows // 2} instead of {rows}",
+            stacklevel=2,
+        )
+        self.execution_plan = dataclasses.replace(self.execution_plan, micro_batch=rows // 2)
+
+
+def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    """Examples in micro-batches of at most `size`: alike in length, questions of one image side by side."""
+    longest: dict[str, int] = {}
+    for example in examples:
+        longest[example["image_id"]] = max(longest.get(example["image_id"], 0), len(example["input_ids"]))
+    ordered = sorted(examples, key=lambda e: (-longest[e["image_id"]], e["image_id"], -len(e["input_ids"])))
+    return cut(ordered, size)
+
+
+def supervised(examples: Sequence[Example]) -> int:
+    """Supervised tokens of a step, by which its loss is divided."""
+    return sum(int((example["labels"] != IGNORE_INDEX).sum()) for example in examples)
+
+
+def cut(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    return (list(items[start : start + size]) for start in range(0, len(items), size))
+
+
+def unique_images(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Pixels by image id, each image once."""
+    return {example["image_id"]: example["pixel_values"] for example in examples}

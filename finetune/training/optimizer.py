@@ -1,0 +1,60 @@
+"""The optimizer of a run, the norm that its gradients are clipped by, and its learning rate, also where a run resumes.
+
+Sharded and whole parameters have groups of their own: torch does not compute with both in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from finetune.config.schema import TrainConfig
+from finetune.system.distributed import whole
+
+
+def make_optimizer(trained: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) over what is trained."""
+    groups = [{"params": group} for group in whole_and_sharded(list(trained))]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, the shards of other processes included; all processes call this."""
+    norms = [whole(get_total_norm(group)) for group in whole_and_sharded(gradients)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients, in place, to a `total_norm` of at most `max_norm`; returns what it was."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
+    for group in whole_and_sharded(with_gradient):
+        clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def whole_and_sharded(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors in at most two groups: those that a process holds whole, and those it has a shard of."""
+    groups = [[tensor for tensor in tensors if isinstance(tensor, DTensor) == sharded] for sharded in (False, True)]
+    return [group for group in groups if group]
+
+
+def set_schedule(schedule: object, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the learning rate to what the configuration's schedule gives after `step` steps."""
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR), "the schedule exists from the start of training on"
+    rates = [rate * factor(step) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_last_lr": rates})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def without_wrapper(optimizer: object) -> torch.optim.Optimizer:
+    """The optimizer that `make_optimizer` made, without the wrapper of accelerate."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    assert isinstance(optimizer, torch.optim.Optimizer), "the optimizer exists from the start of training on"
+    return optimizer
