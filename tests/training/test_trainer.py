@@ -33,7 +33,7 @@ from tests import rounding, tiny
 from tests.rounding import Computed
 
 ADAPTERS = {"targets": ["language.*"], "rank": 4}
-EVERYWHERE = {"targets": ["language.*", "vision.*"], "rank": 4, "train_in_full": ["connector.linear"], "dropout": 0.3}
+EVERYWHERE = {"targets": ["language.*", "vision.*"], "rank": 4, "modules_to_save": ["connector.linear"], "dropout": 0.3}
 
 
 class Examples(Dataset[dict[str, Any]]):
