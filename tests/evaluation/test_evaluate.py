@@ -1,4 +1,4 @@
-"""Answers in batches, questions of one picture together: the same as one by one, and each picture encoded once."""
+"""Answers in batches, questions of one image together: the same as one by one, and each image encoded once."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]
         annotations=f"{directory}/v2_mscoco_val2014_annotations.json",
         images=f"{directory}/images",
     )
-    pictures = {record["image_id"]: record for record in source}
+    images = {record["image_id"]: record for record in source}
     return [
         {**record, "id": f"{record['id']}-{start}", "prefix": f"caption en {start}".strip(), "answer": "a red circle"}
         for start in ("", "red")
-        for record in pictures.values()
+        for record in images.values()
     ]
 
 
-def test_a_batch_of_several_pictures_answers_as_each_record_alone(records: list[dict[str, object]]) -> None:
+def test_a_batch_of_several_images_answers_as_each_record_alone(records: list[dict[str, object]]) -> None:
     model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
     encoded: list[int] = []
     model.vision_tower.register_forward_hook(lambda _module, inputs, _output: encoded.append(len(inputs[0])))
     answers = generate_answers(model, processor, records, batch_size=4, max_new_tokens=12)
     assert sum(encoded) == 5
     assert list(answers) == [record["id"] for record in records]
-    assert len({answer.text for answer in answers.values()}) > 4  # the pictures differ, and so do their captions
+    assert len({answer.text for answer in answers.values()}) > 4  # the images differ, and so do their captions
     for record in records:
         batch = processor(images=[record["image"]], prefixes=[record["prefix"]])  # type: ignore[list-item]
         alone = processor.decode(model.generate(batch["input_ids"], batch["pixel_values"], max_new_tokens=12)[0])
@@ -108,8 +108,8 @@ def test_one_question_that_does_not_fit_and_other_errors_are_raised(records: lis
         handle.remove()
 
 
-def test_processes_share_the_pictures(records: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of two takes other pictures, with all their questions, and what both have is what one process would."""
+def test_processes_share_the_images(records: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two takes other images, with all their questions, and what both have is what one process would."""
     model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
     encoded: list[int] = []
     model.vision_tower.register_forward_hook(lambda _module, inputs, _output: encoded.append(len(inputs[0])))
