@@ -681,6 +681,7 @@ SEAMS: dict[str, list[str]] = {
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_wrap_model": ["self", "model", "training", "dataloader"],
     "create_optimizer": ["self", "model"],
+    "_clip_grad_norm": ["self", "model"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
