@@ -25,7 +25,20 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
+    broken = broken_images(arguments.image)
+    for reason in broken.values():
+        print(visible(f"error: {reason}"), file=sys.stderr)
+    if len(broken) == len(set(arguments.image)):
+        for line in lines(pairs_of(arguments), {}, broken, arguments.format):
+            print(line)
+        raise ValueError("no image is left to ask about")
+    ask(arguments, broken)
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(set(arguments.image))} images could not be used, see above")
 
+
+def ask(arguments: argparse.Namespace, broken: dict[str, str]) -> None:
+    """Open the network, ask every prompt of every image that can be used, and print the answers."""
     # Only now: --help does without torch, whose import takes seconds.
     from data import Processor
     from finetune.adapters.generation_config import max_new_tokens_of
@@ -36,13 +49,6 @@ def main(argv: Sequence[str]) -> None:
     from finetune.system.device import pick_device, pick_dtype
     from model import fetch
 
-    broken = broken_images(arguments.image)
-    for reason in broken.values():
-        print(visible(f"error: {reason}"), file=sys.stderr)
-    if len(broken) == len(set(arguments.image)):
-        for line in lines(pairs_of(arguments), {}, broken, arguments.format):
-            print(line)
-        raise ValueError("no image is left to ask about")
     adapter = find_adapter(arguments.adapter) if arguments.adapter else None
     base, revision = arguments.model, arguments.revision
     if base is None:
@@ -56,8 +62,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"{marked} prompts begin with <image> or <bos>: taken off, for every row has them", file=sys.stderr)
     for prompt in arguments.prompt:
         processor.encode(prompt)  # one that is refused, before minutes are spent on opening a network
-    kept = cli.quantization(arguments.quantize, adapter)
-    model = open_base(directory, pick_dtype(arguments.dtype, device), device, kept)
+    quantization = cli.quantization(arguments.quantize, adapter)
+    model = open_base(directory, pick_dtype(arguments.dtype, device), device, quantization)
     if adapter:
         load_adapter(model, adapter)
     records = pairs_of(arguments)
@@ -77,8 +83,6 @@ def main(argv: Sequence[str]) -> None:
     for note in (guessed, unfinished_note(unfinished, len(answers), new_tokens, "--max-new-tokens")):
         if note:
             print(note, file=sys.stderr)
-    if broken:
-        raise ValueError(f"{len(broken)} of {len(set(arguments.image))} images could not be used, see above")
 
 
 def broken_images(paths: Sequence[str]) -> dict[str, str]:

@@ -34,7 +34,7 @@ def adapted(dtype: torch.dtype) -> PaliGemma:
     model = PaliGemma(PaliGemmaConfig.from_hf(tiny.CONFIG))
     tiny.randomize(model)
     model.to(dtype)
-    inject_lora(model, LoRAConfig(rank=4, dropout=0.2, targets=("language.*",), train_in_full=("language.norm",)))
+    inject_lora(model, LoRAConfig(rank=4, dropout=0.2, targets=("language.*",), modules_to_save=("language.norm",)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trained_parameters(model).values():

@@ -70,7 +70,7 @@ ADAPTER = LoRAConfig(
     rslora=True,
     rank_pattern={"language.q_proj": 2},
     alpha_pattern={"language.1.q_proj": 5},
-    train_in_full=("connector.linear",),
+    modules_to_save=("connector.linear",),
 )
 JUNK: list[Any] = [None, True, False, 0, 1, 2, -1, 7, 64, 0.5, 4.0, 1e300, math.inf, math.nan, 10**30, 2**40, "", "x"]
 JUNK += ["4", "(", "(a+)+$", "a{99999999999}", "\ud800", "\0", "x" * 300, ".", ".*", [], [1], ["q_proj"], [[]], {}]

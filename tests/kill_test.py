@@ -60,7 +60,7 @@ def unplanned(*_: object) -> RunPlan:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.kill_test", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=100, help="how many times to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the times at which runs are killed")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         counts, wrong = kill(Path(directory), arguments.runs, random.Random(arguments.seed))

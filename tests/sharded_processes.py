@@ -35,9 +35,8 @@ from tests.several_processes import Fault, at, compute_in_fp64, little_memory, n
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # of `accelerate launch` with configs/accelerate/fsdp.yaml
 CHANGES = ["train.max_steps=4", "train.batch_size=7", "train.learning_rate=3e-3", "train.eval_every=2"]
 CHANGES += ["train.max_grad_norm=0.5", "train.keep_checkpoints=9"]  # below every step's norm
-EVERYWHERE = (
-    "lora={rank: 3, dropout: 0.1, targets: [language.*, vision.fc2], train_in_full: [language.norm, connector.linear]}"
-)
+EVERYWHERE = "lora={rank: 3, dropout: 0.1, targets: [language.*, vision.fc2], "
+EVERYWHERE += "modules_to_save: [language.norm, connector.linear]}"
 LANGUAGE = "lora={rank: 4, targets: [language.down_proj, language.q_proj]}"
 
 

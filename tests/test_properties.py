@@ -254,7 +254,7 @@ def adapter(model: PaliGemma, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an adapter that may be changed."""
     directory = tmp_path_factory.mktemp("whole") / "adapter"
     inject_lora(
-        model, LoRAConfig(rank=2, targets=("language.1.q_proj", "vision.fc1"), train_in_full=("connector.linear",))
+        model, LoRAConfig(rank=2, targets=("language.1.q_proj", "vision.fc1"), modules_to_save=("connector.linear",))
     )
     save_adapter(model, directory)
     remove_lora(model)
@@ -363,7 +363,7 @@ def test_the_adapters_own_tensors_open_in_every_float_of_checkpoints_and_in_no_o
     model: PaliGemma, adapter: Path, dtypes: list[torch.dtype], seed: int
 ) -> None:
     inject_lora(
-        model, LoRAConfig(rank=2, targets=("language.1.q_proj", "vision.fc1"), train_in_full=("connector.linear",))
+        model, LoRAConfig(rank=2, targets=("language.1.q_proj", "vision.fc1"), modules_to_save=("connector.linear",))
     )
     tensors = {
         n: torch.randn(t.shape, generator=torch.Generator().manual_seed(seed))

@@ -20,7 +20,7 @@ from finetune.lora.linear import SCOPES, LoRAConfig, inject_lora, remove_lora
 from finetune.lora.protocol import AdapterSettings, adapters
 from finetune.system.paths import expand
 
-SHAPE = ("rank", "alpha", "targets", "rslora", "rank_pattern", "alpha_pattern", "train_in_full", "dropout")
+SHAPE = ("rank", "alpha", "targets", "rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "dropout")
 LORA_TENSOR = re.compile(r"\.lora_[AB]\.weight$")
 SHOWN = 3  # contradictions in a message
 
@@ -50,7 +50,7 @@ def shape_of(adapter: Path) -> dict[str, Any]:
         "rslora": bool(config.get("use_rslora")),
         "rank_pattern": {target_of(path): rank for path, rank in ranks.items() if rank != config["r"]},
         "alpha_pattern": {target_of(path): alpha for path, alpha in alphas.items() if alpha != config["lora_alpha"]},
-        "train_in_full": [target_of(path) for path in full],
+        "modules_to_save": [target_of(path) for path in full],
         "dropout": config.get("lora_dropout") or 0.0,
     }
 
@@ -121,7 +121,7 @@ def settings_by_key(trained: Mapping[str, AdapterSettings | None]) -> dict[str, 
     found: dict[str, dict[str, Any]] = {}
     for path, settings in trained.items():
         if settings is None:
-            found[path] = {"lora.train_in_full": "trained"}
+            found[path] = {"lora.modules_to_save": "trained"}
         else:
             found[path] = {"lora.targets": "adapted", "lora.rank": settings.rank, "lora.alpha": float(settings.alpha)}
             found[path]["lora.rslora"] = settings.rslora

@@ -17,6 +17,8 @@ from finetune.config.schema import RunConfig
 Keys = tuple[str | int, ...]  # of a place in a configuration: names, and positions in lists
 JsonSchema = dict[str, Any]  # https://json-schema.org, as pydantic types it
 
+FORMER_NAMES = {"lora.train_in_full": ["lora.modules_to_save"]}  # of keys, in configurations of finished runs
+
 
 def json_schema() -> JsonSchema:
     """JSON schema of the file, for editors that complete and check."""
@@ -83,7 +85,7 @@ def explain(keys: Keys, details: ErrorDetails) -> str:
     if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         siblings = [key.rpartition(".")[2] for key in fields if key.rpartition(".")[0] == name.rpartition(".")[0]]
         elsewhere = [key for key in fields if key.rpartition(".")[2] == keys[-1]]
-        meant = elsewhere or difflib.get_close_matches(str(keys[-1]), siblings, 1)
+        meant = FORMER_NAMES.get(name) or elsewhere or difflib.get_close_matches(str(keys[-1]), siblings, 1)
         return "unknown key; " + (f"did you mean {' or '.join(meant)}?" if meant else f"expected {', '.join(siblings)}")
     if details["type"] in ("error_at", "value_error"):
         return details["msg"].removeprefix("Value error, ")

@@ -7,7 +7,7 @@ evaluation program (GT-Vision-Lab/VQA), whose text rules are followed as they be
 - If all answers of a question are identical, texts are compared as they stand: "Yes" does not match "yes".
 - Whether a punctuation mark is deleted or becomes a space depends on the whole text, not on the mark's surroundings.
 - Of the periods that no digit follows the first 32 are removed: a flag was passed where the count belongs.
-- The program edits the ground truth in place, so its second run differs. Every call here equals its first run.
+- The program changes the ground truth in place, so scoring twice differs there. Here every call is like its first.
 - The program leaves out every annotation equal to the one left out. Two people who say the same are two people here,
   as their distinct `answer_id` says in the official files; annotations without ids are scored as if they had them.
 

@@ -38,8 +38,10 @@ class LoRAConfig:
     """Another rank for some of the targets, keyed as targets are; the last match counts."""
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Another alpha for some of the targets, keyed as targets are; the last match counts."""
-    train_in_full: tuple[str, ...] = ()
-    """Modules trained in full, in fp32, without a low-rank form, keyed as targets are, such as connector.linear."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules to train in full, in fp32, without a low-rank form, named as targets are, such as connector.linear. The
+    name is PEFT's.
+    """
     start_from: str | None = None
     """Directory of an adapter, or of a run, to start from: rank, targets and all else that is not given here are that
     adapter's. null: a new one.

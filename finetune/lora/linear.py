@@ -157,10 +157,10 @@ def select(model: nn.Module, targets: Sequence[str], kinds: tuple[type[nn.Module
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
-    """Freeze `model`, put a LoRALinear in place of each target and a TrainedInFull in place of `train_in_full`.
+    """Freeze `model`, put a LoRALinear in place of each target and a TrainedInFull in place of `modules_to_save`.
 
     Returns:
-        The paths of what was adapted, `train_in_full` included.
+        The paths of what was adapted, `modules_to_save` included.
 
     Raises:
         ValueError: a target or pattern that names nothing, a module named twice, the tied embedding, or adapters
@@ -170,17 +170,17 @@ def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str
         raise ValueError("the model has adapters already: remove_lora(model) first")
     linears = select(model, config.targets, (nn.Linear,))
     leaves = tuple({type(module) for module in model.modules() if any(True for _ in module.parameters(recurse=False))})
-    full = select(model, config.train_in_full, leaves)
+    full = select(model, config.modules_to_save, leaves)
     if not linears and not full:
-        raise ValueError("targets and train_in_full are both empty: nothing would be trained")
+        raise ValueError("targets and modules_to_save are both empty: nothing would be trained")
     if any(isinstance(model.get_submodule(path), nn.Embedding) for path in full):
         raise ValueError(
-            "train_in_full names an embedding: embed_tokens is also the output head, and is never trained apart"
+            "modules_to_save names an embedding: embed_tokens is also the output head, and is never trained apart"
         )
     if packed := [path for path in full if isinstance(model.get_submodule(path), NF4Linear)]:
-        raise ValueError(f"train_in_full names {packed[0]}, which is kept in NF4: packed weights cannot be trained")
+        raise ValueError(f"modules_to_save names {packed[0]}, which is kept in NF4: packed weights cannot be trained")
     if both := set(linears) & set(full):
-        raise ValueError(f"named by targets and by train_in_full: {', '.join(sorted(both))}; choose one")
+        raise ValueError(f"named by targets and by modules_to_save: {', '.join(sorted(both))}; choose one")
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         select(model, [pattern], (nn.Linear,))
         if not any(matches(pattern, path) for path in linears):

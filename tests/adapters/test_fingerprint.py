@@ -20,7 +20,7 @@ from finetune.lora.protocol import trained_parameters
 from model import PaliGemma
 from tests import tiny
 
-CONFIG = LoRAConfig(rank=4, targets=("language.*", "vision.*"), train_in_full=("connector.linear",))
+CONFIG = LoRAConfig(rank=4, targets=("language.*", "vision.*"), modules_to_save=("connector.linear",))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from finetune.system.atomic import write_whole
 from model import PaliGemma
 from tests import tiny
 
-CONFIG = LoRAConfig(rank=4, alpha=8, targets=("language.*", "vision.*"), train_in_full=("connector.linear",))
+CONFIG = LoRAConfig(rank=4, alpha=8, targets=("language.*", "vision.*"), modules_to_save=("connector.linear",))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ SHAPES = {
         alpha_pattern={"language.2.up_proj": 4.0},
         dropout=0.25,
         rslora=True,
-        train_in_full=("connector.linear",),
+        modules_to_save=("connector.linear",),
     ),
     "plain": LoRAConfig(rank=4),
 }
@@ -113,7 +113,7 @@ def test_an_adapter_of_pefts_is_started_from_and_a_run_stands_for_its_adapter(ba
             {"targets": ["language.*", "vision.fc1"]},
             r"lora\.targets at vision_\S+fc1: adapted, in the adapter not",
         ),
-        ({"train_in_full": ["connector.linear"]}, r"lora\.train_in_full at multi_\S+: trained, in the adapter not"),
+        ({"modules_to_save": ["connector.linear"]}, r"lora\.modules_to_save at multi_\S+: trained, in the adapter not"),
         ({"rank_pattern": {"language.0.q_proj": 5}}, r"lora\.rank at \S+0\.self_attn\.q_proj: 5, in the adapter 4"),
     ],
 )

@@ -82,10 +82,10 @@ CONFIGS = {
         alpha_pattern={"language.1.q_proj": 5, "vision.q_proj": 2},
     ),
     "in full": LoRAConfig(
-        rank=4, targets=("vision.fc1",), train_in_full=("connector.linear", "language.input_layernorm")
+        rank=4, targets=("vision.fc1",), modules_to_save=("connector.linear", "language.input_layernorm")
     ),
     "vision in full": LoRAConfig(
-        rank=4, targets=("language.q_proj",), train_in_full=("vision.layer_norm1", "vision.post_layernorm")
+        rank=4, targets=("language.q_proj",), modules_to_save=("vision.layer_norm1", "vision.post_layernorm")
     ),
 }
 

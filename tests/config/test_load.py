@@ -197,6 +197,7 @@ def test_float16_is_refused_with_the_reason(path: Path, name: str) -> None:
         ("lora.targets=[1]", "lora.targets.0: got 1; expected a valid string"),
         ("lora=16", "lora: got 16; expected section or null"),
         ("batch_size=8", "batch_size: unknown key; did you mean train.batch_size or evaluation.batch_size?"),
+        ("lora.train_in_full=[]", "lora.train_in_full: unknown key; did you mean lora.modules_to_save?"),
         ("tracking.wandb=true", "tracking.wandb: got true; expected off | offline | online"),
         ("output=null", "output: got null; expected text"),
     ],

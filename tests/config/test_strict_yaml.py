@@ -25,7 +25,7 @@ def problems(text: str | bytes) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("2e-5", 2e-5),  # text to YAML 1.1, for want of a point
+        ("2e-5", 2e-5),  # text to YAML 1.1, as it has no point
         ("2.5E+3", 2500.0),
         (".5", 0.5),
         ("5.", 5.0),

@@ -1,4 +1,4 @@
-"""Answers in batches, questions of one image together: the same as one by one, and each image is encoded once."""
+"""Answers in batches, questions of one image together: the same as one by one, and each image encoded once."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]
         annotations=f"{directory}/v2_mscoco_val2014_annotations.json",
         images=f"{directory}/images",
     )
-    by_image = {record["image_id"]: record for record in source}
+    images = {record["image_id"]: record for record in source}
     return [
         {**record, "id": f"{record['id']}-{start}", "prefix": f"caption en {start}".strip(), "answer": "a red circle"}
         for start in ("", "red")
-        for record in by_image.values()
+        for record in images.values()
     ]
 
 

@@ -168,7 +168,7 @@ def test_annotations_without_ids_are_scored_as_if_they_had_them() -> None:
 
 
 def test_scoring_twice_gives_what_scoring_once_gives() -> None:
-    """The literal program finds its edited ground truth unanimous the second time, and then compares as it stands."""
+    """The literal program finds its changed ground truth unanimous the second time, and then compares as it stands."""
     cases = [("Yes", ["yes"] * 5 + ["Yes"] * 5)]
     evaluation = reference(cases)
     assert evaluation.accuracy["overall"] == 100

@@ -43,7 +43,9 @@ def test_the_start_is_the_base_bit_for_bit(model: PaliGemma, batch: dict[str, Te
     model.to(dtype)
     with torch.no_grad():
         before = model(**batch)
-        inject_lora(model, LoRAConfig(rank=4, targets=("language.*", "vision.*"), train_in_full=("connector.linear",)))
+        inject_lora(
+            model, LoRAConfig(rank=4, targets=("language.*", "vision.*"), modules_to_save=("connector.linear",))
+        )
         after = model.train()(**batch)
     assert torch.equal(before.logits, after.logits)
     assert torch.equal(before.loss, after.loss)
@@ -141,7 +143,9 @@ def test_base_names_never_change(base: PaliGemma, model: PaliGemma) -> None:
 def test_ejecting_gives_the_base_back(base: PaliGemma, model: PaliGemma, batch: dict[str, Tensor]) -> None:
     path = "language_model.model.layers.0.self_attn.q_proj.weight"
     weight = model.get_parameter(path)
-    config = LoRAConfig(rank=4, targets=("language.*", "vision.*"), train_in_full=("connector.linear", "language.norm"))
+    config = LoRAConfig(
+        rank=4, targets=("language.*", "vision.*"), modules_to_save=("connector.linear", "language.norm")
+    )
     wrapped = inject_lora(model, config)
     with torch.no_grad():
         for parameter in trained_parameters(model).values():
@@ -220,8 +224,8 @@ def test_patterns_give_some_targets_another_rank_and_alpha(model: PaliGemma) -> 
         ({"targets": ("text.q_proj",)}, "expected SCOPE.COMPONENT"),
         ({"targets": ()}, "nothing would be trained"),
         ({"rank_pattern": {"vision.fc1": 2}}, "'vision.fc1' names linears that no target adapts"),
-        ({"train_in_full": ("language.0.q_proj",)}, "named by targets and by train_in_full"),
-        ({"train_in_full": ("language.embed_tokens",)}, "embed_tokens is also the output head"),
+        ({"modules_to_save": ("language.0.q_proj",)}, "named by targets and by modules_to_save"),
+        ({"modules_to_save": ("language.embed_tokens",)}, "embed_tokens is also the output head"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_the_model_left_alone(
@@ -249,7 +253,7 @@ def test_impossible_numbers_are_refused(bad: dict[str, Any]) -> None:
 
 def test_modules_trained_in_full_are_fp32_and_train(model: PaliGemma, batch: dict[str, Tensor]) -> None:
     model.to(torch.bfloat16)
-    inject_lora(model, LoRAConfig(targets=(), train_in_full=("connector.linear", "language.input_layernorm")))
+    inject_lora(model, LoRAConfig(targets=(), modules_to_save=("connector.linear", "language.input_layernorm")))
     parameters = trained_parameters(model)
     assert len(parameters) == 2 + 3
     assert all(parameter.dtype == torch.float32 for parameter in parameters.values())

@@ -169,11 +169,11 @@ def test_ejected_it_is_the_packed_base_again(checkpoint: Path, packed: PaliGemma
 
 def test_what_packed_weights_cannot_do_is_refused(checkpoint: Path, packed: PaliGemma, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"language_model.*q_proj, which is kept in NF4: packed weights cannot"):
-        inject_lora(packed, LoRAConfig(targets=("language.k_proj",), train_in_full=("language.q_proj",)))
+        inject_lora(packed, LoRAConfig(targets=("language.k_proj",), modules_to_save=("language.q_proj",)))
     with pytest.raises(ValueError, match="only a plain PaliGemma can be saved"):
         packed.save_pretrained(tmp_path)
     plain = PaliGemma.from_pretrained(checkpoint, torch.float32)
-    inject_lora(plain, LoRAConfig(targets=("language.k_proj",), train_in_full=("language.0.q_proj",)))
+    inject_lora(plain, LoRAConfig(targets=("language.k_proj",), modules_to_save=("language.0.q_proj",)))
     save_adapter(plain, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"in NF4, not to be trained in full \(1\): language_model.*q_proj"):
         load_adapter(packed, tmp_path / "adapter")

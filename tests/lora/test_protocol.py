@@ -193,7 +193,7 @@ def test_disabled_the_logits_are_the_bases_bit_for_bit(tiny_model: PaliGemma, fo
         rank=4,
         dropout=0.3,
         targets=("language.*", "vision.*"),
-        train_in_full=("connector.linear", "language.norm", "vision.layer_norm1"),
+        modules_to_save=("connector.linear", "language.norm", "vision.layer_norm1"),
     )
     inject_lora(tiny_model, config)
     tiny_model.language_model.model.set_recompute(layers=2)

@@ -163,7 +163,7 @@ def test_no_bf16_loop_is_left_on_a_cpu_without_bf16_kernels(on: Callable[[CPU], 
 
     model = PaliGemma(PaliGemmaConfig.from_hf(tiny.CONFIG)).to(BF16)
     targets = ("language.*", "vision.*")
-    inject_lora(model, LoRAConfig(rank=4, targets=targets, train_in_full=("connector.linear",) if trained else ()))
+    inject_lora(model, LoRAConfig(rank=4, targets=targets, modules_to_save=("connector.linear",) if trained else ()))
     batch = tiny.batch(tiny.CONFIG, [9, 9, 9], [4, 4, 4])
     on(AMX)
     with BF16Products() as counted:

@@ -44,7 +44,7 @@ TARGETS = {
     "attention": LoRAConfig(rank=4, targets=("language.q_proj", "language.v_proj")),
     "upper layers": LoRAConfig(rank=4, targets=("language.2.*", "language.3.*")),
     "both towers": LoRAConfig(rank=4, targets=("language.*", "vision.*"), dropout=0.1),
-    "in full": LoRAConfig(rank=4, targets=("language.down_proj",), train_in_full=("connector.linear",)),
+    "in full": LoRAConfig(rank=4, targets=("language.down_proj",), modules_to_save=("connector.linear",)),
 }
 EXECUTION_PLANS = [ExecutionPlan(1), ExecutionPlan(1, recompute_layers=1), ExecutionPlan(1, recompute_layers=4)]
 

@@ -33,7 +33,7 @@ from tests import rounding, tiny
 from tests.rounding import Computed
 
 ADAPTERS = {"targets": ["language.*"], "rank": 4}
-EVERYWHERE = {"targets": ["language.*", "vision.*"], "rank": 4, "train_in_full": ["connector.linear"], "dropout": 0.3}
+EVERYWHERE = {"targets": ["language.*", "vision.*"], "rank": 4, "modules_to_save": ["connector.linear"], "dropout": 0.3}
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -681,6 +681,7 @@ SEAMS: dict[str, list[str]] = {
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_wrap_model": ["self", "model", "training", "dataloader"],
     "create_optimizer": ["self", "model"],
+    "_clip_grad_norm": ["self", "model"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
