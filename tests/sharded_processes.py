@@ -8,6 +8,7 @@ As tests/several_processes.py does it: forked, in fp64, with what a process said
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -63,7 +64,8 @@ class Runs:
         """Train in two processes with sharded layers, or in one; `plan`: of the execution plan."""
         execution_plan = ExecutionPlan(**{"micro_batch": 3, **plan})
         # Planning takes longer than a run.
-        training_run.plan_run = lambda *_: (kill_test.Unplanned(), Plan(execution_plan, {}, 0), "by nobody")  # type: ignore[assignment]
+        planned = dataclasses.replace(kill_test.unplanned(), plan=Plan(execution_plan, {}, 0))
+        training_run.plan_run = lambda *_: planned
         arguments = [str(kill_test.ROOT / "configs/quickstart.yaml")]
         arguments += [*kill_test.overrides(self.directory, self.directory / (output or name)), *CHANGES, *more]
 

@@ -59,6 +59,14 @@ def write_whole(directory: Path, fill: Callable[[Path], None], size: int = 0, re
     shutil.rmtree(superseded, ignore_errors=True)
 
 
+def delete_whole(directory: Path) -> None:
+    """Delete `directory`: under its name it is whole or gone, also where the process is killed meanwhile."""
+    recover(directory)
+    unfinished, _ = temporary_paths(directory)
+    directory.rename(unfinished)
+    shutil.rmtree(unfinished)
+
+
 def write_text_whole(path: Path, text: str) -> None:
     """Write a file atomically; OSError where there is no room."""
     with text_to_be(path, text):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from finetune.system import distributed, sharding
-from finetune.system.atomic import damage, recover, write_whole
+from finetune.system.atomic import damage, delete_whole, recover, write_whole
 
 TRAINED, OPTIMIZER_STATE = "trained.safetensors", "optimizer.safetensors"
 STATE = "trainer_state.json"  # the Trainer's own name
@@ -128,4 +127,4 @@ def keep_newest(directory: Path, count: int) -> None:
     found = checkpoints(directory)
     if found and damage(found[-1]) is None:
         for path in found[:-count]:
-            shutil.rmtree(path)
+            delete_whole(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finetune.system import atomic
-from finetune.system.atomic import MANIFEST, NoSpaceError, damage, recover, write_text_whole, write_whole
+from finetune.system.atomic import MANIFEST, NoSpaceError, damage, delete_whole, recover, write_text_whole, write_whole
 
 
 def files(text: str) -> Callable[[Path], None]:
@@ -40,6 +41,27 @@ def test_what_is_there_gives_way_only_when_asked(tmp_path: Path) -> None:
     write_whole(tmp_path / "d", files("two"), replace=True)
     assert (tmp_path / "d/a.txt").read_text() == "two"
     assert os.listdir(tmp_path) == ["d"]
+
+
+def test_a_deletion_that_is_cut_off_leaves_nothing_under_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "d", files("one"))
+    remove = shutil.rmtree
+
+    def cut_off(path: Path, ignore_errors: bool = False) -> None:
+        if (path / MANIFEST).exists():
+            (path / MANIFEST).unlink()
+            raise KeyboardInterrupt
+        remove(path, ignore_errors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            delete_whole(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    recover(tmp_path / "d")
+    assert os.listdir(tmp_path) == []
 
 
 CALLS = ("rename", "mkdir", "fsync", "rmtree")
