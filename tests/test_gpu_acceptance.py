@@ -216,9 +216,9 @@ def test_a_step_that_depends_on_the_cut_fails(bench: Bench, monkeypatch: pytest.
     """Each micro-batch divided by its own tokens: the mean of means."""
     whole = GradientAccumulation.micro_step
 
-    def by_its_own(self: GradientAccumulation, rows: Any, images: Any, tokens: int, step: int) -> torch.Tensor:
+    def by_its_own(self: GradientAccumulation, rows: Any, images: Any, tokens: int, *given: Any) -> torch.Tensor:
         own = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
-        return whole(self, rows, images, own * 3, step)
+        return whole(self, rows, images, own * 3, *given)
 
     monkeypatch.setattr(GradientAccumulation, "micro_step", by_its_own)
     assert {"step.micro_batches", "step.single_rows"} <= failed(run({"step": correctness_training.cuts}, bench))
