@@ -257,10 +257,13 @@ def test_fsdp_of_one_process_is_that_process_and_accelerate_does_not_shard(monke
     assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
-def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, tmp_path: Path) -> None:
-    """`accelerate launch` as README shows it, with processes that prepare the examples."""
+@pytest.mark.parametrize("launched_with", ["two_processes", "fsdp"])
+def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(
+    runs: Path, tmp_path: Path, launched_with: str
+) -> None:
+    """`accelerate launch` as README shows it, with processes that prepare the examples; also with sharded layers."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", "configs/accelerate/two_processes.yaml", "train.py", "configs/quickstart.yaml"]
+    launch += ["--config_file", f"configs/accelerate/{launched_with}.yaml", "train.py", "configs/quickstart.yaml"]
     changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=10000", "train.save_every=10000"]
     changes += ["train.eval_every=null", "train.learning_rate=1e-3", "train.schedule=constant", "train.warmup=0"]
     changes += ["data.workers=1", *several_processes.CHANGES[-1:]]
