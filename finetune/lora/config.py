@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 
 SCOPES = {
@@ -54,6 +55,7 @@ class LoRAConfig:
         if self.method != "lora":
             from finetune.lora.protocol import METHODS  # not for help: it imports torch
 
+            importlib.import_module("finetune.lora.linear")  # registers them; by name, because it imports this file
             if self.method not in METHODS:
                 raise ValueError(f"method {self.method!r}: expected {' or '.join(METHODS)}")
         ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())

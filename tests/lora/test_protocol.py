@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -277,6 +279,13 @@ def test_another_method_is_trained_saved_loaded_and_merged(
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="method 'loar': expected lora"):
         LoRAConfig(method="loar")
+
+
+def test_the_known_methods_are_known_before_any_is_used() -> None:
+    """In a process of its own: nothing has imported the files that register them."""
+    code = "from finetune import LoRAConfig; LoRAConfig(method='loar')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.stderr.endswith("ValueError: method 'loar': expected lora\n")
 
 
 MODULES: list[Callable[[], AdapterModule]] = [
