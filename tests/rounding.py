@@ -99,7 +99,8 @@ def named(results: Results) -> dict[str, Tensor]:
 
 def in_dtype(model: Module, dtype: torch.dtype) -> Module:
     """The model, its parameters cast, adapters included. Buffers stay as they are, rotary frequencies are fp32 always;
-    but what the library holds as a rounded number, the scale of embeddings, is made anew.
+    but what the library holds as a rounded number, the scale of embeddings, is made anew, and so is the dtype that
+    transformers 4 remembers for its mask.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -107,6 +108,8 @@ def in_dtype(model: Module, dtype: torch.dtype) -> Module:
     for module in model.modules():
         if hasattr(module, "scalar_embed_scale"):
             module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=dtype)
+        if hasattr(module, "text_config_dtype"):
+            module.text_config_dtype = dtype
     return model
 
 
