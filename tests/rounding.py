@@ -109,7 +109,7 @@ def in_dtype(model: Module, dtype: torch.dtype) -> Module:
         if hasattr(module, "scalar_embed_scale"):
             module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=dtype)
         if hasattr(module, "text_config_dtype"):
-            module.text_config_dtype = dtype
+            module.text_config_dtype = dtype  # type: ignore[assignment]
     return model
 
 
