@@ -31,7 +31,7 @@ DROPOUT = 0.3
 STEPS = 20
 
 
-def modes(layers: int) -> dict[str, ExecutionPlan]:
+def execution_plans(layers: int) -> dict[str, ExecutionPlan]:
     """Ways to take one step, which give the same gradients."""
     return {
         "micro_batches": ExecutionPlan(2),
@@ -44,26 +44,26 @@ def modes(layers: int) -> dict[str, ExecutionPlan]:
 
 
 def cuts(bench: Bench) -> Iterator[Finding]:
-    """Gradients of a step, in each mode, without dropout and with it: the masks are the same however it is cut."""
-    yield from in_each_mode(bench, "step", 0.0)
+    """Gradients of a step by each execution plan, without dropout and with it: the masks do not depend on the cut."""
+    yield from by_each_execution_plan(bench, "step", 0.0)
 
 
 def dropout(bench: Bench) -> Iterator[Finding]:
-    yield from in_each_mode(bench, "dropout", DROPOUT)
+    yield from by_each_execution_plan(bench, "dropout", DROPOUT)
     examples = bench.examples(ROWS)
     without, dropped = (step_gradients(bench, torch.float32, ExecutionPlan(ROWS), examples, p) for p in (0.0, DROPOUT))
     change = distance(joined(dropped), joined(without))
     yield judged("dropout.acts", change >= 0.01, f"{change:.2g}", ">= 0.01 of the gradient", value=change)
 
 
-def in_each_mode(bench: Bench, name: str, p: float) -> Iterator[Finding]:
+def by_each_execution_plan(bench: Bench, name: str, p: float) -> Iterator[Finding]:
     examples, whole = bench.examples(ROWS), ExecutionPlan(ROWS)
     truth = step_gradients(bench, torch.float64, whole, examples, p)
     bench.keep_only(torch.float32)
     far = worst(step_gradients(bench, torch.float32, whole, examples, p), truth)
     yield at_most(f"{name}.whole", far, NEAR)
-    for label, mode in modes(bench.config.text.num_hidden_layers).items():
-        got = worst(step_gradients(bench, torch.float32, mode, examples, p), truth)
+    for label, execution_plan in execution_plans(bench.config.text.num_hidden_layers).items():
+        got = worst(step_gradients(bench, torch.float32, execution_plan, examples, p), truth)
         yield beside(f"{name}.{label}", got, far, "the whole step's")
         bench.release()
 

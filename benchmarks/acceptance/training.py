@@ -57,7 +57,7 @@ def make_trainer(
     bench: Bench,
     model: PaliGemma,
     examples: Sequence[Example],
-    mode: ExecutionPlan,
+    execution_plan: ExecutionPlan,
     output: Path,
     batch_size: int | None = None,
     steps: int = 1,
@@ -86,7 +86,7 @@ def make_trainer(
         model,
         data,
         BatchSampler(len(examples), size, 0, steps),
-        mode,
+        execution_plan,
         partial(collate, pad_id=pad),
         save_result=lambda _: None,
         save_checkpoints="save_every" in settings,
@@ -97,11 +97,11 @@ def make_trainer(
 
 
 def step_gradients(
-    bench: Bench, dtype: torch.dtype, mode: ExecutionPlan, examples: Sequence[Example], dropout: float = 0.0
+    bench: Bench, dtype: torch.dtype, execution_plan: ExecutionPlan, examples: Sequence[Example], dropout: float = 0.0
 ) -> dict[str, Tensor]:
     """The gradients of one step of the trainer, by parameter."""
     model = bench.adapted(dtype, dropout)
-    trainer = make_trainer(bench, model, examples, mode, bench.scratch())
+    trainer = make_trainer(bench, model, examples, execution_plan, bench.scratch())
     trainer.training_step(trainer.network, list(examples))
     return gradients_of(trained_parameters(model))
 

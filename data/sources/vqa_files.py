@@ -6,9 +6,9 @@
     images/COCO_{split}_{image_id:012d}.jpg      or images/{split}/COCO_...
 
 The training annotations are 380 MB of JSON and several times that as Python objects, so files are read object by
-object: once for where each stands, once more for those that were chosen. `json.load` takes 870 MB for them. ijson reads
-them as fast in less code, but replaces half a surrogate pair by "?" silently, does not say at which byte a file is
-broken, and would be one more dependency. Not here: scoring (finetune/evaluation/vqa_accuracy.py).
+object: once for where each stands, once more for those that were chosen. `json.load` takes 866 MiB for them. ijson
+reads them as fast in less code, but replaces half a surrogate pair by "?" silently, does not say at which byte a file
+is broken, and would be one more dependency. Not here: scoring (finetune/evaluation/vqa_accuracy.py).
 """
 
 import codecs

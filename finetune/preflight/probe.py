@@ -22,6 +22,7 @@ from finetune.system.device import is_out_of_memory
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import Collate, Example, ImageFeatures
+from finetune.training.optimizer import clip_gradients, total_norm
 from finetune.training.trainer import LoRATrainer
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 
@@ -149,7 +150,8 @@ def time_phases(trainer: LoRATrainer, rows: list[Example]) -> StepTime:
         trainer.accumulation.micro_step(rows, images, tokens, step=0)
 
     def update() -> None:
-        torch.nn.utils.clip_grad_norm_(trainer.trained.values(), trainer.run.train.max_grad_norm)
+        norm = total_norm(trainer.accumulation.gradients())
+        clip_gradients(trainer.trained.values(), trainer.run.train.max_grad_norm, norm)
         optimizer.step()
 
     moved, _ = median_time(move, device)

@@ -29,13 +29,11 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients, in place, to a `total_norm` of at most `max_norm`; returns what it was."""
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale the gradients, whose `total_norm` is `norm`, in place to one of at most `max_norm`."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
     for group in whole_and_sharded(with_gradient):
         clip_grads_with_norm_(group, max_norm, norm)
-    return norm
 
 
 def whole_and_sharded(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -80,6 +80,7 @@ class LoRATrainer(Trainer):
         self.rank_shard = RankShard(batch_sampler, distributed.rank(), distributed.count())
         self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1
         self.best: Result | None = None
+        self.gradient_norm = torch.zeros(())  # of the last step, before clipping
         self.judged_by = judged_by(config) if evaluate else {}
         adapted = trained_parameters(model) or dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in adapted.items() if parameter.requires_grad}
@@ -122,7 +123,7 @@ class LoRATrainer(Trainer):
 
     def check_finite(self, model: nn.Module, examples: list[Example], tokens: int, loss: Tensor) -> None:
         """Stop before the optimizer where loss or gradients are not finite: keep the state before, say where it is."""
-        norm = total_norm(self.accumulation.gradients())
+        self.gradient_norm = norm = total_norm(self.accumulation.gradients())
         if torch.stack((loss, norm.to(loss))).isfinite().all():
             return
         self.network.zero_grad()
@@ -172,8 +173,9 @@ class LoRATrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clip to `train.max_grad_norm`; returns the norm of the gradients before."""
-        return clip_gradients(self.trained.values(), self.run.train.max_grad_norm)
+        """Clip to `train.max_grad_norm`; returns the norm before, which `check_finite` has computed."""
+        clip_gradients(self.trained.values(), self.run.train.max_grad_norm, self.gradient_norm)
+        return self.gradient_norm
 
     @property
     def bare_optimizer(self) -> torch.optim.Optimizer:

@@ -40,7 +40,7 @@ def test_examples_are_learned_and_nothing_is_saved(
 def test_what_does_not_learn_is_said_not_to(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a hundred steps, of which none writes a checkpoint; with question, wanted and given answer."""
+    """After a hundred steps, of which none writes a checkpoint; with question, expected and given answer."""
     saved: list[Any] = []
     monkeypatch.setattr(LoRATrainer, "_save_checkpoint", lambda *given: saved.append(given))
     argv = [*arguments(scenes, tmp_path / "run", "train.learning_rate=1e-9", "train.save_every=10"), "--overfit", "3"]
