@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from data import collate
 from finetune import LoRAConfig, inject_lora
@@ -150,6 +150,39 @@ def test_the_gradient_is_that_of_the_mean_over_the_steps_tokens(base: Path, tmp_
         return {name: p.grad for name, p in trained_parameters(trainer.network).items() if p.grad is not None}
 
     rounding.assert_same(computed_gradients(config), rounding.computed(plain))
+
+
+class Gradients(TrainerCallback):
+    """What the optimizer is given in each step, and the norm that the trainer logs of it."""
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, Tensor]] = []
+        self.logged: list[float] = []
+        self.trained: dict[str, torch.nn.Parameter] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.given.append({n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None})
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.logged += [logs["grad_norm"]] if "grad_norm" in logs else []
+
+
+def test_the_optimizer_is_given_clipped_gradients_each_step_by_its_own_norm(base: Path, tmp_path: Path) -> None:
+    """Against torch's own clipping of the same gradients; the norm that is logged is that before."""
+    most = 0.05  # below the norm of every step
+    config = run_config(base, tmp_path / "run", ADAPTERS, max_steps=3, micro_batch=3, max_grad_norm=most)
+    watch = Gradients()
+    trainer = off_its_start(trainer_of(config, torch.float64, callbacks=[watch]))
+    watch.trained = trained_parameters(trainer.network)
+    trainer.train()
+    expected = gradients(config, dtype=torch.float64)
+    norm = torch.nn.utils.get_total_norm(expected.values())
+    rounding.assert_exact(watch.given[0], {n: gradient * most / (norm + 1e-6) for n, gradient in expected.items()})
+    assert watch.logged[0] == pytest.approx(float(norm), rel=1e-6)
+    assert len(set(watch.logged)) == len(watch.given) == 3
+    for given, before in zip(watch.given, watch.logged, strict=True):
+        after = torch.nn.utils.get_total_norm(given.values())
+        assert float(after) == pytest.approx(most * before / (before + 1e-6), rel=1e-6)
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base: Path, tmp_path: Path) -> None:
