@@ -163,8 +163,8 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.given.append({n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None})
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        self.logged += [logs["grad_norm"]] if "grad_norm" in logs else []
+    def on_log(self, *_: Any, **given: Any) -> None:
+        self.logged += [given["logs"]["grad_norm"]] if "grad_norm" in given["logs"] else []
 
 
 def test_the_optimizer_is_given_clipped_gradients_each_step_by_its_own_norm(base: Path, tmp_path: Path) -> None:
