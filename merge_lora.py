@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
     from finetune.system import console
     from finetune.system.device import pick_device, pick_dtype
     from finetune.system.lock import locked
+    from model import PaliGemmaConfig
 
     adapter, base, revision = find_adapter(arguments.adapter), arguments.base, arguments.revision
     if base is None:
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
     with locked(output.with_name(f".{output.name}.lock"), output, "merging"):
         report = merge_checkpoint(base, adapter, output, dtype, device, revision, into, force)
     console.show(str(report), f"verified, and written to {output}")
+    if not PaliGemmaConfig.from_directory(output).is_published:
+        console.show(f"{output} opens in this toolkit alone: transformers has no such connector, tiles or padding")
 
 
 def build_parser() -> argparse.ArgumentParser:

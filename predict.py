@@ -40,13 +40,14 @@ def main(argv: Sequence[str]) -> None:
 def ask(arguments: argparse.Namespace, broken: dict[str, str]) -> None:
     """Open the network, ask every prompt of every image that can be used, and print the answers."""
     # Only now: --help does without torch, whose import takes seconds.
-    from data import Processor
     from finetune.adapters.generation_config import max_new_tokens_of
     from finetune.adapters.locate import find_adapter, find_base
+    from finetune.adapters.network import adapted_config
     from finetune.adapters.storage import load_adapter
     from finetune.evaluation.evaluate import generate_answers, unfinished_note
     from finetune.lora.nf4 import open_base
     from finetune.system.device import pick_device, pick_dtype
+    from finetune.training.examples import processor_of
     from model import fetch
 
     adapter = find_adapter(arguments.adapter) if arguments.adapter else None
@@ -56,7 +57,7 @@ def ask(arguments: argparse.Namespace, broken: dict[str, str]) -> None:
         base, revision = find_base(adapter)
     device = pick_device(arguments.device)
     directory = fetch(base, revision)
-    processor = Processor.from_pretrained(directory)
+    processor = processor_of(directory, adapted_config(directory, adapter))
     new_tokens, guessed = max_new_tokens_of(directory, adapter, arguments.max_new_tokens, "--max-new-tokens")
     if marked := sum(map(processor.is_marked, dict.fromkeys(arguments.prompt))):
         print(f"{marked} prompts begin with <image> or <bos>: taken off, for every row has them", file=sys.stderr)

@@ -146,7 +146,7 @@ def our_name(name: str) -> str:
 def make_batch(config: PaliGemmaConfig, rows: int) -> dict[str, Tensor]:
     """Random rows without padding, each with its own image."""
     generator = torch.Generator().manual_seed(0)
-    images, side = config.vision.num_patches, config.vision.image_size
+    images, side = config.num_image_tokens, config.vision.image_size
     width = images + PREFIX_TOKENS + SUFFIX_TOKENS
     ids = torch.full((rows, width), config.image_token_id)
     words = (rows, width - images)

@@ -73,7 +73,7 @@ ARMS = {"ours": ours, "library": library}
 def make_batch(config: PaliGemmaConfig) -> dict[str, Tensor]:
     """Random prompts, padded on the right and once more on the left; images, and the image of each row."""
     generator = torch.Generator().manual_seed(0)
-    images, side, count = config.vision.num_patches, config.vision.image_size, len(PROMPT_LENGTHS)
+    images, side, count = config.num_image_tokens, config.vision.image_size, len(PROMPT_LENGTHS)
     ids = torch.full((count, images + max(PROMPT_LENGTHS)), config.pad_token_id)
     mask, left = torch.zeros_like(ids), ids.clone()
     for row, length in enumerate(PROMPT_LENGTHS):

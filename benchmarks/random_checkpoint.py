@@ -46,7 +46,7 @@ def write_checkpoint(directory: Path, config: PaliGemmaConfig, dtype: torch.dtyp
     (directory / "config.json").write_text(json.dumps(config.to_hf(dtype), indent=2) + "\n", encoding="utf-8")
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer()) + "\n", encoding="utf-8")
     preprocessor = json.loads((TINY / "preprocessor_config.json").read_text(encoding="utf-8"))
-    side, images = config.vision.image_size, config.vision.num_patches
+    side, images = config.vision.image_size, config.num_image_tokens
     preprocessor |= {"size": {"height": side, "width": side}, "image_seq_length": images}
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
     from_random(directory, seed, dtype).save_pretrained(directory)

@@ -47,14 +47,22 @@ class PixelForm(NamedTuple):
     std: tuple[float, ...]
 
 
+class ImageForm(NamedTuple):
+    """What the network sees of an image, where it is not what the checkpoint's files say."""
+
+    size: int  # height and width in pixels
+    tiles: int  # 1: the image whole; 4: its quarters and the whole
+    aspect: str  # squash, or pad with grey to a square first
+    num_image_tokens: int  # N, of a row
+
+
 @dataclass(frozen=True, eq=False)
 class Processor:
     """Images and texts -> what the network takes; made by `from_pretrained`."""
 
     tokenizer: Tokenizer
     pixel_form: PixelForm
-    image_size: int  # height and width of an image, in pixels
-    num_image_tokens: int  # N, one for each patch
+    image_form: ImageForm
     positions: int  # tokens of the longest row that the network was made for
     special_ids: frozenset[int]  # of all special tokens, which no text may hold
     digest: str  # sha256 of tokenizer.json
@@ -68,9 +76,15 @@ class Processor:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | PathLike[str], max_text_tokens: int | None = None, truncate_answers: bool = False
+        cls,
+        directory: str | PathLike[str],
+        max_text_tokens: int | None = None,
+        truncate_answers: bool = False,
+        image_form: ImageForm | None = None,
     ) -> "Processor":
         """Reads config.json, tokenizer.json and preprocessor_config.json (4.x) or processor_config.json (5.x).
+
+        image_form: of a network that takes other images than the checkpoint says, with another connector or tiles.
 
         Raises:
             ValueError: one is missing or broken, two contradict each other, or the tokenizer has ids for which the
@@ -82,12 +96,10 @@ class Processor:
         config = _read_json(folder / "config.json")
         special_ids = {f"<{name}>": config.get(f"{name}_token_id", i) for i, name in enumerate(("pad", "eos", "bos"))}
         special_ids["<image>"] = config.get("image_token_id", config.get("image_token_index"))
-        vision = config.get("vision_config", {})  # the published one leaves the size out
-        image_size = vision.get("image_size", 224)
-        num_image_tokens = (image_size // vision.get("patch_size", 14)) ** 2
+        stored_form = _image_form(config)
         text = config.get("text_config", {})
         tokenizer, digest = _read_tokenizer(folder / "tokenizer.json", text.get("vocab_size", ROWS))
-        pixel_form = _read_pixel_form(folder, image_size, num_image_tokens)
+        pixel_form = _read_pixel_form(folder, stored_form)
         special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         for token, expected in special_ids.items():
             if special.get(token) != expected:
@@ -102,8 +114,7 @@ class Processor:
         return cls(
             tokenizer,
             pixel_form,
-            image_size,
-            num_image_tokens,
+            image_form or stored_form,
             text.get("max_position_embeddings", POSITIONS),
             frozenset(special.values()),
             digest,
@@ -162,6 +173,11 @@ class Processor:
         return single_line(prefix[marked.end() :] if marked else prefix)
 
     @property
+    def num_image_tokens(self) -> int:
+        """Image tokens of a row."""
+        return self.image_form.num_image_tokens
+
+    @property
     def text_limit(self) -> int:
         """The most tokens that prefix, newline, suffix and <eos> may take together."""
         positions = self.positions - self.num_image_tokens - 1  # without image tokens and <bos>
@@ -191,9 +207,20 @@ class Processor:
         raise ValueError(f"its text needs {prompt + answer:,} tokens{of}; {said}")
 
     def pixels(self, image: ImageSource) -> Tensor:
-        """One image in the reference's order of roundings, f32[3, H, W]; ValueError if it cannot be used."""
-        form = self.pixel_form
-        resized = open_image(image).resize((self.image_size, self.image_size), form.resample)  # u8[H, W, 3]
+        """One image in the reference's order of roundings, f32[3, H, W]; with tiles f32[5, 3, H, W], the quarters row
+        by row and the whole. ValueError if it cannot be used.
+        """
+        opened = open_image(image)
+        if self.image_form.aspect == "pad":
+            opened = padded(opened, tuple(round(255 * mean) for mean in self.pixel_form.mean))
+        if self.image_form.tiles == 1:
+            return self._normalized(opened)
+        return torch.stack([self._normalized(view) for view in (*quarters(opened), opened)])
+
+    def _normalized(self, image: Image.Image) -> Tensor:
+        """Resized, as numbers: f32[3, H, W]."""
+        form, size = self.pixel_form, self.image_form.size
+        resized = image.resize((size, size), form.resample)  # u8[H, W, 3]
         scaled = (np.asarray(resized, np.float64) * form.factor).astype(np.float32)
         values = (scaled - np.array(form.mean, np.float32)) / np.array(form.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
@@ -218,6 +245,33 @@ class Processor:
         return ids
 
 
+def padded(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of this colour."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def quarters(image: Image.Image) -> list[Image.Image]:
+    """The four quarters, row by row, at least one pixel each: Idefics2's tiles (arXiv 2405.02246, section 4.3)."""
+    width, height = image.size
+    x, y = max(1, width // 2), max(1, height // 2)
+    left, top = min(x, width - 1), min(y, height - 1)  # where the right and lower ones begin
+    boxes = [(0, 0, x, y), (left, 0, width, y), (0, top, x, height), (left, top, width, height)]
+    return [image.crop(box) for box in boxes]
+
+
+def _image_form(config: dict[str, Any]) -> ImageForm:
+    """What a config.json says of images."""
+    vision = config.get("vision_config", {})  # the published one leaves the size out
+    size = vision.get("image_size", 224)
+    tokens = (size // vision.get("patch_size", 14)) ** 2
+    if config.get("connector") or config.get("tiles", 1) > 1:
+        tokens = config.get("text_config", {}).get("num_image_tokens", tokens)
+    return ImageForm(size, config.get("tiles", 1), config.get("aspect", "squash"), tokens)
+
+
 def _read_tokenizer(file: Path, rows: int) -> tuple[Tokenizer, str]:
     """The tokenizer and the sha256 of its file. ValueError where an id has no row in an embedding of so many."""
     try:
@@ -235,9 +289,9 @@ def _read_tokenizer(file: Path, rows: int) -> tuple[Tokenizer, str]:
     return tokenizer, hashlib.sha256(content).hexdigest()
 
 
-def _read_pixel_form(folder: Path, image_size: int, num_image_tokens: int) -> PixelForm:
+def _read_pixel_form(folder: Path, image: ImageForm) -> PixelForm:
     """What the files say about pixels, SigLIP's values where they say nothing, checked against config.json."""
-    wanted = {"size": {"height": image_size, "width": image_size}, "image_seq_length": num_image_tokens}
+    wanted = {"size": {"height": image.size, "width": image.size}, "image_seq_length": image.num_image_tokens}
     wanted |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
     forms = {}
     for name in ("preprocessor_config.json", "processor_config.json"):

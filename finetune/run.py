@@ -16,6 +16,7 @@ from finetune.adapters.fingerprint import fingerprint
 from finetune.adapters.generation_config import store_max_new_tokens
 from finetune.adapters.metadata import TrainingFacts
 from finetune.config.schema import RunConfig
+from finetune.config.stages import runs_of
 from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
@@ -24,35 +25,45 @@ from finetune.system import distributed
 from finetune.system.atomic import write_whole
 from finetune.system.console import show
 from finetune.training.checkpoints import step_of
-from finetune.training.examples import max_new_tokens, open_examples, open_processor
+from finetune.training.examples import max_new_tokens, network_config, open_examples, open_processor
 from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, start_run
 from finetune.training.setup import adapt, open_model, plan_steps, shard_decoder, show_trained
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
-from model import PaliGemma, PaliGemmaConfig, fetch
+from model import PaliGemma, fetch
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_changes: bool = False) -> None:
-    """The run, from its start or from where it was stopped, to its result.
+    """The run, its stages first, from its start or from where it was stopped, to its result.
 
-    words: of the command line, to show how to resume. resume, accept_changes: as in `find_checkpoint`.
+    words: of the command line, to show how to resume. resume, accept_changes: as in `find_checkpoint`; a checkpoint is
+    one of the run itself, before which all stages are finished.
     """
+    *stages, run = runs_of(config)
+    for stage in stages:
+        show(f"stage {Path(stage.output).name}: the connector alone, in {stage.output}")
+        learn_one(stage, words, "auto" if resume != "none" else resume, accept_changes)
+    learn_one(run, words, resume, accept_changes)
+
+
+def learn_one(config: RunConfig, words: Sequence[str], resume: str, accept_changes: bool) -> None:
+    """A run without stages."""
     found, notes = distributed.on_main(partial(find_checkpoint, config, resume, accept_changes))
     checkpoint = Path(found) if found else None
     for note in notes:
         show(note)
     directory = fetch(config.model.path, config.model.revision)
-    processor = open_processor(directory, config.data)
+    processor = open_processor(directory, config)
     examples = open_examples(config, "train", processor)
     if examples.skipped.reasons:
         skipped = examples.skipped
         show(f"{len(skipped.reasons):,} records cannot be used, others take their places: see {skipped.file}")
-    planned = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest)
+    planned = plan_run(config, network_config(directory, config), examples.longest)
     plan = planned.plan
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     require_fit(config, planned)

@@ -1,7 +1,7 @@
 """The network: a PaliGemma written from scratch. Needs torch and safetensors only."""
 
 from model.batch import IGNORE_INDEX, TokenBatch
-from model.config import PaliGemmaConfig, TextConfig, VisionConfig
+from model.config import ConnectorConfig, PaliGemmaConfig, TextConfig, VisionConfig
 from model.hub import fetch
 from model.layers import prefix_lm_mask
 from model.ops.kernels import choose_kernels
@@ -9,6 +9,7 @@ from model.paligemma import PaliGemma, PaliGemmaOutput
 
 __all__ = [
     "IGNORE_INDEX",
+    "ConnectorConfig",
     "PaliGemma",
     "PaliGemmaConfig",
     "PaliGemmaOutput",

@@ -102,6 +102,19 @@ def mismatches(
     )
 
 
+def adjust_image_size(directory: Path, config: Mapping[str, Any]) -> None:
+    """Make the processor's files say what config.json says of images, where the network's resolution was changed."""
+    size, tokens = config["vision_config"]["image_size"], config["text_config"]["num_image_tokens"]
+    wanted = {"size": {"height": size, "width": size}, "image_seq_length": tokens}
+    for path in directory.glob("*processor_config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        form = content.get("image_processor", content)
+        differing = {key: value for key, value in wanted.items() if form.get(key, value) != value}
+        if differing:
+            form.update(differing)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def save(
     directory: Path,
     tensors: Mapping[str, Tensor],
@@ -124,7 +137,11 @@ def save(
     if source is not None and source.resolve() != directory.resolve():
         for path in (path for pattern in SIDE_FILES for path in source.glob(pattern)):
             shutil.copyfile(path, directory / path.name)
+        adjust_image_size(directory, config)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if note := config.get("opens_in"):
+        card = f"# PaliGemma, changed\n\nThis checkpoint opens in {note}. What it has instead is in config.json.\n"
+        (directory / "README.md").write_text(card, encoding="utf-8")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # safetensors puts a new file in place: tensors may lie in the one that is there, mapped into memory.
     save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})

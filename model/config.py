@@ -22,6 +22,9 @@ INSTEAD_OF_QUANTIZED = (
     "from{}, such as google/paligemma-3b-pt-224, and set model.quantize=nf4 to keep that one in four bits"
 )
 MAX_DIMENSION, MAX_LAYERS = 2**20, 2**10  # a corrupted config.json must not ask for more memory than there is
+CONNECTORS = ("linear", "mlp", "dense_sci", "dense_dci", "resampler", "pixel_shuffle")
+# model_type of what PaliGemma as published cannot express, so that no other library opens it as one.
+OWN_MODEL_TYPE = "paligemma-lora"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of one image, and so of its image tokens."""
+        """Number of patches of one image, or of one of its tiles."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -60,11 +63,76 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+    """Which connector (model/connectors.py), and how one that replaces the published projector starts."""
+
+    kind: str = "linear"
+    """One of CONNECTORS."""
+    latents: int = 64
+    """resampler: learned queries, and so image tokens of one image."""
+    depth: int = 3
+    """resampler: layers."""
+    factor: int = 2
+    """pixel_shuffle: a square of factor x factor patches becomes one token."""
+    start: str = "pretrained"
+    """pretrained: from the projector that was there; random: all of it is drawn."""
+    seed: int = 0
+    """Of what is drawn; 0 where nothing is."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in CONNECTORS:
+            raise ValueError(f"connector {self.kind!r} is not known here; expected {', '.join(CONNECTORS)}")
+        if self.start not in ("pretrained", "random"):
+            raise ValueError(f"a connector starts from pretrained or random, not from {self.start!r}")
+        for name, most in (
+            ("latents", MAX_DIMENSION),
+            ("depth", MAX_LAYERS),
+            ("factor", MAX_DIMENSION),
+            ("seed", 2**32),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not int(name != "seed") <= value <= most:
+                raise ValueError(f"{name} of the connector is {value!r}; expected a whole number, at most {most}")
+        if self.start == "pretrained" and self.kind != "resampler":
+            object.__setattr__(self, "seed", 0)  # nothing is drawn
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> ConnectorConfig:
+        """Raises ValueError for a key or value that is not known."""
+        if unknown := given.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"connector: {', '.join(sorted(map(str, unknown)))} is not known here")
+        return cls(**given)
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Image tokens of an image of so many patches."""
+        return {"resampler": self.latents, "pixel_shuffle": num_patches // self.factor**2}.get(self.kind, num_patches)
+
+    def require_fit(self, vision: VisionConfig) -> None:
+        """ValueError where the connector cannot be put behind such a vision tower."""
+        side = vision.image_size // vision.patch_size
+        if self.kind == "pixel_shuffle" and side % self.factor:
+            raise ValueError(
+                f"pixel_shuffle with factor {self.factor} does not fit: an image of {vision.image_size} pixels has "
+                f"{side} x {side} patches, and {side} is not divisible by {self.factor}"
+            )
+        if self.kind.startswith("dense_") and vision.num_hidden_layers < 3:
+            raise ValueError(
+                f"{self.kind} does not fit: it takes hidden states of two groups of layers, and the vision tower has "
+                f"{vision.num_hidden_layers} layers; expected 3 or more"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class PaliGemmaConfig:
     """The whole network. `from_hf` and `to_hf` translate the published form."""
 
     vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    connector: ConnectorConfig = dataclasses.field(default_factory=ConnectorConfig)
+    tiles: int = 1
+    """1: an image is encoded whole; 4: its four quarters, and the whole after them (Idefics2, arXiv 2405.02246)."""
+    aspect: str = "squash"
+    """How an image becomes square: squash, as published, or pad, with grey."""
     image_token_id: int = 257152
     pad_token_id: int = 0
     eos_token_id: int = 1
@@ -83,10 +151,36 @@ class PaliGemmaConfig:
         ):
             if number % divisor:
                 raise ValueError(f"config.json: {name} must divide evenly, got {number} by {divisor}")
+        if self.tiles not in (1, 4) or self.aspect not in ("squash", "pad"):
+            raise ValueError(
+                f"config.json: tiles {self.tiles!r}, aspect {self.aspect!r}; expected 1 or 4, squash or pad"
+            )
+        self.connector.require_fit(vision)
         if self.image_token_id >= self.text.vocab_size:
             raise ValueError(
                 f"config.json: image_token_index {self.image_token_id} has no row among the {self.text.vocab_size}"
             )
+
+    @property
+    def views(self) -> int:
+        """How often the vision tower runs for one image: once, or for its tiles and the whole image."""
+        return self.tiles + 1 if self.tiles > 1 else 1
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens of a row."""
+        return self.views * self.connector.num_tokens(self.vision.num_patches)
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Of the pixels of one image: [3, H, W], with tiles [5, 3, H, W]."""
+        side = self.vision.image_size
+        return (*((self.views,) if self.views > 1 else ()), self.vision.num_channels, side, side)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the published architecture can express this network: then `transformers` opens it, too."""
+        return (self.connector.kind, self.tiles, self.aspect) == ("linear", 1, "squash")
 
     @classmethod
     def from_directory(cls, directory: Path) -> PaliGemmaConfig:
@@ -111,7 +205,7 @@ class PaliGemmaConfig:
             ValueError: another architecture, or a setting this network does not implement.
         """
         vision, text = ({**(hf.get(f"{name}_config") or {})} for name in ("vision", "text"))
-        _require({"model_type": None, **hf}, "the top level", "model_type", {"paligemma"})
+        _require({"model_type": None, **hf}, "the top level", "model_type", {"paligemma", OWN_MODEL_TYPE})
         _refuse_quantized(hf.get("quantization_config") or text.get("quantization_config"), hf.get("_name_or_path"))
         _require(text, "text_config", "model_type", {"gemma"})
         _require(vision, "vision_config", "model_type", {"siglip_vision_model"})
@@ -127,6 +221,8 @@ class PaliGemmaConfig:
         return cls(
             vision=VisionConfig(**_present(VisionConfig, vision)),
             text=TextConfig(**_present(TextConfig, text) | {"rope_theta": _rope_theta(text)}),
+            connector=ConnectorConfig.from_dict(hf.get("connector") or {}),
+            **_present(cls, hf, {"tiles", "aspect"}),
             image_token_id=hf.get("image_token_index", hf.get("image_token_id", cls.image_token_id)),
             **_present(cls, text | dict(hf), {"pad_token_id", "eos_token_id", "bos_token_id"}),
         )
@@ -141,10 +237,11 @@ class PaliGemmaConfig:
         vision = {"model_type": "siglip_vision_model", "hidden_act": TANH_GELU, "vision_use_head": False}
         vision["projection_dim"] = self.text.hidden_size
         text = {"model_type": "gemma", "hidden_act": TANH_GELU, "attention_bias": False, "tie_word_embeddings": True}
-        text["num_image_tokens"] = self.vision.num_patches
+        text["num_image_tokens"] = self.num_image_tokens
         return {
-            "architectures": ["PaliGemmaForConditionalGeneration"],
-            "model_type": "paligemma",
+            **({} if self.is_published else self._own_keys()),
+            "architectures": ["PaliGemmaForConditionalGeneration" if self.is_published else "PaliGemma"],
+            "model_type": "paligemma" if self.is_published else OWN_MODEL_TYPE,
             "image_token_index": self.image_token_id,
             "hidden_size": self.text.hidden_size,
             "projection_dim": self.text.hidden_size,
@@ -154,6 +251,16 @@ class PaliGemmaConfig:
             **tokens,
             "vision_config": {**vision, **shared, **dataclasses.asdict(self.vision)},
             "text_config": {**text, **shared, **tokens, **dataclasses.asdict(self.text)},
+        }
+
+    def _own_keys(self) -> dict[str, Any]:
+        """What the published form has no keys for."""
+        connector = {name: getattr(self.connector, name) for name in ("kind", "latents", "depth", "factor")}
+        return {
+            "opens_in": "this toolkit alone: its connector or its image tokens are not those of a published PaliGemma",
+            "connector": connector,
+            "tiles": self.tiles,
+            "aspect": self.aspect,
         }
 
 

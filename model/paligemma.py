@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model import checkpoint
 from model.batch import TokenBatch, image_positions
 from model.config import PaliGemmaConfig
-from model.connectors import LinearConnector
+from model.connectors import make_connector
 from model.gemma import GemmaForCausalLM
 from model.generate import Sampling, generate, require_right_padding
 from model.hub import fetch
@@ -42,14 +42,15 @@ class PaliGemma(nn.Module):
     """The network; parameter names are those of the published checkpoint.
 
     `source` is the directory it was loaded from: `save_pretrained` takes tokenizer and processor files from there.
+    `opened_config` is what it was before `convert` (model/convert.py) changed it.
     """
 
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = self.opened_config = config
         self.source: Path | None = None
         self.vision_tower = SiglipVisionTower(config.vision)
-        self.multi_modal_projector = LinearConnector(config)
+        self.multi_modal_projector = make_connector(config)
         self.language_model = GemmaForCausalLM(config.text)
 
     @classmethod
@@ -99,9 +100,22 @@ class PaliGemma(nn.Module):
         return self.language_model.model.embed_tokens.weight.dtype
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Pixels float[I, 3, H, W] in [-1, 1] -> image tokens [I, N, D], to be passed on as `image_features`."""
-        features: Tensor = self.multi_modal_projector(self.vision_tower(pixel_values))
-        return features
+        """Pixels in [-1, 1] -> image tokens [I, N, D], to be passed on as `image_features`.
+
+        pixel_values: float [I, 3, H, W]; of a network with tiles [I, T + 1, 3, H, W], the whole image last.
+
+        Raises:
+            ValueError: pixels of another shape.
+        """
+        views = self.config.views
+        if pixel_values.shape[1:-3] != ((views,) if views > 1 else ()):
+            expected = f"[images, {views}, 3, height, width]" if views > 1 else "[images, 3, height, width]"
+            raise ValueError(
+                f"pixel_values are {list(pixel_values.shape)}, this network takes {expected}: use its own processor"
+            )
+        features, means = self.vision_tower(pixel_values.flatten(0, -4), self.multi_modal_projector.groups)
+        tokens: Tensor = self.multi_modal_projector(features, *means)
+        return tokens.unflatten(0, (-1, views)).flatten(1, 2)
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None, positions: Tensor | None = None) -> Tensor:
         """Token ids i64 [B, S] and image tokens [B, N, D] -> input embeddings [B, S, D].
@@ -116,7 +130,7 @@ class PaliGemma(nn.Module):
             images = "no image" if image_features is None else f"{given[0]} images of {given[1]} tokens"
             raise ValueError(
                 f"the {rows} rows hold {[expected] * rows} image tokens, given: {images}; expected one image a row, "
-                f"each {self.config.vision.num_patches} <image> tokens for this checkpoint"
+                f"each {self.config.num_image_tokens} <image> tokens for this checkpoint"
             )
         embedded = self.language_model.model.embed(input_ids)
         if image_features is None:

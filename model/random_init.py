@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import PaliGemmaConfig
+from model.connectors import Latents
 from model.layers import RMSNorm
 from model.paligemma import PaliGemma
 
@@ -29,7 +30,9 @@ def init_weights(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5, generator=generator)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5, generator=generator)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, Latents):
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5, generator=generator)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, RMSNorm):
             nn.init.zeros_(module.weight)

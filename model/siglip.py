@@ -1,13 +1,17 @@
 """SigLIP vision tower: a plain pre-norm ViT over 14-pixel patches (arXiv 2303.15343).
 
 Module names are those of the published checkpoint. The attention-pooling head that some checkpoints carry is not used
-by PaliGemma and is not here. What the tower returns is the last block after `post_layernorm`.
+by PaliGemma and is not here. What the tower returns is the last block after `post_layernorm`, and for connectors that
+ask for it the means of groups of hidden states: h_0 is the patch embedding, h_i what block i gives out.
 
 Axes: B images, C channels, H W pixels, N patches, D hidden, h heads, d head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -86,21 +90,29 @@ class SiglipTransformer(nn.Module):
         self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, groups: Sequence[range] = ()) -> tuple[Tensor, list[Tensor]]:
         x, layers = self.embeddings(pixel_values), self.encoder["layers"]
         assert isinstance(layers, nn.ModuleList)
-        for layer in layers:
+        # One sum a group, in fp32 at least, instead of every hidden state.
+        sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in groups]
+        for number, layer in enumerate(layers):
+            sums = [s + x if number in group else s for s, group in zip(sums, groups, strict=True)]
             x = layer(x)
-        return self.post_layernorm(x)
+        means = [(s / len(group)).to(x.dtype) for s, group in zip(sums, groups, strict=True)]
+        return self.post_layernorm(x), means
 
 
 class SiglipVisionTower(nn.Module):
-    """pixel_values float[B, C, H, W], normalised to [-1, 1] -> patch features [B, N, D] in the weights' dtype."""
+    """pixel_values float[B, C, H, W], normalised to [-1, 1] -> patch features [B, N, D] in the weights' dtype, and for
+    each of `groups` the mean of its hidden states, [B, N, D] each.
+
+    groups: numbers of hidden states below the number of layers.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.vision_model = SiglipTransformer(config)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        features: Tensor = self.vision_model(pixel_values)
+    def forward(self, pixel_values: Tensor, groups: Sequence[range] = ()) -> tuple[Tensor, list[Tensor]]:
+        features: tuple[Tensor, list[Tensor]] = self.vision_model(pixel_values, groups)
         return features

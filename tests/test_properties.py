@@ -213,7 +213,7 @@ def test_any_bytes_are_an_image_or_refused(processor: Processor, content: bytes)
     if pixels is None:
         assert f"image of {len(content):,} bytes" in message
     else:
-        assert pixels.shape == (3, processor.image_size, processor.image_size)
+        assert pixels.shape == (3, processor.image_form.size, processor.image_form.size)
         assert pixels.dtype == torch.float32
         assert pixels.abs().max() <= 1
 

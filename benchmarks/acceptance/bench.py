@@ -138,7 +138,7 @@ class Bench:
     def examples(self, count: int) -> list[Example]:
         """Rows of different lengths and answers, two questions to an image."""
         config, generator = self.config, torch.Generator().manual_seed(0)
-        side, images = config.vision.image_size, config.vision.num_patches
+        side, images = config.vision.image_size, config.num_image_tokens
         made: list[Example] = []
         for index in range(count):
             prefix, suffix = 8 + 5 * (index % 3), 2 + index % 4

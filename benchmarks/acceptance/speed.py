@@ -115,7 +115,7 @@ def flops(bench: Bench, rows: int) -> float:
     from finetune.preflight.plan import Planner
     from finetune.training.execution_plan import ExecutionPlan
 
-    tokens = bench.config.vision.num_patches + arms.PREFIX_TOKENS + arms.SUFFIX_TOKENS
+    tokens = bench.config.num_image_tokens + arms.PREFIX_TOKENS + arms.SUFFIX_TOKENS
     lora = LoRAConfig(rank=arms.RANK, alpha=arms.RANK)
     planner = Planner(bench.config, lora, torch.bfloat16, tokens, arms.SUFFIX_TOKENS, rows, bench.device)
     return planner.tflop(ExecutionPlan(rows)) * rows * TERA

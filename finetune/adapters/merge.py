@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from finetune.adapters.generation_config import store_max_new_tokens
 from finetune.adapters.merge_report import MergeReport, Probes, distances, probe_logits
 from finetune.adapters.metadata import trained_on, training_facts
+from finetune.adapters.network import adapted_config
 from finetune.adapters.storage import load_adapter
 from finetune.lora.linear import remove_lora
 from finetune.lora.nf4 import dequantize, forget_original, open_base, quantization_of
 from finetune.lora.protocol import adapters, merge_into
 from finetune.system.atomic import MANIFEST, files_of, occupied, write_whole
 from model import PaliGemma, fetch
+from model.convert import convert
 
 
 def merge_lora(model: nn.Module) -> list[str]:
@@ -97,7 +99,7 @@ def merged_into_full(
         model, trained = open_dequantized(directory, adapter, dtype, device)
         nf4 = trained, merge_and_probe(model, adapter).merged
         del model  # before the next one is opened
-    model = open_base(directory, torch.float32, device)
+    model = open_for(adapter, directory, torch.float32, device)
     exact = None if dtype == torch.float32 else probe_logits(model)
     probes = merge_and_probe(model.to(dtype), adapter)
     from_nf4 = distances(nf4[0], full=probes.merged, dequantized=nf4[1]) if nf4 else {}
@@ -108,20 +110,29 @@ def merged_into_dequantized(
     directory: Path, adapter: str | Path, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[PaliGemma, MergeReport]:
     """The weights that NF4 stands for with the adapter merged into them, and the verification."""
-    full = merge_and_probe(open_base(directory, dtype, device), adapter).merged
+    full = merge_and_probe(open_for(adapter, directory, dtype, device), adapter).merged
     exact = None
     if dtype != torch.float32:
-        exact = probe_logits(dequantize(open_base(directory, torch.float32, device, trained_on(adapter))))
+        exact = probe_logits(dequantize(open_for(adapter, directory, torch.float32, device, trained_on(adapter))))
     model, trained = open_dequantized(directory, adapter, dtype, device)
     probes = merge_and_probe(model, adapter)
     return model, probes.report(dtype, exact, distances(trained, full=full, dequantized=probes.merged))
+
+
+def open_for(
+    adapter: str | Path, directory: Path, dtype: torch.dtype, device: str | torch.device, quantize: str | None = None
+) -> PaliGemma:
+    """The base, with the connector, resolution and tiles that the adapter was trained with."""
+    model = open_base(directory, dtype, device, quantize)
+    convert(model, adapted_config(directory, Path(adapter)))
+    return model
 
 
 def open_dequantized(
     directory: Path, adapter: str | Path, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[PaliGemma, Tensor]:
     """The weights that NF4 stands for, and the logits of the NF4 base with the adapter, as it was trained."""
-    model = open_base(directory, dtype, device, trained_on(adapter))
+    model = open_for(adapter, directory, dtype, device, trained_on(adapter))
     load_adapter(model, adapter)
     trained = probe_logits(model)
     remove_lora(model)

@@ -89,8 +89,8 @@ class Probes:
 def probe_logits(model: PaliGemma, rows: int = 2, text_tokens: int = 24) -> Tensor:
     """fp32 logits [rows * text_tokens, V] of the text positions of a seeded batch: random images, random tokens."""
     config, generator = model.config, torch.Generator().manual_seed(0)
-    side, images = config.vision.image_size, config.vision.num_patches
-    pixels = torch.rand(rows, config.vision.num_channels, side, side, generator=generator) * 2 - 1
+    images = config.num_image_tokens
+    pixels = torch.rand(rows, *config.pixel_shape, generator=generator) * 2 - 1
     text = torch.randint(3, config.text.vocab_size, (rows, text_tokens), generator=generator)
     text = text.masked_fill(text == config.image_token_id, 3)
     input_ids = torch.cat((torch.full((rows, images), config.image_token_id), text), dim=1).to(model.device)

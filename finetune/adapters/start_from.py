@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from finetune.adapters.locate import find_adapter
+from finetune.adapters.network import changes_in
 from finetune.adapters.peft_config import LAYOUTS, pattern_value
-from finetune.adapters.storage import fit_adapter, load_adapter, read_adapter
+from finetune.adapters.storage import file_parameters, fit_adapter, load_adapter, read_adapter, require_network
 from finetune.lora.linear import SCOPES, LoRAConfig, inject_lora, remove_lora
 from finetune.lora.protocol import AdapterSettings, adapters
 from finetune.system.paths import expand
+from model.checkpoint import mismatches
 
 SHAPE = ("rank", "alpha", "targets", "rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "dropout")
 LORA_TENSOR = re.compile(r"\.lora_[AB]\.weight$")
@@ -55,6 +58,15 @@ def shape_of(adapter: Path) -> dict[str, Any]:
     }
 
 
+def network_sections(adapter: Path) -> dict[str, dict[str, Any]]:
+    """The network that an adapter was trained on, as the keys of a configuration's sections say it."""
+    changes = changes_in(adapter)
+    image = {key.removeprefix("image_"): changes[key] for key in ("image_size", "aspect", "tiles") if key in changes}
+    connector = dict(changes.get("connector", {}))
+    model = {"connector": connector.pop("kind")} if connector else {}
+    return {"model": model, "connector": connector, "image": image}
+
+
 def value_at(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value of one of PEFT's patterns for one of our paths, whichever layout it was written for."""
     found = (pattern_value(pattern, layout(path), None) for layout in LAYOUTS.values())
@@ -81,6 +93,24 @@ def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
         return
     require_agreement(model, config)
     load_adapter(model, find_adapter(Path(expand(config.start_from))), config.dropout)
+
+
+def load_connector(model: nn.Module, adapter: Path) -> None:
+    """Fill what is trained in full of the connector with an adapter's values.
+
+    Raises:
+        ValueError: the adapter cannot be read, has another connector, or does not train all of it.
+    """
+    config, tensors = read_adapter(adapter)
+    require_network(model, adapter, config)
+    prefix = SCOPES["connector"]
+    wanted = {name: p for name, p in file_parameters(model).items() if name.startswith(prefix)}
+    there = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if problems := mismatches(there, wanted):
+        raise ValueError(f"{adapter}, which connector.start_from names, trains another connector:\n{problems}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(there[name])
 
 
 def require_agreement(model: nn.Module, config: LoRAConfig) -> None:

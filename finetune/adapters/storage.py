@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from finetune.adapters.metadata import (
     TrainingFacts,
     metadata_of,
 )
+from finetune.adapters.network import NETWORK, network_key, with_changes
 from finetune.adapters.peft_config import (
     LAYOUTS,
     NEUTRAL,
@@ -46,7 +48,9 @@ from finetune.lora.linear import put_adapter, put_in_full
 from finetune.lora.nf4 import NF4Linear, quantization_of
 from finetune.lora.protocol import METHODS, AdapterModule, adapters
 from finetune.system.atomic import recover, require_whole, write_whole
+from model import PaliGemma, PaliGemmaConfig
 from model.checkpoint import canonical_name, mismatches
+from model.convert import convert, described
 from model.safetensors_io import DTYPES
 
 PREFIX = "base_model.model."
@@ -77,7 +81,8 @@ def save_adapter(
     poisoned = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if poisoned:
         raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
-    config = json.dumps(peft_config(model) | {"base_model_name_or_path": base, "revision": revision}, indent=2) + "\n"
+    about_base = {"base_model_name_or_path": base, "revision": revision}
+    config = json.dumps(peft_config(model) | network_key(model) | about_base, indent=2) + "\n"
     about = {BASE_FINGERPRINT: base_fingerprint or fingerprint(model), BASE_QUANTIZATION: quantization_of(model)}
     about |= {TRAINING: facts.to_json() if facts else None}
     metadata = {"format": "pt"} | {key: value for key, value in about.items() if value}
@@ -115,7 +120,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter(model: nn.Module, directory: str | Path, dropout: float | None = None) -> list[str]:
     """Put the adapters stored in `directory` into `model` (ours or PEFT's files); returns their paths.
 
-    The base is frozen. The model is untouched when the adapter is refused.
+    The base is frozen, and converted to the network that the adapter was trained on (another connector, resolution or
+    tiles), if it is not that yet. The model is untouched when the adapter is refused.
 
     Args:
         dropout: in further training, instead of the adapter's own.
@@ -125,13 +131,15 @@ def load_adapter(model: nn.Module, directory: str | Path, dropout: float | None 
         or the adapter was trained on another base (known of ours only).
     """
     directory = Path(directory)
-    config, tensors, selection = fit_adapter(model, directory)
+    config, tensors = read_adapter(directory)
+    undo = convert_for(model, directory, config)
+    try:
+        selection = select_modules(model, directory, config, tensors)
+        require_base(model, directory, config)
+    except BaseException:
+        undo()
+        raise
     method = config["peft_type"].lower()
-    if (trained := metadata_of(directory).get(BASE_FINGERPRINT)) and trained != fingerprint(model):
-        raise ValueError(
-            f"{directory} was trained on another base than this, whose weights have other values: give the one it was "
-            f"trained on ({config.get('base_model_name_or_path') or 'its name was not kept'})"
-        )
     model.requires_grad_(False)
     for path, settings in selection.linears.items():
         dropped = settings.dropout if dropout is None else dropout
@@ -144,6 +152,28 @@ def load_adapter(model: nn.Module, directory: str | Path, dropout: float | None 
     return [*selection.linears, *selection.full]
 
 
+def convert_for(model: nn.Module, directory: Path, config: dict[str, Any]) -> Callable[[], None]:
+    """Convert a base to the network that an adapter was trained on; returns what takes it back.
+
+    Raises:
+        ValueError: there are adapters already, or the adapter's network cannot be made of this base.
+    """
+    if any(adapters(model)):
+        raise ValueError("the model has adapters already: remove_lora(model) first")
+    if not isinstance(model, PaliGemma):
+        return lambda: None
+    return convert(model, with_changes(model.config, config.get(NETWORK) or {}, directory))
+
+
+def require_base(model: nn.Module, directory: Path, config: dict[str, Any]) -> None:
+    """ValueError where an adapter of ours was trained on a base whose weights have other values."""
+    if (trained := metadata_of(directory).get(BASE_FINGERPRINT)) and trained != fingerprint(model):
+        raise ValueError(
+            f"{directory} was trained on another base than this, whose weights have other values: give the one it was "
+            f"trained on ({config.get('base_model_name_or_path') or 'its name was not kept'})"
+        )
+
+
 def fit_adapter(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], Selection]:
     """What `read_adapter` reads, and which modules of `model` it adapts: by names and shapes, the base's values are not
     looked at (they may be on the meta device). Nothing is changed.
@@ -154,6 +184,12 @@ def fit_adapter(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict
     config, tensors = read_adapter(directory)
     if any(adapters(model)):
         raise ValueError("the model has adapters already: remove_lora(model) first")
+    return config, tensors, select_modules(model, directory, config, tensors)
+
+
+def select_modules(model: nn.Module, directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Selection:
+    """Which modules of `model` an adapter adapts. ValueError where it does not fit."""
+    require_network(model, directory, config)
     try:
         selection, problems = plan_loading(model, config, tensors)
     except (re.error, OverflowError, RecursionError) as error:
@@ -162,7 +198,25 @@ def fit_adapter(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict
         if sizes := other_sizes(model, tensors):
             raise ValueError(f"{directory} was made for another base: {sizes}; give the base it was trained on")
         raise ValueError(f"{directory} does not fit this model and its own {CONFIG_FILE}:\n{problems}")
-    return config, tensors, selection
+    return selection
+
+
+def require_network(model: nn.Module, directory: Path, config: dict[str, Any]) -> None:
+    """ValueError where `model` is another network than the one that the adapter was trained on."""
+    if isinstance(model, PaliGemma):
+        expected = with_changes(model.config, config.get(NETWORK) or {}, directory)
+        if expected != model.config:
+            raise ValueError(
+                f"{directory} was trained with {network_text(expected)}, and this network has "
+                f"{network_text(model.config)}"
+            )
+
+
+def network_text(config: PaliGemmaConfig) -> str:
+    """In words what `convert` can change."""
+    size = config.vision.image_size
+    tiles = f", tiles {config.tiles}" if config.tiles > 1 else ""
+    return f"the connector {described(config.connector)} and images of {size} pixels, {config.aspect}{tiles}"
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -229,7 +283,7 @@ def other_sizes(model: nn.Module, tensors: dict[str, Tensor]) -> str:
 
 def require_readable(file: Path, config: dict[str, Any], has_biases: bool) -> None:
     """ValueError where a configuration asks for what is not implemented, or holds a value that cannot be used."""
-    ours = (*SETTINGS, *WITHOUT_EFFECT)
+    ours = (*SETTINGS, *WITHOUT_EFFECT, NETWORK)
     strange = {key: value for key, value in config.items() if key not in ours and value not in NEUTRAL.get(key, UNSET)}
     if strange.get("bias") in ("all", "lora_only") and not has_biases:
         del strange["bias"]  # nothing that it applies to has a bias

@@ -60,7 +60,7 @@ def _kind(field: JsonSchema) -> str:
     if "const" in field:
         return str(field["const"])
     if "enum" in field:
-        return " | ".join(field["enum"])
+        return " | ".join(map(str, field["enum"]))
     if field["type"] == "array":
         return f"list of {_kind(field['items'])}"
     if field["type"] == "object":

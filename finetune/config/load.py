@@ -13,9 +13,11 @@ from pydantic import JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.adapters import start_from
+from finetune.adapters.locate import find_adapter
 from finetune.config import strict_yaml
 from finetune.config.describe import Keys, explain, without_alternative
 from finetune.config.schema import RunConfig
+from finetune.system import paths
 
 
 class ConfigError(ValueError):
@@ -36,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     lora = document.data.get("lora") if isinstance(document.data, dict) else None
     if isinstance(lora, dict) and isinstance(lora.get("start_from"), str):
         try:
-            lora.update(start_from.complete(lora))
+            complete(document, lora)
         except ValueError as error:
             document.add_problem(("lora", "start_from"), str(error))
     config = None
@@ -47,6 +49,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if config is None or document.problems:
         raise ConfigError("\n".join(document.problems))
     return config
+
+
+def complete(document: strict_yaml.Document, lora: dict[str, JsonValue]) -> None:
+    """Take what a document leaves open of `lora`, and of the network, from the adapter that `lora` starts from."""
+    new = not all(key in lora for key in start_from.SHAPE)
+    lora.update(start_from.complete(lora))
+    if new:
+        adapter = find_adapter(Path(paths.expand(str(lora["start_from"]))))
+        for name, values in start_from.network_sections(adapter).items():
+            assert isinstance(document.data, dict), "it holds lora"
+            section = document.data.setdefault(name, {}) if values else None
+            if isinstance(section, dict):
+                section.update(values | section)
 
 
 def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails]) -> None:

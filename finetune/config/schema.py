@@ -6,12 +6,15 @@ JSON schema for editors come from the models (`describe.py`). Not here: reading 
 whether a run fits.
 """
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from finetune.config.section import BelowOne, Count, CountOrZero, Effect, PathText, Positive, Section, Text, error_at
 from finetune.lora.config import LoRAConfig
+
+CONNECTOR = "connector.*"  # a target: all of it
 
 
 def _refuse_float16(value: object) -> object:
@@ -34,8 +37,46 @@ class ModelConfig(Section):
     """Type of the base weights and of the arithmetic. Adapters are float32 always."""
     quantize: Literal["nf4"] | None = None
     """nf4: keep the decoder's frozen weights in four bits (needs bitsandbytes); null: as they are."""
+    connector: Literal["linear", "mlp", "dense_sci", "dense_dci", "resampler", "pixel_shuffle"] | None = None
+    """What is between vision tower and decoder. One that is named is trained in full, beside the adapters, and put in
+    the place of the checkpoint's where that is the published linear one. null: the checkpoint's own, as lora says.
+    """
     device: Annotated[str, Field(pattern="^(auto|cpu|mps|cuda(:[0-9]+)?)$"), Effect.NUMERICS] = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto takes cuda, then mps, then cpu."""
+
+
+class ConnectorOptions(Section):
+    """How the connector that model.connector names is made and trained."""
+
+    learning_rate: Positive | None = None
+    """Peak learning rate of what is trained of the connector; null: train.learning_rate."""
+    start: Literal["pretrained", "random"] = "pretrained"
+    """pretrained: take from the checkpoint's projector what it determines: for linear, mlp and dense ones everything,
+    so that training starts at the pretrained network. random: draw all of it.
+    """
+    start_from: PathText | None = None
+    """Directory of an adapter, or of a run, with the same connector, whose values training starts with."""
+    latents: Count = 64
+    """resampler: learned queries, and so tokens of an image."""
+    depth: Count = 3
+    """resampler: layers."""
+    factor: Annotated[int, Field(ge=2)] = 2
+    """pixel_shuffle: a square of factor x factor patches becomes one token; 2 and 4 are usual."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Of what is drawn; null: train.seed."""
+
+
+class ImageOptions(Section):
+    """What the vision tower sees of an image. null: as the checkpoint has it."""
+
+    size: Count | None = None
+    """Height and width in pixels, such as 336 or 448 for a checkpoint of 224: its position embedding is interpolated.
+    Adapting the vision tower too (lora.targets: vision.*) lets it get used to that.
+    """
+    aspect: Literal["squash", "pad"] | None = None
+    """How an image becomes square: squash, as published, or pad with grey."""
+    tiles: Literal[1, 4] | None = None
+    """4: the vision tower sees the four quarters of an image, and the whole, for five times as many image tokens."""
 
 
 class Source(Section):
@@ -181,6 +222,28 @@ class TrainConfig(Section):
         return micro_batch
 
 
+class Stage(Section):
+    """A part of a run that comes before it and trains the connector alone, with all else as the run has it. It is a run
+    of its own in OUTPUT/stages/NAME, and the next one starts with its connector.
+    """
+
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]
+    """Of its directory, such as align."""
+    epochs: Positive | None = None
+    """Passes over the training examples; this or max_steps."""
+    max_steps: Count | None = None
+    """Steps; this or epochs."""
+    learning_rate: Positive | None = None
+    """Peak learning rate; null: connector.learning_rate."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _one_length(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
+        if (max_steps is None) == (info.data.get("epochs") is None):
+            raise ValueError("expected either max_steps or epochs")
+        return max_steps
+
+
 class MemoryConfig(Section):
     """What the plan may count on."""
 
@@ -214,9 +277,13 @@ class RunConfig(Section):
     """Everything that defines a run."""
 
     model: ModelConfig
+    image: ImageOptions = ImageOptions()
+    connector: ConnectorOptions = ConnectorOptions()
     data: DataConfig
     lora: LoRAConfig | None = LoRAConfig()
     """The adapter; null: all parameters are trained, without one."""
+    stages: tuple[Stage, ...] = ()
+    """What is trained before the run itself, in this order: the connector that model.connector names, alone."""
     train: TrainConfig
     memory: MemoryConfig = MemoryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -229,7 +296,29 @@ class RunConfig(Section):
     def _can_train(cls, lora: LoRAConfig | None, info: ValidationInfo) -> LoRAConfig | None:
         if lora is None and "model" in info.data and info.data["model"].quantize:
             raise ValueError("null trains the base weights themselves, and packed ones (model.quantize) cannot be")
+        if lora and "model" in info.data and info.data["model"].connector and CONNECTOR not in lora.modules_to_save:
+            return dataclasses.replace(lora, modules_to_save=(*lora.modules_to_save, CONNECTOR))
         return lora
+
+    @field_validator("connector")
+    @classmethod
+    def _is_named(cls, connector: ConnectorOptions, info: ValidationInfo) -> ConnectorOptions:
+        given = connector.model_dump(exclude_defaults=True).keys() - {"learning_rate"}
+        if given and "model" in info.data and info.data["model"].connector is None:
+            raise error_at(min(given), "says how a new connector is made, and model.connector names none")
+        return connector
+
+    @field_validator("stages")
+    @classmethod
+    def _trains_a_connector(cls, stages: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
+        names = [stage.name for stage in stages]
+        if stages and "model" in info.data and info.data["model"].connector is None:
+            raise ValueError("stages train the connector alone, and model.connector names none")
+        if stages and "lora" in info.data and info.data["lora"] is None:
+            raise ValueError("stages train the connector beside a frozen base, and lora is null")
+        if len(set(names)) < len(names):
+            raise ValueError(f"every stage needs a name of its own, got {', '.join(names)}")
+        return stages
 
     @field_validator("train")
     @classmethod

@@ -16,6 +16,7 @@ from finetune import cli
 from finetune.adapters.generation_config import max_new_tokens_of
 from finetune.adapters.locate import find_adapter, find_base
 from finetune.adapters.metadata import training_facts
+from finetune.adapters.network import adapted_config
 from finetune.adapters.storage import load_adapter
 from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
@@ -24,7 +25,7 @@ from finetune.lora.nf4 import open_base
 from finetune.system import distributed
 from finetune.system.console import progress, show
 from finetune.system.device import pick_device, pick_dtype
-from finetune.training.examples import askable
+from finetune.training.examples import askable, processor_of
 from model import fetch
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     if note:
         show(note)
     quantize = cli.quantization(options.quantize, adapter)
-    processor = Processor.from_pretrained(directory)
+    processor = processor_of(directory, adapted_config(directory, adapter))
     records = askable(records, processor, SkippedRecords())
     result = open_and_evaluate(
         directory, adapter, processor, records, dtype, device, options.batch_size, new_tokens, quantize

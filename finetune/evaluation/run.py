@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from data import Processor
 from data.invalid import NAMED
 from data.records import decodable
 from finetune import cli
 from finetune.adapters.generation_config import max_new_tokens_of
+from finetune.adapters.network import adapted_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation.checkpoint import open_and_evaluate, show_unfinished
 from finetune.evaluation.inputs import INPUTS_KEY, first, inputs_of_run, require_same_inputs
@@ -27,7 +27,7 @@ from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.system.lock import locked
-from finetune.training.examples import askable, open_records, skipped_records
+from finetune.training.examples import askable, open_processor, open_records, processor_of, skipped_records
 from model import fetch
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def evaluate_arm(
 ) -> VQAScore:
     """The accuracy of one arm. Its answers and figures are written to `directory`/`name`, if there is a directory."""
     checkpoint = fetch(arm.checkpoint, config.model.revision if arm.checkpoint == config.model.path else None)
-    processor = Processor.from_pretrained(checkpoint)
+    processor = processor_of(checkpoint, adapted_config(checkpoint, arm.adapter))
     quantize = None if name == "merged" else config.model.quantize
     rows = config.evaluation.batch_size
     result = open_and_evaluate(checkpoint, arm.adapter, processor, records, dtype, device, rows, new_tokens, quantize)
@@ -132,7 +132,7 @@ def records_of_run(config: RunConfig, limit: int | None, listed: bool) -> Datase
         distributed.on_main(partial(skipped.file.unlink, missing_ok=True))  # from an earlier evaluation
     records = decodable(first(open_records(config, "validation", skipped), limit), skipped)
     base = fetch(config.model.path, config.model.revision, weights=False)
-    records = askable(records, Processor.from_pretrained(base), skipped)
+    records = askable(records, open_processor(base, config), skipped)
     if skipped.reasons:
         show(f"{len(skipped.reasons):,} questions cannot be asked and are skipped")
         some = [f"  {name}: {reason}" for name, reason in list(skipped.reasons.items())[:NAMED]]

@@ -19,7 +19,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: more cannot be used than the configuration lets be skipped; all of them are listed in any case.
     """
-    processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config.data)
+    processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config)
     refused = []
     for part in ("train", "validation") if config.data.validation else ("train",):
         skipped, total, usable = SkippedRecords(share=math.inf), 0, 0

@@ -28,12 +28,14 @@ class SavedActivations:
     Attributes:
         layers: of each decoder layer that is not recomputed.
         recomputed_layers: of each decoder layer that is recomputed: its input.
-        other: of all else: vision encoder where it is trained, final norm, what the layers share.
+        other: of all else: vision encoder and connector where they are trained, final norm, what the layers share.
+        once: saved once, however many rows there are: what is trained in full, in the type of the arithmetic.
     """
 
     layers: list[int]
     recomputed_layers: list[int]
     other: int
+    once: int
 
     def by_layer(self, recompute_layers: int) -> list[int]:
         """Bytes of each decoder layer where the first `recompute_layers` are recomputed."""
@@ -79,8 +81,9 @@ def saved_activations(model: PaliGemma, tokens: int, supervised: int, vision_tra
     decoder.set_recompute(len(decoder.layers))
     *recomputed, _ = saved_bytes(model, tokens, supervised, vision_trains)
     decoder.set_recompute(0)
-    *layers, other = saved_bytes(model, tokens, supervised, vision_trains)
-    return SavedActivations(layers, recomputed, other)
+    *layers, of_one = saved_bytes(model, tokens, supervised, vision_trains)
+    *_, of_two = saved_bytes(model, tokens, supervised, vision_trains, rows=2)
+    return SavedActivations(layers, recomputed, of_two - of_one, 2 * of_one - of_two)
 
 
 def saved_bytes(model: PaliGemma, tokens: int, supervised: int, vision_trains: bool, rows: int = 1) -> list[int]:
@@ -121,12 +124,11 @@ def saved_bytes(model: PaliGemma, tokens: int, supervised: int, vision_trains: b
     handles = [decoder.register_forward_pre_hook(enter_decoder)]
     for layer in decoder.layers:
         handles += [layer.register_forward_pre_hook(count_shared), layer.register_forward_hook(leave_layer)]
-    side, patches = config.vision.image_size, config.vision.num_patches
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x = torch.zeros(rows, tokens, config.text.hidden_size, dtype=model.dtype)  # (B, S, D)
         if vision_trains:
-            images = model.encode_images(torch.zeros(rows, config.vision.num_channels, side, side, dtype=model.dtype))
-            x = torch.cat((images, x[:, patches:]), dim=1)
+            images = model.encode_images(torch.zeros(rows, *config.pixel_shape, dtype=model.dtype))
+            x = torch.cat((images, x[:, config.num_image_tokens :]), dim=1)
         run_decoder(model, x, supervised)
     for handle in handles:
         handle.remove()
@@ -163,7 +165,7 @@ def count_flops(
     """
     with torch.device("meta"):
         model = PaliGemma(config)
-        pixels = torch.zeros(1, config.vision.num_channels, config.vision.image_size, config.vision.image_size)
+        pixels = torch.zeros(1, *config.pixel_shape)
         x = torch.zeros(1, tokens, config.text.hidden_size, requires_grad=vision_trains)
     if lora is not None:
         inject_lora(model, lora)

@@ -18,7 +18,7 @@ from finetune.preflight.run_plan import RunPlan, assumed_lengths, plan_run, requ
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device
 from finetune.training.batch_sampler import BatchSampler
-from finetune.training.examples import Examples, max_new_tokens, open_examples, open_processor
+from finetune.training.examples import Examples, max_new_tokens, network_config, open_examples, open_processor
 from finetune.training.setup import adapt, plan_steps, random_model, table_of_adapters
 from model import PaliGemma, PaliGemmaConfig, fetch
 from model.safetensors_io import refuse_unreadable
@@ -33,7 +33,7 @@ def dry_run(config: RunConfig, probed: bool) -> None:
         ValueError: it does not fit; says what to change.
     """
     directory = fetch(config.model.path, config.model.revision, weights=False)
-    dimensions = PaliGemmaConfig.from_directory(directory)
+    dimensions = network_config(directory, config)
     require_readable(config, directory, dimensions)
     examples = readable_examples(config, directory)
     planned = plan_run(config, dimensions, examples.longest if examples else assumed_lengths(config.data))
@@ -84,7 +84,7 @@ def table_of_memory(planned: RunPlan) -> Table:
 def readable_examples(config: RunConfig, directory: Path) -> Examples | None:
     """The examples of the run, or None with a line that says why they cannot be read."""
     try:
-        return open_examples(config, "train", open_processor(directory, config.data))
+        return open_examples(config, "train", open_processor(directory, config))
     except ValueError as error:
         show(f"steps and lengths are not known, for the data cannot be read: {error}")
         return None
@@ -106,7 +106,7 @@ def workload_of(
             f"warning: a step of train.batch_size={size} is more than the {len(records):,} examples of data.train: it "
             "takes some of them more than once; a smaller train.batch_size makes more steps of an epoch"
         )
-    tokens = planner.config.vision.num_patches + 1 + math.ceil(lengths.mean_text)
+    tokens = planner.config.num_image_tokens + 1 + math.ceil(lengths.mean_text)
     return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_answer))
 
 

@@ -21,7 +21,7 @@ from model import IGNORE_INDEX, PaliGemma, fetch
 def inspect(config: RunConfig) -> None:
     """The first examples as the network sees them, checked for what would ruin the training. Nothing is written."""
     directory = fetch(config.model.path, config.model.revision)
-    processor = open_processor(directory, config.data)
+    processor = open_processor(directory, config)
     examples = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     model = open_model(directory, config)
@@ -56,7 +56,7 @@ def structure_of(model: PaliGemma, row: dict[str, Tensor]) -> list[str]:
     config = model.config
     length = int(row["attention_mask"].sum())
     ids, types, labels = (row[name][:length].tolist() for name in ("input_ids", "token_type_ids", "labels"))
-    expected = config.vision.num_patches
+    expected = config.num_image_tokens
     supervised = [label != IGNORE_INDEX for label in labels]
     checks = {
         f"{ids.count(config.image_token_id)} image tokens, expected {expected} at the start": (

@@ -21,12 +21,12 @@ from finetune.evaluation.evaluate import generate_answers
 from finetune.preflight.run_plan import plan_run
 from finetune.system.console import new_table, show
 from finetune.training.batch_sampler import BatchSampler
-from finetune.training.examples import open_examples, open_processor
+from finetune.training.examples import network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import Collate, Example
 from finetune.training.setup import adapt, open_model, show_trained
 from finetune.training.trainer import LoRATrainer
-from model import PaliGemma, PaliGemmaConfig, fetch
+from model import PaliGemma, fetch
 
 Answers = list[tuple[str, str, str]]  # question, expected answer, given answer
 
@@ -59,12 +59,12 @@ def overfit(config: RunConfig, count: int) -> None:
     """
     config = overfit_config(config, count)
     directory = fetch(config.model.path, config.model.revision)
-    processor = open_processor(directory, config.data)
+    processor = open_processor(directory, config)
     examples = open_examples(config, "train", processor)
     records = examples.valid
     if not 0 < count <= len(records):
         raise ValueError(f"--overfit {count}: expected 1 to {len(records):,}, the examples of data.train")
-    plan = plan_run(config, PaliGemmaConfig.from_directory(directory), examples.longest).plan
+    plan = plan_run(config, network_config(directory, config), examples.longest).plan
     model = open_model(directory, config)
     records = records.select(range(count))
     dataset = PaliGemmaDataset(records, processor, config.data.answers, skipped=examples.skipped)

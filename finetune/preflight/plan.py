@@ -116,7 +116,7 @@ class Planner:
     def activations(self, execution: ExecutionPlan) -> int:
         """Bytes that one micro-batch saves in its forward pass for its backward pass, without the logits."""
         layers = self.saved.by_layer(execution.recompute_layers)
-        return execution.micro_batch * (sum(layers) + self.saved.other)
+        return execution.micro_batch * (sum(layers) + self.saved.other) + self.saved.once
 
     def rounding(self, offload_vision: bool) -> int:
         """Bytes by which the segments of weights, gradients and optimizer state exceed them, on a card."""
@@ -127,6 +127,13 @@ class Planner:
         sizes = [*stays.values(), *(self.sizes[name] for name in trained for _ in range(3))]
         return reserved_bytes(sizes, expandable_segments()) - sum(sizes)
 
+    @property
+    def encoding(self) -> int:
+        """Bytes at work while the vision tower encodes one image, with its tiles, without a graph (an estimate)."""
+        vision = self.config.vision
+        width = 2 * vision.intermediate_size + 6 * vision.hidden_size
+        return self.config.views * vision.num_patches * width * self.dtype.itemsize
+
     def attention_backward(self, positions: int) -> int:
         """Bytes of the gradients of q, k and v of all heads, and of the fp32 sums of them in CUDA's kernels."""
         text = self.config.text
@@ -136,13 +143,12 @@ class Planner:
         """Bytes that an evaluation during training takes, which answers `batch_size` questions of the longest length at
         once with `new_tokens` tokens each.
         """
-        text, vision, e = self.config.text, self.config.vision, self.dtype.itemsize
-        encoding = vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * e
+        text, e = self.config.text, self.dtype.itemsize
         prefill = self.tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * e
         slots = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * e  # of a token in the cache
         logits = max(1, self.supervised) * text.vocab_size * (e + 8)  # the loss's; generation has those of one token
-        row = max(encoding, prefill + logits) + slots * (self.tokens + new_tokens)
-        row += 2 * vision.num_patches * text.hidden_size * e  # image tokens, and those of the rows
+        row = max(self.encoding, prefill + logits) + slots * (self.tokens + new_tokens)
+        row += 2 * self.config.num_image_tokens * text.hidden_size * e  # image tokens, and those of the rows
         activations = int((1 + self.fragmentation) * batch_size * row) + self.dequantized + self.gathered
         on_card = cublas_workspaces(self.device) if self.device.type == "cuda" else 0
         return self.frozen + 4 * self.trained + self.rounding(False) + activations + on_card + CONTEXT
@@ -171,7 +177,7 @@ class Planner:
             recomputed = size_of_all - size + positions * norms if size < size_of_all else 0
             before += size
             peak = max(peak, before + recomputed + gradients(positions))
-        return execution.micro_batch * (self.saved.other + peak) + self.dequantized + self.gathered
+        return execution.micro_batch * (self.saved.other + peak) + self.saved.once + self.dequantized + self.gathered
 
     def mlp_backward(self, positions: int) -> int:
         """Bytes of the gradients of gate, up and their product (on a CPU in bf16, these may be summed in fp32), and of
@@ -183,8 +189,8 @@ class Planner:
 
     def plan(self, execution: ExecutionPlan, budget: int) -> Plan:
         """What an execution plan takes, by component."""
-        e, text, vision = self.dtype.itemsize, self.config.text, self.config.vision
-        image_tokens = 0 if self.vision_trains else self.batch_size * vision.num_patches * text.hidden_size * e
+        of_an_image = self.config.num_image_tokens * self.config.text.hidden_size * self.dtype.itemsize
+        image_tokens = 0 if self.vision_trains else self.batch_size * of_an_image
         step = self.activation_components(execution)
         components = {
             "base weights": self.frozen - self.vision * execution.offload_vision,
@@ -203,8 +209,7 @@ class Planner:
 
     def activation_components(self, execution: ExecutionPlan) -> dict[str, int]:
         """What a micro-batch allocates and frees; the later ones are what a later phase takes above those before."""
-        rows, e = execution.micro_batch, self.dtype.itemsize
-        text, vision = self.config.text, self.config.vision
+        rows, text = execution.micro_batch, self.config.text
         # Of a logit three numbers in fp32: its log-probability, and the gradients of that and of itself.
         found = {"activations": self.activations(execution), "logits": rows * self.supervised * text.vocab_size * 12}
         # The backward pass frees the logits before it enters the layers, and what a layer has saved before it enters
@@ -215,8 +220,7 @@ class Planner:
         for name, gradients in phases.items():
             found[name] = max(0, self.backward_peak(execution, gradients) - sum(found.values()))
         # Images are encoded first; then the decoder works, with or without the vision encoder on the device.
-        encoding = rows * vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * e
-        vision_phase = encoding + self.vision * execution.offload_vision
+        vision_phase = rows * self.encoding + self.vision * execution.offload_vision
         found["vision phase above that"] = max(0, vision_phase - sum(found.values()))
         return found
 

@@ -86,7 +86,7 @@ class RandomExamples(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         config, generator = self.config, torch.Generator().manual_seed(index)
-        side, images, tokens = config.vision.image_size, config.vision.num_patches, self.workload.tokens
+        images, tokens = config.num_image_tokens, self.workload.tokens
         ids = torch.full((tokens,), config.image_token_id)
         ids[images:] = torch.randint(config.image_token_id, (tokens - images,), generator=generator)
         answer = torch.arange(tokens) >= tokens - self.workload.supervised
@@ -94,7 +94,7 @@ class RandomExamples(Dataset[Example]):
             "input_ids": ids,
             "token_type_ids": answer.long(),
             "labels": ids.where(answer, IGNORE_INDEX),
-            "pixel_values": torch.rand(config.vision.num_channels, side, side, generator=generator) * 2 - 1,
+            "pixel_values": torch.rand(config.pixel_shape, generator=generator) * 2 - 1,
             "id": str(index),
             "image_id": str(index),
         }

@@ -43,7 +43,7 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPl
     here = run.model.device == "auto" or run.memory.budget_gib is None
     device = pick_device(run.model.device) if here else torch.device(run.model.device)
     dtype = pick_dtype(run.model.dtype, device)
-    tokens = config.vision.num_patches + 1 + longest.text
+    tokens = config.num_image_tokens + 1 + longest.text
     share = math.ceil(train.batch_size / distributed.count())
     planner = Planner(config, run.lora, dtype, tokens, longest.answer, share, device, run.model.quantize)
     if distributed.asks_for_fsdp():

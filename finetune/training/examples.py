@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 from data import Processor
 from data.invalid import SkippedRecords
 from data.lengths import Longest, TextLengths, measure
+from data.processor import ImageForm
 from data.records import load_records
-from finetune.config.schema import DataConfig, RunConfig
+from finetune.config.schema import RunConfig
 from finetune.system.console import show
+from model import ConnectorConfig, PaliGemmaConfig
+from model.convert import changed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,10 +57,36 @@ def skipped_records(config: RunConfig, split: str, listed: bool = True) -> Skipp
     return SkippedRecords(Path(config.output, f"skipped_{split}.jsonl") if listed else None, allowed, allowed)
 
 
-def open_processor(directory: Path, data: DataConfig) -> Processor:
-    """The processor of a checkpoint, with the limit that a configuration sets."""
+def network_config(directory: Path, config: RunConfig) -> PaliGemmaConfig:
+    """The dimensions of the run's network: of its checkpoint, changed as model.connector and image say.
+
+    Raises:
+        ValueError: they do not fit the checkpoint; names the key.
+    """
+    kind, options, image = config.model.connector, config.connector, config.image
+    published, connector = PaliGemmaConfig.from_directory(directory), None
+    try:
+        if kind is not None:
+            seed = config.train.seed if options.seed is None else options.seed
+            connector = ConnectorConfig(kind, options.latents, options.depth, options.factor, options.start, seed)
+        return changed(published, connector, image.size, image.tiles, image.aspect)
+    except ValueError as error:
+        raise ValueError(f"model.connector, connector and image do not fit {config.model.path}: {error}") from error
+
+
+def processor_of(
+    directory: Path, config: PaliGemmaConfig, max_text_tokens: int | None = None, truncate_answers: bool = False
+) -> Processor:
+    """A checkpoint's processor, for a network of these dimensions."""
+    form = ImageForm(config.vision.image_size, config.tiles, config.aspect, config.num_image_tokens)
+    return Processor.from_pretrained(directory, max_text_tokens, truncate_answers, form)
+
+
+def open_processor(directory: Path, config: RunConfig) -> Processor:
+    """The processor of the run's network, with the limit that the configuration sets."""
+    data = config.data
     limit = None if data.max_text_tokens == "auto" else data.max_text_tokens
-    return Processor.from_pretrained(directory, limit, data.truncate_answers)
+    return processor_of(directory, network_config(directory, config), limit, data.truncate_answers)
 
 
 def open_examples(

@@ -148,7 +148,7 @@ class GradientAccumulation:
         if any(parameter.requires_grad for tower in towers for parameter in tower.parameters()):
             return None
         pixels, config = unique_images(examples), self.network.config
-        shape = (len(pixels), config.vision.num_patches, config.text.hidden_size)
+        shape = (len(pixels), config.num_image_tokens, config.text.hidden_size)
         tokens = torch.empty(shape, dtype=self.network.dtype, device=self.device)
         size = self.execution_plan.micro_batch
         with torch.no_grad(), self.vision_on_device():

@@ -5,20 +5,26 @@ Sharded and whole parameters have groups of their own: torch does not compute wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from finetune.config.schema import TrainConfig
+from finetune.config.schema import RunConfig
+from finetune.lora.config import SCOPES
 from finetune.system.distributed import whole
 
 
-def make_optimizer(trained: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over what is trained."""
-    groups = [{"params": group} for group in whole_and_sharded(list(trained))]
+def make_optimizer(trained: Mapping[str, nn.Parameter], run: RunConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) over what is trained, by name; the connector with a learning rate of its own."""
+    config, rate = run.train, run.connector.learning_rate
+    groups: list[dict[str, object]] = []
+    for in_connector in (False, True):
+        parameters = [p for name, p in trained.items() if name.startswith(SCOPES["connector"]) == in_connector]
+        own = {"lr": rate} if in_connector and rate is not None else {}
+        groups += [{"params": group, **own} for group in whole_and_sharded(parameters)]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.locate import find_adapter
+from finetune.adapters.metadata import WEIGHTS_FILE
 from finetune.config.load import dump_config, load_config
 from finetune.config.schema import RunConfig
 from finetune.system.atomic import damage, describe, write_text_whole
@@ -91,9 +93,13 @@ def start_run(config: RunConfig) -> None:
 
 
 def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
-    """Size and sha256 of every file that the run's examples come from, by its key in the configuration."""
+    """Size and sha256 of every file that the run's examples come from, by its key in the configuration, and of the
+    connector that it starts with.
+    """
     splits = {"train": config.data.train, "validation": config.data.validation}
-    return {
+    start_from = config.connector.start_from
+    weights = find_adapter(Path(start_from)) / WEIGHTS_FILE if start_from else None
+    return ({"connector.start_from": describe(weights)} if weights and weights.is_file() else {}) | {
         f"data.{split}.{name}": describe(Path(file))
         for split, source in splits.items()
         for name in ("questions", "annotations", "jsonl")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import nn
 
-from finetune.adapters.start_from import start
+from finetune.adapters.locate import find_adapter
+from finetune.adapters.start_from import load_connector, start
 from finetune.config.schema import RunConfig
 from finetune.lora.linear import adapter_table
 from finetune.lora.nf4 import open_base, quantize
@@ -16,7 +19,9 @@ from finetune.system import distributed, sharding
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.training.batch_sampler import BatchSampler
+from finetune.training.examples import network_config
 from model import PaliGemma
+from model.convert import convert
 from model.random_init import from_random
 
 
@@ -57,11 +62,27 @@ def plan_steps(config: RunConfig, examples: int) -> BatchSampler:
 
 
 def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:
-    """Put the adapters in, or free all parameters. `anew`: not with the values of lora.start_from."""
+    """Convert the network as the configuration says, and put the adapters in, or free all parameters.
+
+    anew: not with the values of lora.start_from and connector.start_from.
+    """
+    assert model.source is not None, "the network was opened from a directory"
+    convert(model, network_config(model.source, config))
     if config.lora is None:
         model.requires_grad_(True)
     else:
         start(model, dataclasses.replace(config.lora, start_from=None) if anew else config.lora, config.train.seed)
+    if config.connector.start_from is not None and not anew:
+        load_connector(model, find_adapter(Path(config.connector.start_from)))
+    if config.connector.learning_rate is not None and not any(p.requires_grad for p in connector_parameters(model)):
+        raise ValueError(
+            f"connector.learning_rate is {config.connector.learning_rate:g}, and nothing of the connector is trained: "
+            "name it (model.connector), or leave the rate out"
+        )
+
+
+def connector_parameters(model: PaliGemma) -> Iterator[nn.Parameter]:
+    return model.multi_modal_projector.parameters()
 
 
 def shard_decoder(model: PaliGemma, config: RunConfig) -> None:

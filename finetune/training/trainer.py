@@ -169,7 +169,7 @@ class LoRATrainer(Trainer):
         return self.network
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        self.optimizer = make_optimizer(self.trained.values(), self.run.train)
+        self.optimizer = make_optimizer(self.trained, self.run)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:

@@ -14,7 +14,9 @@ from tests.config.minimal import keys
 
 DEFAULTS = """\
 model: {path: google/paligemma-3b-pt-224, revision: null, weights: pretrained, dtype: bfloat16, quantize: null,
-        device: auto}
+        connector: null, device: auto}
+image: {size: null, aspect: null, tiles: null}
+connector: {learning_rate: null, start: pretrained, start_from: null, latents: 64, depth: 3, factor: 2, seed: null}
 data:
   train:
     {questions: q.json, annotations: a.json, images: coco, jsonl: null, fraction: null, count: null, sample_by: image}
@@ -31,6 +33,7 @@ train:
    schedule: cosine, warmup: 0.05, weight_decay: 0, beta1: 0.9, beta2: 0.999, max_grad_norm: 1, seed: 0,
    log_every: 10, save_every: 100,
    eval_every: null, keep_checkpoints: 2, on_full_disk: stop}
+stages: []
 memory: {budget_gib: null}
 evaluation: {count: 512, batch_size: 16, max_new_tokens: auto}
 output: runs/one

@@ -367,7 +367,7 @@ def test_a_tokenizer_that_would_take_image_for_a_word_is_refused(tmp_path: Path)
 
 def test_a_processor_config_without_pixels_changes_nothing(tmp_path: Path) -> None:
     directory = changed(tmp_path, "processor_config.json", lambda content: content.update(processor_class="x"))
-    assert Processor.from_pretrained(directory).image_size == SIDE
+    assert Processor.from_pretrained(directory).image_form.size == SIDE
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
