@@ -92,6 +92,7 @@ def test_every_config_runs(base: Path, tmp_path: Path, path: Path) -> None:
         f"model.path={base}",
         "model.revision=null",
         "model.dtype=float32",
+        "model.quantize=null",
         "model.device=cpu",
         "train.epochs=null",
         "train.max_steps=2",

@@ -53,11 +53,10 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if self.method != "lora":
-            from finetune.lora.protocol import METHODS  # not for help: it imports torch
-
-            importlib.import_module("finetune.lora.linear")  # registers them; by name, because it imports this file
-            if self.method not in METHODS:
-                raise ValueError(f"method {self.method!r}: expected {' or '.join(METHODS)}")
+            # Only now, for it imports torch, and by name, because it imports this file.
+            methods = importlib.import_module("finetune.lora.linear").METHODS
+            if self.method not in methods:
+                raise ValueError(f"method {self.method!r}: expected {' or '.join(methods)}")
         ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())
         if min(ranks) < 1 or min(alphas) <= 0 or not 0 <= self.dropout < 1:
             raise ValueError(

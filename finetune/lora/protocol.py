@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from finetune.lora.config import SCOPES
 from finetune.system.distributed import whole
 
 
@@ -129,18 +130,23 @@ def check_gradients(model: nn.Module) -> None:
     """Every trained parameter has a gradient, and of every adapter one that is not zero; all processes call this.
 
     Not every parameter's: in a fresh LoRA adapter's first step A's gradient is zero, as B is. An adapter without any is
-    one that the loss does not depend on.
+    one that the loss does not depend on. What is trained of the connector counts as one adapter: a dense one's norms
+    have no gradient while the weights behind them are zero.
 
     Raises:
         RuntimeError: names those without.
     """
     silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    gradients: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in trained_parameters(model).items():
+        in_connector = name.startswith(SCOPES["connector"])
+        adapter = SCOPES["connector"] if in_connector else name.rpartition(".")[0]
+        if parameter.grad is not None:
+            gradients.setdefault(adapter, {})[name] = parameter.grad
     learning: dict[str, Tensor] = {}
-    for path, adapter in adapters(model):
-        gradients = {name: p.grad for name, p in adapter.adapter_parameters().items() if p.grad is not None}
-        if gradients:
-            any_of_them = torch.stack([whole(gradient).any() for gradient in gradients.values()]).any()
-            learning |= {f"{path}.{name}": any_of_them for name in gradients}
+    for of_one in gradients.values():
+        any_of_them = torch.stack([whole(gradient).any() for gradient in of_one.values()]).any()
+        learning |= dict.fromkeys(of_one, any_of_them)
     if learning:
         seen = torch.stack(list(learning.values())).tolist()  # the device is asked once
         silent += [name for name, is_seen in zip(learning, seen, strict=True) if not is_seen]

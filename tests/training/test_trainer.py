@@ -28,7 +28,8 @@ from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, start_run
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
-from model import PaliGemma
+from model import ConnectorConfig, PaliGemma
+from model.convert import changed, convert
 from tests import rounding, tiny
 from tests.rounding import Computed
 
@@ -383,6 +384,22 @@ def test_an_adapter_whose_gradient_is_zero_stops_the_first_step(base: Path) -> N
     for parameter in trained_parameters(model).values():
         parameter.grad = torch.zeros_like(parameter)
     with pytest.raises(RuntimeError, match=r"6 trained parameters.*q_proj\.lora_B"):
+        check_gradients(model)
+
+
+def test_a_connector_is_one_adapter_to_the_first_step(base: Path) -> None:
+    """Norms before weights that start at zero have no gradient yet; a connector of which nothing has one is refused."""
+    model = PaliGemma.from_pretrained(base, dtype=torch.float32)
+    convert(model, changed(model.config, ConnectorConfig("dense_dci")))
+    inject_lora(model, LoRAConfig(targets=(), modules_to_save=("connector.*",)))
+    model.encode_images(torch.rand(1, *model.config.pixel_shape)).sum().backward()
+    norms = [p for name, p in trained_parameters(model).items() if "group_norms" in name]
+    assert norms
+    assert not any(p.grad.any() for p in norms if p.grad is not None)
+    check_gradients(model)
+    for parameter in trained_parameters(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(RuntimeError, match=r"8 trained parameters.*multi_modal_projector\.linear\.weight"):
         check_gradients(model)
 
 
