@@ -118,9 +118,11 @@ def lines(
             if form == "jsonl":
                 yield json_line(asked | {"error": broken[record["image"]]}, sys.stdout)
             continue
-        answer, finished = answers[record["id"]]
+        answer, finished = (given := answers[record["id"]]).text, given.finished
         if form == "jsonl":
-            yield json_line(asked | {"answer": answer, "finished": finished}, sys.stdout)
+            yield json_line(
+                asked | {"answer": answer, "finished": finished, "confidence": round(given.confidence, 4)}, sys.stdout
+            )
         elif len(answers) == 1:
             yield visible(answer)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ class Sampling:
             )
 
 
+class Generation(NamedTuple):
+    """New tokens i64 [B, T], and of each its log-probability f32 [B, T] (natural logarithm, at temperature 1, whatever
+    it was sampled with); 0 where a row has finished.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+
+
 def require_right_padding(attention_mask: Tensor) -> None:
     """ValueError where a row of the mask [B, S] is not ones followed by zeros, with at least one 1."""
     lengths = attention_mask.sum(dim=1, keepdim=True)  # (B, 1)
@@ -62,13 +72,13 @@ def generate(
     eos_token_id: int,
     pad_token_id: int,
     is_done: Callable[[bool], bool] = bool,
-) -> Tensor:
+) -> Generation:
     """Continue prompts, given as embeddings [B, S, D], right-padded; masks [B, S] as in `PaliGemma.forward`.
 
     is_done: of whether every row has finished, whether decoding stops.
 
     Returns:
-        i64 [B, T], the new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
+        The new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
     """
     batch, prompt_length, _ = x.shape
     lengths = attention_mask.sum(dim=1)  # (B,)
@@ -83,13 +93,17 @@ def generate(
     visible = attention_mask.bool()  # (B, slots so far)
     finished = torch.zeros(batch, dtype=torch.bool, device=x.device)
     new_tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
     while True:
-        token = pick_token(decoder.head(hidden), sampling.temperature, sampling.top_p, generator)  # (B,)
+        logits = decoder.head(hidden).float()  # (B, V)
+        token = pick_token(logits, sampling.temperature, sampling.top_p, generator)  # (B,)
+        chosen = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)  # (B,)
+        log_probs.append(chosen.masked_fill(finished, 0.0))
         token = token.masked_fill(finished, pad_token_id)
         new_tokens.append(token)
         finished |= token == eos_token_id
         if len(new_tokens) == sampling.max_new_tokens or is_done(bool(finished.all())):
-            return torch.stack(new_tokens, dim=1)  # (B, T)
+            return Generation(torch.stack(new_tokens, dim=1), torch.stack(log_probs, dim=1))
         visible = torch.cat((visible, torch.ones_like(visible[:, :1])), dim=1)
         positions = (lengths + len(new_tokens))[:, None]  # (B, 1)
         x = decoder.model.embed(token[:, None])  # (B, 1, D)
@@ -97,10 +111,10 @@ def generate(
 
 
 def pick_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Logits [B, V] -> next tokens i64 [B]: the most likely, or sampled (nucleus sampling, arXiv 1904.09751)."""
+    """Logits f32 [B, V] -> next tokens i64 [B]: the most likely, or sampled (nucleus sampling, arXiv 1904.09751)."""
     if temperature == 0:
-        return logits.float().argmax(dim=-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered  # mass of the more likely tokens: the first token always stays
     ordered = ordered.masked_fill(before >= top_p, 0.0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from model.batch import TokenBatch, image_positions
 from model.config import PaliGemmaConfig
 from model.connectors import make_connector
 from model.gemma import GemmaForCausalLM
-from model.generate import Sampling, generate, require_right_padding
+from model.generate import Generation, Sampling, generate, require_right_padding
 from model.hub import fetch
 from model.layers import prefix_lm_mask
 from model.siglip import SiglipVisionTower
@@ -205,8 +206,19 @@ class PaliGemma(nn.Module):
         total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
         return PaliGemmaOutput(logits, total / (num_items_in_batch or len(logits)))
 
+    def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, **settings: Any) -> Tensor:
+        """Continue right-padded prompts: the new tokens of `generate_scored`, which takes the same arguments.
+
+        Returns:
+            i64 [B, T], the new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
+
+        Raises:
+            ValueError: settings that cannot be, prompts not padded on the right, images that do not match.
+        """
+        return self.generate_scored(input_ids, pixel_values, **settings).tokens
+
     @torch.inference_mode()
-    def generate(
+    def generate_scored(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
@@ -218,7 +230,7 @@ class PaliGemma(nn.Module):
         top_p: float = 1.0,
         seed: int = 0,
         is_done: Callable[[bool], bool] = bool,
-    ) -> Tensor:
+    ) -> Generation:
         """Continue right-padded prompts; images, masks and types as in `forward`, the rest as in `Sampling`.
 
         Args:
@@ -226,7 +238,7 @@ class PaliGemma(nn.Module):
                 share sharded layers go on until every row of all of them has.
 
         Returns:
-            i64 [B, T], the new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
+            The new tokens only, each row filled up with `pad` behind its `eos`, and their log-probabilities.
 
         Raises:
             ValueError: settings that cannot be, prompts not padded on the right, images that do not match.

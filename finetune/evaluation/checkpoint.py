@@ -88,7 +88,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     )
     show_unfinished(str(adapter or model), result, "--max-new-tokens")
     if options.output:
-        distributed.on_main(partial(result.save, options.output, **facts, **{INPUTS_KEY: inputs}))
+        distributed.on_main(partial(result.save, options.output, records, **facts, **{INPUTS_KEY: inputs}))
     show(f"model: {model}", *([f"adapter: {adapter}"] if adapter else []))  # a path would not fit into the table
     return {"adapter" if adapter else "model": result.score}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from data import Processor, collate
-from finetune.evaluation.vqa_accuracy import VQAScore, score, write_results
+from finetune.evaluation.vqa_accuracy import VQAScore, record_accuracy, score, write_results
 from finetune.system import distributed, sharding
 from finetune.system.device import first_line, free_memory, is_out_of_memory
 from model import IGNORE_INDEX, PaliGemma
 
-METRICS_FILE = "metrics.json"
+METRICS_FILE, ANSWERS_FILE = "metrics.json", "answers.jsonl"
 Record = Mapping[str, Any]
 Result = TypeVar("Result")
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (batches, how many) -> the same, shown
@@ -33,18 +34,47 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (batches, how many) 
 class Evaluation:
     """What one network answered, and how good that is."""
 
-    answers: dict[str, str]
+    generated: dict[str, Answer]
     score: VQAScore
-    unfinished: int
-    """Answers that reached `max_new_tokens` without `<eos>`."""
     max_new_tokens: int
 
-    def save(self, directory: Path, **facts: Any) -> None:
-        """Write `results.json` in the official format and `metrics.json` with the score and `facts` about the run."""
+    @property
+    def answers(self) -> dict[str, str]:
+        """The texts, by the id of the record."""
+        return {name: answer.text for name, answer in self.generated.items()}
+
+    @property
+    def unfinished(self) -> int:
+        """Answers that reached `max_new_tokens` without `<eos>`."""
+        return sum(not answer.finished for answer in self.generated.values())
+
+    def save(self, directory: Path, records: Iterable[Record], **facts: Any) -> None:
+        """Write `results.json` in the official format, `answers.jsonl` with what was asked, expected and answered, and
+        `metrics.json` with the score and `facts` about the run.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         write_results(directory / "results.json", self.answers)
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self.answered(records))
+        (directory / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
         generated = {"unfinished": self.unfinished, "max_new_tokens": self.max_new_tokens}
         write_metrics(directory, self.score, **generated, **facts)
+
+    def answered(self, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+        """The lines of `answers.jsonl`: `score` in percent, `confidence` as `Answer` has it."""
+        for record in records:
+            answer = self.generated[record["id"]]
+            yield {
+                "id": record["id"],
+                "image_id": record["image_id"],
+                "question": record["question"] or record["prefix"],
+                "answer_type": record["answer_type"],
+                "question_type": record["question_type"],
+                "expected": list(record["answers"]),
+                "answer": answer.text,
+                "score": round(100 * record_accuracy(answer.text, record), 2),
+                "confidence": round(answer.confidence, 4),
+                "finished": answer.finished,
+            }
 
 
 def write_metrics(directory: Path, score: VQAScore, **facts: Any) -> None:
@@ -55,10 +85,18 @@ def write_metrics(directory: Path, score: VQAScore, **facts: Any) -> None:
 
 
 class Answer(NamedTuple):
-    """A generated text, and whether it ended in `<eos>`; otherwise `max_new_tokens` cut it off."""
+    """A generated text, whether it ended in `<eos>` (otherwise `max_new_tokens` cut it off), and the mean
+    log-probability of its tokens, `<eos>` included.
+    """
 
     text: str
     finished: bool
+    log_prob: float
+
+    @property
+    def confidence(self) -> float:
+        """The geometric mean of the tokens' probabilities."""
+        return math.exp(self.log_prob)
 
 
 def unfinished_note(unfinished: int, answers: int, max_new_tokens: int, where: str) -> str | None:
@@ -81,8 +119,7 @@ def evaluate(
     """Answers to all records, scored by the official metric; `settings` as in `generate_answers`."""
     answers = generate_answers(model, processor, records, max_new_tokens, **settings)
     texts = {name: answer.text for name, answer in answers.items()}
-    unfinished = sum(not answer.finished for answer in answers.values())
-    return Evaluation(texts, score(texts, records), unfinished, max_new_tokens)
+    return Evaluation(answers, score(texts, records), max_new_tokens)
 
 
 def generate_answers(
@@ -100,9 +137,14 @@ def generate_answers(
         texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
         inputs: dict[str, Any] = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
         settings = {"max_new_tokens": max_new_tokens, "is_done": sharding.every_process, **sampling}
-        new = model.generate(**inputs, image_features=features, **settings).tolist()
-        given = (Answer(processor.decode(tokens), processor.eos_id in tokens) for tokens in new)
+        new = model.generate_scored(**inputs, image_features=features, **settings)
+        given = map(answer_of, new.tokens.tolist(), new.log_probs.tolist())
         return dict(zip((row["id"] for row in rows), given, strict=True))
+
+    def answer_of(tokens: list[int], log_probs: list[float]) -> Answer:
+        finished = processor.eos_id in tokens
+        count = tokens.index(processor.eos_id) + 1 if finished else len(tokens)
+        return Answer(processor.decode(tokens), finished, sum(log_probs[:count]) / count)
 
     answers: dict[str, Answer] = {}
     for answered in in_batches(model, processor, records, batch_size, answer, progress):

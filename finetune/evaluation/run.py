@@ -98,7 +98,7 @@ def evaluate_arm(
     show_unfinished(name, result, "evaluation.max_new_tokens")
     if directory:
         facts = {"model": str(arm.checkpoint), "adapter": str(arm.adapter) if arm.adapter else None}
-        distributed.on_main(partial(result.save, directory / name, **facts, **{INPUTS_KEY: inputs}))
+        distributed.on_main(partial(result.save, directory / name, records, **facts, **{INPUTS_KEY: inputs}))
     return result.score
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -45,6 +46,33 @@ def test_cached_steps_equal_full_forward_passes(pair: Any) -> None:
         assert token == logits.argmax()
         for name, value in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", 1)):
             row[name] = torch.cat((row[name], torch.as_tensor(value).view(1, 1)), dim=1)
+
+
+def test_log_probabilities_are_the_librarys_and_zero_behind_the_end(pair: Any) -> None:
+    """Of forward passes in fp64: the library's over the whole row, of the tokens that were chosen."""
+    library, ours = (copy.deepcopy(model).double() for model in pair)
+    prompts = tiny.batch(tiny.CONFIG, [5, 12], seed=3)
+    eos = int(ours.generate(**prompts, max_new_tokens=4)[0, 1])
+    ours.config = dataclasses.replace(ours.config, eos_token_id=eos)
+    for sampling in ({}, {"temperature": 3.0, "seed": 1}):
+        new = ours.generate_scored(**prompts, max_new_tokens=4, **sampling)
+        assert torch.equal(new.tokens, ours.generate(**prompts, max_new_tokens=4, **sampling))
+        for i, row in enumerate(tiny.rows_of(prompts)):
+            tokens = new.tokens[i].tolist()
+            length = tokens.index(eos) + 1 if eos in tokens else len(tokens)
+            whole = torch.cat([row["input_ids"], new.tokens[i : i + 1, :length]], dim=1)
+            types = (torch.arange(whole.shape[1]) >= row["input_ids"].shape[1]).long()[None]
+            with torch.no_grad():
+                found = library(
+                    input_ids=whole,
+                    pixel_values=row["pixel_values"].double(),
+                    token_type_ids=types,
+                    attention_mask=torch.ones_like(whole),
+                    labels=whole,  # the library's causal mask of the suffix is for training
+                )
+            expected = found.logits[0, -length - 1 : -1].log_softmax(-1).gather(1, new.tokens[i, :length, None])[:, 0]
+            torch.testing.assert_close(new.log_probs[i, :length].double(), expected, rtol=0, atol=1e-5)
+            assert not new.log_probs[i, length:].any()
 
 
 def test_decoding_stops_when_every_row_has_finished(pair: Any) -> None:

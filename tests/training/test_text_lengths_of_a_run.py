@@ -21,6 +21,7 @@ from data.synthetic.scenes import write as write_scenes
 from finetune.adapters.generation_config import DEFAULT_NEW_TOKENS
 from finetune.adapters.metadata import training_facts
 from model import PaliGemma
+from model.generate import Generation
 
 ROOT = Path(__file__).parents[2]
 LONG = "circle " * 200
@@ -89,13 +90,13 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(prompt tokens of the longest row, max_new_tokens) of every call that generates."""
     calls: list[tuple[int, int]] = []
-    generate = PaliGemma.generate
+    generate = PaliGemma.generate_scored
 
-    def noting(self: PaliGemma, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def noting(self: PaliGemma, input_ids: torch.Tensor, **settings: Any) -> Generation:
         calls.append((input_ids.shape[1], settings["max_new_tokens"]))
         return generate(self, input_ids, **settings)
 
-    monkeypatch.setattr(PaliGemma, "generate", noting)
+    monkeypatch.setattr(PaliGemma, "generate_scored", noting)
     return calls
 
 
