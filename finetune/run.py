@@ -21,6 +21,7 @@ from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
 from finetune.preflight.run_plan import plan_run, require_fit, spill_warning
+from finetune.report.page import show_page
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
 from finetune.system.console import show
@@ -96,6 +97,7 @@ def learn_one(config: RunConfig, words: Sequence[str], resume: str, accept_chang
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {again}")
     trainer.finish()
     conclude(config, words, batch_sampler.total)
+    distributed.on_main(partial(show_page, Path(config.output)))
 
 
 def is_finished(config: RunConfig, checkpoint: Path, total: int, accept_changes: bool) -> bool:
