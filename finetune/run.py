@@ -30,7 +30,15 @@ from finetune.training.examples import max_new_tokens, network_config, open_exam
 from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, start_run
-from finetune.training.setup import adapt, open_model, plan_steps, shard_decoder, show_trained
+from finetune.training.setup import (
+    adapt,
+    image_note,
+    open_model,
+    plan_steps,
+    shard_decoder,
+    show_trained,
+    start_note,
+)
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, fetch
@@ -76,6 +84,9 @@ def learn_one(config: RunConfig, words: Sequence[str], resume: str, accept_chang
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
     show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
     show_trained(model)
+    show(image_note(model.config))
+    if checkpoint is None and (note := start_note(config)):
+        show(note)
     distributed.on_main(partial(start_run, config))
     evaluated = planned_evaluation(config, planned, new_tokens)
     trainer = LoRATrainer(
