@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from finetune import cli
@@ -49,12 +51,16 @@ def main(argv: Sequence[str]) -> None:
     from finetune.evaluation.results_file import score_results
     from finetune.evaluation.run import evaluate_run
     from finetune.evaluation.table import accuracy_table
+    from finetune.report.page import show_page
+    from finetune.system import distributed
     from finetune.system.console import show
 
     accepted = {name: getattr(given, name) for name in ACCEPTED[form].split()}
     if form == RUN:
         config, words = load_config(given.config, given.overrides), [given.config, *given.overrides]
         scores = evaluate_run(config, words, given.arm or (), given.limit, given.output)
+        if given.limit is None and given.output is None:
+            distributed.on_main(partial(show_page, Path(config.output)))
     elif form == CHECKPOINT:
         scores = evaluate_checkpoint(CheckpointOptions(**accepted), DEFAULT_PROMPT)
     else:

@@ -146,7 +146,7 @@ def our_name(name: str) -> str:
 def make_batch(config: PaliGemmaConfig, rows: int) -> dict[str, Tensor]:
     """Random rows without padding, each with its own image."""
     generator = torch.Generator().manual_seed(0)
-    images, side = config.num_image_tokens, config.vision.image_size
+    images = config.num_image_tokens
     width = images + PREFIX_TOKENS + SUFFIX_TOKENS
     ids = torch.full((rows, width), config.image_token_id)
     words = (rows, width - images)
@@ -154,7 +154,7 @@ def make_batch(config: PaliGemmaConfig, rows: int) -> dict[str, Tensor]:
     types, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
     types[:, -SUFFIX_TOKENS:] = 1
     labels[:, -SUFFIX_TOKENS:] = ids[:, -SUFFIX_TOKENS:]
-    pixels = torch.rand(rows, 3, side, side, generator=generator) * 2 - 1
+    pixels = torch.rand(rows, *config.pixel_shape, generator=generator) * 2 - 1
     made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types, "labels": labels}
     return made | {"pixel_values": pixels}
 

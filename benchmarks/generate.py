@@ -73,7 +73,7 @@ ARMS = {"ours": ours, "library": library}
 def make_batch(config: PaliGemmaConfig) -> dict[str, Tensor]:
     """Random prompts, padded on the right and once more on the left; images, and the image of each row."""
     generator = torch.Generator().manual_seed(0)
-    images, side, count = config.num_image_tokens, config.vision.image_size, len(PROMPT_LENGTHS)
+    images, count = config.num_image_tokens, len(PROMPT_LENGTHS)
     ids = torch.full((count, images + max(PROMPT_LENGTHS)), config.pad_token_id)
     mask, left = torch.zeros_like(ids), ids.clone()
     for row, length in enumerate(PROMPT_LENGTHS):
@@ -81,7 +81,7 @@ def make_batch(config: PaliGemmaConfig) -> dict[str, Tensor]:
         prompt = torch.cat((torch.full((images,), config.image_token_id), words))
         ids[row, : len(prompt)] = left[row, -len(prompt) :] = prompt
         mask[row, : len(prompt)] = 1
-    pixels = torch.rand(max(IMAGE_OF_ROW) + 1, 3, side, side, generator=generator) * 2 - 1
+    pixels = torch.rand(max(IMAGE_OF_ROW) + 1, *config.pixel_shape, generator=generator) * 2 - 1
     made = {"input_ids": ids, "attention_mask": mask, "left_padded_ids": left}
     return made | {"pixel_values": pixels, "image_index": torch.tensor(IMAGE_OF_ROW)}
 

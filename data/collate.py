@@ -15,11 +15,12 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Ten
 
     Args:
         examples: with `input_ids` and `token_type_ids`, i64[S_i]; all or none with `labels`, i64[S_i]; all or none with
-            `pixel_values`, f32[3, H, W].
+            `pixel_values`, f32[3, H, W], or with tiles f32[5, 3, H, W].
         pad_id: fills `input_ids`; 0 fills `token_type_ids`, -100 `labels`.
 
     Returns:
-        The same, i64[B, S] and f32[B, 3, H, W], and `attention_mask`, i64[B, S], 1 where no padding is.
+        The same, i64[B, S] and f32[B, 3, H, W] or [B, 5, 3, H, W], and `attention_mask`, i64[B, S], 1 where no padding
+        is.
 
     Raises:
         ValueError: there are no examples, or they differ in what they hold.

@@ -19,8 +19,8 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
     """`dataset[index, epoch]` is an example; a bare `index` is that of epoch 0.
 
     An example is a pure function of (seed, index, epoch), the same in every worker, rank and resumed run. It holds
-    `input_ids`, `token_type_ids` and `labels`, i64[S], `pixel_values`, f32[3, H, W], and the strings `id` and
-    `image_id`. Its labels end in <eos>.
+    `input_ids`, `token_type_ids` and `labels`, i64[S], `pixel_values`, f32[3, H, W] or with tiles f32[5, 3, H, W], and
+    the strings `id` and `image_id`. Its labels end in <eos>.
 
     Args:
         records: rows as data/records.py describes them, a `datasets.Dataset` or a list.

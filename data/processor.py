@@ -96,7 +96,7 @@ class Processor:
         config = _read_json(folder / "config.json")
         special_ids = {f"<{name}>": config.get(f"{name}_token_id", i) for i, name in enumerate(("pad", "eos", "bos"))}
         special_ids["<image>"] = config.get("image_token_id", config.get("image_token_index"))
-        stored_form = _image_form(config)
+        stored_form = _image_form(config, folder)
         text = config.get("text_config", {})
         tokenizer, digest = _read_tokenizer(folder / "tokenizer.json", text.get("vocab_size", ROWS))
         pixel_form = _read_pixel_form(folder, stored_form)
@@ -212,7 +212,7 @@ class Processor:
         """
         opened = open_image(image)
         if self.image_form.aspect == "pad":
-            opened = padded(opened, tuple(round(255 * mean) for mean in self.pixel_form.mean))
+            opened = padded(opened, tuple(int(255 * mean) for mean in self.pixel_form.mean))
         if self.image_form.tiles == 1:
             return self._normalized(opened)
         return torch.stack([self._normalized(view) for view in (*quarters(opened), opened)])
@@ -246,7 +246,7 @@ class Processor:
 
 
 def padded(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of this colour."""
+    """The image in the middle of a square of this colour, as LLaVA 1.5 pads (arXiv 2310.03744)."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -262,14 +262,22 @@ def quarters(image: Image.Image) -> list[Image.Image]:
     return [image.crop(box) for box in boxes]
 
 
-def _image_form(config: dict[str, Any]) -> ImageForm:
-    """What a config.json says of images."""
+def _image_form(config: dict[str, Any], folder: Path) -> ImageForm:
+    """What a config.json says of images. ValueError where it is no network's that this toolkit writes."""
     vision = config.get("vision_config", {})  # the published one leaves the size out
-    size = vision.get("image_size", 224)
+    size, tiles, aspect = vision.get("image_size", 224), config.get("tiles", 1), config.get("aspect", "squash")
+    if tiles not in (1, 4) or aspect not in ("squash", "pad"):
+        expected = "expected 1 or 4, squash or pad"
+        raise ValueError(f"{folder / 'config.json'}: tiles is {tiles!r} and aspect {aspect!r}; {expected}")
     tokens = (size // vision.get("patch_size", 14)) ** 2
-    if config.get("connector") or config.get("tiles", 1) > 1:
-        tokens = config.get("text_config", {}).get("num_image_tokens", tokens)
-    return ImageForm(size, config.get("tiles", 1), config.get("aspect", "squash"), tokens)
+    if config.get("connector") or tiles > 1:
+        tokens = config.get("text_config", {}).get("num_image_tokens")
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(
+                f"{folder / 'config.json'}: num_image_tokens at text_config is {tokens!r}; a network with a connector "
+                "of its own or with tiles has to say how many image tokens a row has: copy the file from the checkpoint"
+            )
+    return ImageForm(size, tiles, aspect, tokens)
 
 
 def _read_tokenizer(file: Path, rows: int) -> tuple[Tokenizer, str]:

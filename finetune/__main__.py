@@ -20,6 +20,7 @@ SUMMARIES = {
     "evaluate": "VQA accuracy of a run, a checkpoint, or a file of answers",
     "predict": "image and prompt -> answer",
     "merge": "adapter + base -> a plain checkpoint",
+    "report": "an HTML page of a run, or of several beside each other",
     "config": "every key of the YAML file, or its JSON schema for editors",
 }
 

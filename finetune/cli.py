@@ -16,7 +16,7 @@ from finetune.system.allocator import use_expandable_segments
 from finetune.system.terminal import visible
 
 MISTAKE, NOT_FINITE, STOPPED, INTERRUPTED = 2, 4, 75, 130
-CONSOLE = "paligemma-lora"
+CONSOLE, DEBUG = "paligemma-lora", "--debug"
 SCRIPTS = {"train": "train.py", "evaluate": "evaluate.py", "predict": "predict.py", "merge": "merge_lora.py"}
 DTYPES = ("bfloat16", "float32")  # the names in system/device.py, which imports torch
 NEW_TOKENS_HELP = "longest answer, in tokens (default: that of the longest trained answer, stored with the adapter)"
@@ -31,18 +31,20 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's `main` with the command line, and exit: 0; 2 on a mistake or a full disk, 4 on values
     that are not finite, 75 when told to stop (what was done is saved), 130 when stopped at once.
 
-    A launcher of several processes ends them all once one has failed, with an exit code of its own.
+    A launcher of several processes ends them all once one has failed, with an exit code of its own. With --debug an
+    error ends it with its traceback instead of a sentence.
     """
+    words = [word for word in sys.argv[1:] if word != DEBUG]
     terminal.keep_all_output()
     use_expandable_segments()
     try:
         with terminal.plain_warnings():
-            main(sys.argv[1:])
+            main(words)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if (code := report(error)) is None:
+        if DEBUG in sys.argv or (code := report(error)) is None:
             raise
         sys.exit(code)
     if "torch" in sys.modules:
@@ -71,12 +73,15 @@ def report(error: Exception) -> int | None:
 def script_parser(script: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser for the arguments of a script, with its docstring as help."""
     words = called(script)
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=script if words[-1] == script else " ".join(words),
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # `run` takes it off the command line.
+    parser.add_argument(DEBUG, action="store_true", help="end an error with its traceback", default=argparse.SUPPRESS)
+    return parser
 
 
 def positive(text: str) -> int:

@@ -21,6 +21,7 @@ from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
 from finetune.preflight.run_plan import plan_run, require_fit, spill_warning
+from finetune.report.page import show_page
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
 from finetune.system.console import show
@@ -30,7 +31,16 @@ from finetune.training.examples import max_new_tokens, network_config, open_exam
 from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, is_complete, start_run
-from finetune.training.setup import adapt, open_model, plan_steps, require_starts, shard_decoder, show_trained
+from finetune.training.setup import (
+    adapt,
+    image_note,
+    open_model,
+    plan_steps,
+    require_starts,
+    shard_decoder,
+    show_trained,
+    start_note,
+)
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, fetch
@@ -109,6 +119,9 @@ def learn_one(
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
     show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
     show_trained(model)
+    show(image_note(model.config))
+    if checkpoint is None and (note := start_note(config)):
+        show(note)
     distributed.on_main(partial(start_run, config))
     evaluated = planned_evaluation(config, planned, new_tokens)
     trainer = LoRATrainer(
@@ -130,6 +143,7 @@ def learn_one(
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {again}")
     trainer.finish()
     conclude(config, batch_sampler.total, after)
+    distributed.on_main(partial(show_page, Path(config.output)))
 
 
 def is_finished(config: RunConfig, checkpoint: Path, total: int, accept_changes: bool) -> bool:

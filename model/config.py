@@ -221,7 +221,7 @@ class PaliGemmaConfig:
         _require(text, "text_config", "use_bidirectional_attention", {True, None})
         _require(hf, "the top level", "tie_word_embeddings", {True})
         _require(hf, "the top level", "projection_dim", {text.get("hidden_size", TextConfig.hidden_size), None})
-        return cls(
+        config = cls(
             vision=VisionConfig(**_present(VisionConfig, vision)),
             text=TextConfig(**_present(TextConfig, text) | {"rope_theta": _rope_theta(text)}),
             connector=ConnectorConfig.from_dict(hf.get("connector") or {}),
@@ -229,6 +229,9 @@ class PaliGemmaConfig:
             image_token_id=hf.get("image_token_index", hf.get("image_token_id", cls.image_token_id)),
             **_present(cls, text | dict(hf), {"pad_token_id", "eos_token_id", "bos_token_id"}),
         )
+        if not config.is_published:  # the processor reads the number, and cannot work it out
+            _require(text, "text_config", "num_image_tokens", {config.num_image_tokens})
+        return config
 
     def to_hf(self, dtype: torch.dtype) -> dict[str, Any]:
         """The published form, every field written out, read alike by transformers 4.57 and 5.x.

@@ -178,7 +178,8 @@ class PaliGemma(nn.Module):
 
         Args:
             input_ids: i64 [B, S], right-padded.
-            pixel_values: float [B, 3, H, W]; or `image_features` [B, N, D] from `encode_images`; or neither.
+            pixel_values: float [B, 3, H, W], with tiles [B, T + 1, 3, H, W]; or `image_features` [B, N, D] from
+                `encode_images`; or neither.
             attention_mask: [B, S], 1 at real tokens; default all.
             token_type_ids: [B, S], 0 image and prefix, 1 suffix; default all prefix. Required with labels, because
                 without it the prefix would see the answer.

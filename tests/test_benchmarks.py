@@ -18,8 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import arms, generate, load, side_by_side, train_step
-from model import PaliGemma
+from benchmarks import arms, connector_step, generate, load, side_by_side, train_step
+from benchmarks.acceptance.bench import Bench
+from benchmarks.acceptance.card import Card
+from model import ConnectorConfig, PaliGemma
+from model.config import CONNECTORS
+from model.convert import changed
 
 QUICK = ["--tiny", "--rounds", "1", "--steps", "1"]
 LAST_DIGIT = 1e-4  # of a loss and of a gradient's norm, as they are printed
@@ -146,6 +150,50 @@ def test_loading_beside_the_library(in_this_process: Callable[[Fault], None], ca
     in_this_process(shallow)
     with pytest.raises(SystemExit, match="library loaded"):
         load.main(QUICK)
+
+
+def test_a_step_with_each_connector(in_this_process: Callable[[Fault], None], capsys: Any, tmp_path: Path) -> None:
+    """A row each, with planned beside measured memory; a dense connector that does not start as `linear` is refused."""
+    output, tokens = (
+        tmp_path / "RESULTS.md",
+        {"linear": "16", "dense_sci": "16", "resampler": "64", "pixel_shuffle": "4"},
+    )
+    connector_step.main([*QUICK, "--batch", "2", "--connectors", *tokens, "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert output.read_text(encoding="utf-8").strip() == printed.strip()
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    head, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "---" not in line)
+    table = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body}
+    assert {name: row["image tokens"] for name, row in table.items()} == tokens
+    assert table["linear"]["first loss"] == table["dense_sci"]["first loss"] != table["resampler"]["first loss"]
+    assert all(float(row["planned, GiB"]) > 0 and float(row["s/step"]) > 0 for row in table.values())
+
+    def other_projector(arm: str, case: Path) -> None:
+        if arm == "dense_dci":
+            tensors = load_file(case / "model.safetensors")
+            tensors[next(key for key in tensors if key.endswith("projector.linear.weight"))] *= 1.1
+            save_file(tensors, case / "model.safetensors", metadata={"format": "pt"})
+
+    in_this_process(other_projector)
+    with pytest.raises(SystemExit, match=r"nothing to compare:\ndense_dci: first loss"):
+        connector_step.main(QUICK)
+
+
+@pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_batches_are_made_for_any_connector_and_tiles(tmp_path: Path, kind: str, tiles: int) -> None:
+    """Those of the comparisons and of the acceptance on a GPU: pixels and image tokens are the network's."""
+    config = changed(side_by_side.TINY, ConnectorConfig(kind, latents=3, depth=1), tiles=tiles)
+    model = PaliGemma(config)
+    bench = Bench(Card("cpu"), "tiny", tmp_path)
+    bench.config = config
+    answered = generate.make_batch(config)
+    answered["pixel_values"] = answered["pixel_values"][answered.pop("image_index")]
+    del answered["left_padded_ids"]
+    for batch in (arms.make_batch(config, 2), bench.batch(bench.examples(2)), answered):
+        assert batch["pixel_values"].shape[1:] == config.pixel_shape
+        assert (batch["input_ids"] == config.image_token_id).sum(dim=1).eq(config.num_image_tokens).all()
+        model(**batch)
 
 
 def test_an_arm_in_a_process_of_its_own(tmp_path: Path) -> None:

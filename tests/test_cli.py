@@ -47,3 +47,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.run(main)
+
+
+def test_with_debug_a_mistake_has_its_traceback_and_the_script_does_not_see_the_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def main(argv: Sequence[str]) -> None:
+        assert argv == ["a", "b"]
+        raise ValueError("no such file")
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "a", "--debug", "b"])
+    with pytest.raises(ValueError, match="no such file"):
+        cli.run(main)

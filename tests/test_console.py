@@ -64,7 +64,7 @@ def test_help_without_a_command_lists_them() -> None:
         ("trian", "did you mean train?"),
         ("merge_lora", "did you mean merge?"),
         ("evaluate.py", "did you mean evaluate?"),
-        ("x", "expected train, evaluate, predict, merge, config"),
+        ("x", f"expected {', '.join(console.SUMMARIES)}"),
     ],
 )
 def test_an_unknown_command_is_an_error_with_the_one_that_was_meant(name: str, hint: str) -> None:

@@ -138,7 +138,7 @@ class Bench:
     def examples(self, count: int) -> list[Example]:
         """Rows of different lengths and answers, two questions to an image."""
         config, generator = self.config, torch.Generator().manual_seed(0)
-        side, images = config.vision.image_size, config.num_image_tokens
+        images = config.num_image_tokens
         made: list[Example] = []
         for index in range(count):
             prefix, suffix = 8 + 5 * (index % 3), 2 + index % 4
@@ -152,7 +152,7 @@ class Bench:
                     "input_ids": ids,
                     "token_type_ids": answer.long(),
                     "labels": ids.where(answer, IGNORE_INDEX),
-                    "pixel_values": torch.rand(config.vision.num_channels, side, side, generator=image) * 2 - 1,
+                    "pixel_values": torch.rand(config.pixel_shape, generator=image) * 2 - 1,
                     "id": str(index),
                     "image_id": str(index // 2),
                 }

@@ -119,3 +119,10 @@ def by_key(config: PaliGemmaConfig) -> dict[str, str | int]:
     start = {"connector.start": connector.start, "connector.seed": connector.seed}
     image = {"image.size": size, "image.aspect": config.aspect, "image.tiles": config.tiles}
     return {"model.connector": described(connector), **start, **image}
+
+
+def network_text(config: PaliGemmaConfig) -> str:
+    """In words what can be changed of a network."""
+    size = config.vision.image_size
+    tiles = f", tiles {config.tiles}" if config.tiles > 1 else ""
+    return f"the connector {described(config.connector)} and images of {size} pixels, {config.aspect}{tiles}"

@@ -12,7 +12,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,9 @@ def accuracy_of(scored: VQAScore) -> dict[str, Any]:
 
 
 def training_of(output: Path, steps: int) -> dict[str, Any]:
-    """Training time, including all resumed sessions, and the step whose adapter was kept."""
+    """Training time, that before interruptions included, and the step whose adapter was kept."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds = [0.0, *(line["seconds"] for line in lines)]
-    # The clock restarts at 0 when a run is resumed.
-    spent = sum(now - before if now >= before else now for before, now in pairwise(seconds))
+    spent = lines[-1]["seconds"] if lines else 0.0
     kept = Result.read(output) or Result(steps, "not known")
     return {
         "hours": round(spent / 3600, 3),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ class GradientAccumulation:
             pixels = unique_images(micro_batch)
             rows = {name: row for row, name in enumerate(pixels)}
             inputs["pixels"] = torch.stack(list(pixels.values()))
-            inputs["image_dropout"] = self.dropout_seeds(list(pixels), step)
+            inputs["image_dropout"] = self.dropout_seeds(self.views_of(pixels), step)
         else:
             rows = images.rows
         inputs["image_rows"] = torch.tensor([rows[example["image_id"]] for example in micro_batch])
@@ -164,6 +164,11 @@ class GradientAccumulation:
     def dropout_seeds(self, names: Sequence[str], step: int) -> Tensor:
         """i32 [B]: what the dropout of each row is drawn from: seed, step and record or image, nothing else."""
         return torch.tensor([seed_of(self.config.seed, step, name) for name in names], dtype=torch.int32)
+
+    def views_of(self, images: Iterable[str]) -> list[str]:
+        """Names of what passes the vision tower: of images, or of the tiles of each and the whole."""
+        views = self.network.config.views
+        return list(images) if views == 1 else [f"{name} {view}" for name in images for view in range(views)]
 
     def gradients(self) -> list[Tensor]:
         """Of what is trained. Which parameters have one depends on the network alone, not on the examples."""

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from finetune.adapters.locate import find_adapter
+from finetune.adapters.network import network_text
 from finetune.adapters.start_from import connector_tensors, load_connector, require_agreement, start
 from finetune.config.schema import RunConfig
 from finetune.config.stages import connector_start
@@ -20,7 +21,7 @@ from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import network_config
-from model import PaliGemma, PaliGemmaConfig
+from model import PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
 from model.random_init import from_random
 
@@ -93,6 +94,35 @@ def require_starts(directory: Path, config: RunConfig) -> None:
         connector_tensors(find_adapter(Path(connector)), model.config.connector, names)
     if lora is not None and lora.start_from is not None:
         require_agreement(model, lora)
+
+
+def image_note(config: PaliGemmaConfig) -> str:
+    """How many tokens the decoder gets of an image, and of what they are made."""
+    return f"{config.num_image_tokens:,} image tokens a row, by {network_text(config)}"
+
+
+def start_note(config: RunConfig) -> str | None:
+    """What to know of a connector that cannot start as the pretrained projector; None where it does, where training
+    starts with a trained one, or where the connector alone is trained, as is advised.
+    """
+    connector, lora = config.connector, config.lora
+    if connector.start == "random":
+        reason = "connector.start is random, so that all of the connector is drawn"
+    elif config.model.connector == "resampler":
+        reason = "the layers of a resampler are drawn"
+    elif config.model.connector == "pixel_shuffle":
+        reason = "a pixel_shuffle begins as the mean of what the projector makes of its patches"
+    else:
+        return None
+    directory = fetch(config.model.path, config.model.revision, weights=False)
+    if network_config(directory, config).connector == PaliGemmaConfig.from_directory(directory).connector:
+        return None  # the checkpoint's own
+    if config.stages or connector.start_from or (lora and (lora.start_from or not lora.targets)):
+        return None
+    note = f"training cannot start at the pretrained network: {reason}"
+    if lora is None:
+        return f"{note}; everything is trained at once from there"
+    return f"{note}. Advised is a stage that trains it alone first: stages: [{{name: align, max_steps: ...}}]"
 
 
 def shard_decoder(model: PaliGemma, config: RunConfig) -> None:

@@ -5,6 +5,7 @@ Each is a Trainer callback. None of them can end a run: tracking that fails says
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import sys
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -32,10 +35,16 @@ def callbacks_for(config: RunConfig, steps: BatchSampler) -> list[TrainerCallbac
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log and evaluation to a file of JSON lines, with step, epoch and seconds since the start."""
+    """Appends every log and evaluation to a file of JSON lines, with step, epoch, the seconds that were trained (those
+    before an interruption included) and the GiB that are in use.
+    """
 
     def __init__(self, path: Path, steps: BatchSampler) -> None:
-        self.path, self.steps, self.start, self.failed = path, steps, time.monotonic(), False
+        self.path, self.steps, self.failed = path, steps, False
+        self.start = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.start = time.monotonic() - seconds_until(self.path, state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -44,6 +53,7 @@ class MetricsFile(TrainerCallback):
             "step": state.global_step,
             "epoch": round(state.global_step * self.steps.batch_size / self.steps.num_records, 4),
             "seconds": round(time.monotonic() - self.start, 1),
+            "memory_gib": round(memory_in_use() / 2**30, 3),
             **{name: value for name, value in (logs or {}).items() if name != "epoch"},
         }
         try:
@@ -53,6 +63,25 @@ class MetricsFile(TrainerCallback):
                 said = f"{self.path}: lines are missing from step {state.global_step} on: {error}"
                 tqdm.write(visible(said), file=sys.stderr)
             self.failed = True
+
+
+def seconds_until(path: Path, step: int) -> float:
+    """What a run had trained when it reached `step`, by its own lines; 0 where it has none."""
+    if not path.is_file():
+        return 0.0
+    found = 0.0
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            line = json.loads(text)
+            found = float(line["seconds"]) if line["step"] <= step else found
+    return found
+
+
+def memory_in_use() -> int:
+    """Bytes: the most that was reserved on the card so far; without a card what the process has in memory now."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    return int(psutil.Process().memory_info().rss)
 
 
 def append_line(path: Path, line: str) -> None:

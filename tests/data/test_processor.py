@@ -18,7 +18,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PaliGemmaConfig, PaliGemmaProcessor
 
 from data.images import open_image
-from data.processor import Processor, single_line
+from data.processor import ImageForm, Processor, quarters, single_line
+from model import ConnectorConfig, PaliGemma
+from model import PaliGemmaConfig as OurConfig
+from model.convert import changed as changed_network
+from model.convert import convert
 
 IS_4 = transformers.__version__.startswith("4.")
 SiglipImageProcessorPil: Any = transformers.SiglipImageProcessor if IS_4 else transformers.SiglipImageProcessorPil
@@ -384,3 +388,188 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, name: str) -> None:
 def test_a_limit_too_small_for_any_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="max_text_tokens is 2; expected at least 3"):
         Processor.from_pretrained(BASE, max_text_tokens=2)
+
+
+TILED = ImageForm(SIDE, 4, "squash", 5 * N)
+SIZES = [(SIDE, SIDE), (64, 48), (67, 31), (31, 200), (3, 2), (1, 5), (5, 1), (1, 1)]
+
+
+def crops_of_idefics2(image: Image.Image) -> list[np.ndarray[Any, Any]]:
+    """Four tiles and the whole, u8[3, H, W]; of an image of one pixel some are empty."""
+    from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+
+    split: list[np.ndarray[Any, Any]] = Idefics2ImageProcessorPil().split_images(np.asarray(image).transpose(2, 0, 1))
+    return split
+
+
+@pytest.mark.skipif(IS_4, reason="4.x has no Pillow processor of Idefics2")
+@pytest.mark.parametrize("size", SIZES)
+def test_tiles_are_those_of_idefics2_pixel_for_pixel(size: tuple[int, int]) -> None:
+    """Row by row. Where theirs is empty, in an image one pixel wide or high, ours is the pixels that there are."""
+    image = random_image(*size)
+    *expected, whole = crops_of_idefics2(image)
+    assert np.array_equal(whole, np.asarray(image).transpose(2, 0, 1))
+    found = [np.asarray(quarter).transpose(2, 0, 1) for quarter in quarters(image)]
+    assert len(found) == len(expected) == 4
+    for tile, theirs in zip(found, expected, strict=True):
+        if theirs.size:
+            assert np.array_equal(tile, theirs)
+        else:
+            assert min(size) == 1
+            height, width = (max(1, half) for half in theirs.shape[1:])
+            assert tile.shape == (3, height, width)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_tile_is_resized_as_an_image_and_the_whole_comes_last(
+    theirs: PaliGemmaProcessor, size: tuple[int, int]
+) -> None:
+    image = random_image(*size)
+    found = Processor.from_pretrained(BASE, image_form=TILED).pixels(image)
+    assert (found.shape, found.dtype, found.is_contiguous()) == ((5, 3, SIDE, SIDE), torch.float32, True)
+    for view, pixels in zip((*quarters(image), image), found, strict=True):
+        if min(view.size) == 1 and IS_4:
+            continue  # 4.57 takes its channels for its width
+        expected = theirs.image_processor(images=[view], return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(pixels, expected)
+
+
+def test_tiles_show_where_things_are(ours: Processor) -> None:
+    """Four colours, one in each quarter of a wide image: upper left, upper right, lower left, lower right, whole."""
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    image = Image.new("RGB", (80, 40))
+    for index, color in enumerate(colors):
+        image.paste(color, (40 * (index % 2), 20 * (index // 2), 40 * (index % 2) + 40, 20 * (index // 2) + 20))
+    *tiles, whole = Processor.from_pretrained(BASE, image_form=TILED).pixels(image)
+    for tile, color in zip(tiles, colors, strict=True):
+        assert torch.equal(tile, ours.pixels(Image.new("RGB", (40, 20), color)))
+    assert torch.equal(whole, ours.pixels(image))
+
+
+def padded_by_llava(image: Image.Image, form: dict[str, Any]) -> torch.Tensor:
+    """f32[3, H, W]: padded to a square with the mean's colour, then as SigLIP's processor."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    size = {"height": SIDE, "width": SIDE}
+    processor = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=size, resample=3, **form)
+    pixels: torch.Tensor = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    return pixels
+
+
+@pytest.mark.skipif(IS_4, reason="4.x has no Pillow processor of LLaVA")
+@pytest.mark.parametrize("mean", [[0.5, 0.5, 0.5], [0.48, 0.45, 0.4]])
+@pytest.mark.parametrize("size", [*SIZES, (48, 64), (31, 67), (4, 1), (2, 5)])
+def test_padding_is_llavas(tmp_path: Path, size: tuple[int, int], mean: list[float]) -> None:
+    """In the middle, in the grey (or colour) of the mean; a square image is as it was."""
+    form = {"image_mean": mean, "image_std": [0.5, 0.25, 0.5]}
+    directory = changed(tmp_path, "preprocessor_config.json", lambda content: content.update(form))
+    processor = Processor.from_pretrained(directory, image_form=ImageForm(SIDE, 1, "pad", N))
+    image = random_image(*size)
+    assert torch.equal(processor.pixels(image), padded_by_llava(image, form))
+    squashed = Processor.from_pretrained(directory).pixels(image)
+    assert torch.equal(processor.pixels(image), squashed) == (size[0] == size[1])
+
+
+@pytest.mark.skipif(IS_4, reason="4.x has no Pillow processor of LLaVA")
+@pytest.mark.parametrize("size", [(64, 48), (31, 200), (1, 5)])
+def test_a_padded_image_is_cut_into_tiles_afterwards(ours: Processor, size: tuple[int, int]) -> None:
+    found = Processor.from_pretrained(BASE, image_form=TILED._replace(aspect="pad")).pixels(random_image(*size))
+    half = ImageForm(SIDE, 1, "pad", N)
+    assert torch.equal(found[-1], Processor.from_pretrained(BASE, image_form=half).pixels(random_image(*size)))
+    side = max(size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    square.paste(random_image(*size), ((side - size[0]) // 2, (side - size[1]) // 2))
+    for tile, crop in zip(found, crops_of_idefics2(square)[:4], strict=False):
+        assert torch.equal(tile, ours.pixels(Image.fromarray(crop.transpose(1, 2, 0))))
+
+
+def saved_network(tmp_path: Path, connector: ConnectorConfig | None = None, **changes: Any) -> tuple[Path, OurConfig]:
+    """A checkpoint of the base with a changed network, as `merge_lora.py` writes one, and its configuration."""
+    model = PaliGemma.from_pretrained(BASE)
+    config = changed_network(model.config, connector, **changes)
+    convert(model, config)
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved", config
+
+
+CHANGES: list[tuple[ConnectorConfig | None, dict[str, Any]]] = [
+    (None, {"tiles": 4}),
+    (None, {"image_size": 84, "aspect": "pad"}),
+    (ConnectorConfig("mlp"), {}),
+    (ConnectorConfig("resampler", latents=7, depth=1), {"tiles": 4, "aspect": "pad"}),
+    (ConnectorConfig("pixel_shuffle"), {"image_size": 84}),
+]
+
+
+@pytest.mark.parametrize(("connector", "changes"), CHANGES)
+def test_a_saved_networks_directory_says_what_its_processor_does(
+    tmp_path: Path, connector: ConnectorConfig | None, changes: dict[str, Any]
+) -> None:
+    """Without the network's code: its own config.json and preprocessor_config.json are enough."""
+    directory, config = saved_network(tmp_path, connector, **changes)
+    processor = Processor.from_pretrained(directory)
+    size, tokens = config.vision.image_size, config.num_image_tokens
+    assert processor.image_form == ImageForm(size, config.tiles, config.aspect, tokens)
+    assert processor.pixels(random_image()).shape == config.pixel_shape
+    assert (processor.encode("q")["input_ids"] == processor.image_token_id).sum() == tokens
+    form = json.loads((directory / "preprocessor_config.json").read_text())
+    assert (form["size"], form["image_seq_length"]) == ({"height": size, "width": size}, tokens)
+    of_the_base = Processor.from_pretrained(BASE, image_form=processor.image_form)
+    assert torch.equal(processor.pixels(random_image()), of_the_base.pixels(random_image()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "preprocessor_config.json",
+            {"image_seq_length": 36},
+            "image_seq_length is 36, by config.json it should be 35",
+        ),
+        ("preprocessor_config.json", {"size": {"height": 84, "width": 84}}, "size is .*84.* by config.json"),
+        ("config.json", {"text_config": {"num_image_tokens": 36}}, "image_seq_length is 35, by config.json .* 36"),
+        ("config.json", {"text_config": {}}, "config.json: num_image_tokens at text_config is None"),
+        ("config.json", {"text_config": {"num_image_tokens": "35"}}, "num_image_tokens at text_config is '35'"),
+        ("config.json", {"tiles": 9}, "config.json: tiles is 9 and aspect 'squash'; expected 1 or 4"),
+        ("config.json", {"aspect": "stretch"}, "aspect 'stretch'; expected 1 or 4, squash or pad"),
+    ],
+)
+def test_a_saved_network_whose_files_disagree_is_refused(
+    tmp_path: Path, name: str, change: dict[str, Any], message: str
+) -> None:
+    directory, _ = saved_network(tmp_path, ConnectorConfig("resampler", latents=7, depth=1), tiles=4)
+    content = json.loads((directory / name).read_text())
+    (directory / name).write_text(json.dumps({**content, **change}))
+    with pytest.raises(ValueError, match=message):
+        Processor.from_pretrained(directory)
+
+
+def test_a_wrong_number_of_image_tokens_is_refused_by_the_network_too(tmp_path: Path) -> None:
+    """Where preprocessor_config.json says nothing that the processor could compare with."""
+    directory, _ = saved_network(tmp_path, ConnectorConfig("resampler", latents=7, depth=1), tiles=4)
+    content = json.loads((directory / "config.json").read_text())
+    content["text_config"]["num_image_tokens"] = 36
+    (directory / "config.json").write_text(json.dumps(content))
+    form = json.loads((directory / "preprocessor_config.json").read_text())
+    del form["image_seq_length"]
+    (directory / "preprocessor_config.json").write_text(json.dumps(form))
+    assert Processor.from_pretrained(directory).num_image_tokens == 36
+    with pytest.raises(ValueError, match=r"num_image_tokens at text_config is 36; this network implements 35 only"):
+        PaliGemma.from_pretrained(directory)
+
+
+def test_many_image_tokens_leave_less_room_for_text(tmp_path: Path) -> None:
+    directory = changed(tmp_path, "config.json", lambda c: c["text_config"].update(max_position_embeddings=5 * N + 21))
+    processor = Processor.from_pretrained(directory, image_form=TILED)
+    assert processor.text_limit == 20
+    assert Processor.from_pretrained(directory, 12, image_form=TILED).text_limit == 12
+    assert Processor.from_pretrained(directory, 30, image_form=TILED).text_limit == 20
+    assert Processor.from_pretrained(directory).text_limit == 4 * N + 20
+    longest = "q " * 9
+    assert len(processor.prompt_ids(longest)) == 19
+    row = processor.encode(longest, "")
+    assert len(row["input_ids"]) == 5 * N + 21
+    assert (row["input_ids"][: 5 * N] == processor.image_token_id).all()
+    assert row["labels"][: 5 * N].eq(-100).all()
+    with pytest.raises(ValueError, match=rf"the {5 * N + 21} positions of the model leave 20 for it: shorten it"):
+        processor.encode(longest + "q", "")

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from data import Processor
+from data.processor import ImageForm
 from data.records import load_records
 from data.synthetic.scenes import write as write_scenes
 from finetune.evaluation.evaluate import Answer, Batches, generate_answers, mean_loss
 from finetune.system import distributed
-from model import PaliGemma
+from model import ConnectorConfig, PaliGemma
+from model.convert import changed, convert
 from tests import rounding
 
 BASE = Path(__file__).parents[2] / "assets/tiny-base"
@@ -40,7 +42,7 @@ def test_a_batch_of_several_images_answers_as_each_record_alone(records: list[di
     model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
     encoded: list[int] = []
     model.vision_tower.register_forward_hook(lambda _module, inputs, _output: encoded.append(len(inputs[0])))
-    answers = generate_answers(model, processor, records, batch_size=4, max_new_tokens=12)
+    answers = generate_answers(model, processor, records, batch_size=3, max_new_tokens=12)
     assert sum(encoded) == 5
     assert list(answers) == [record["id"] for record in records]
     assert len({answer.text for answer in answers.values()}) > 4  # the images differ, and so do their captions
@@ -52,6 +54,32 @@ def test_a_batch_of_several_images_answers_as_each_record_alone(records: list[di
 
 def test_the_mean_loss_does_not_depend_on_the_batches(records: list[dict[str, object]]) -> None:
     model, processor = PaliGemma.from_pretrained(BASE, torch.float32), Processor.from_pretrained(BASE)
+    exact = rounding.in_dtype(model, torch.float64)
+    with rounding.KeepFP64():
+        losses = [torch.tensor(mean_loss(exact, processor, records, size), dtype=torch.float64) for size in (3, 10)]
+    rounding.assert_exact(*losses)
+
+
+@pytest.mark.parametrize("connector", [None, ConnectorConfig("pixel_shuffle")], ids=["linear", "pixel_shuffle"])
+def test_images_with_tiles_are_answered_as_each_record_alone(
+    records: list[dict[str, object]], connector: ConnectorConfig | None
+) -> None:
+    """And each image passes the vision tower once, five views at a time; the loss does not depend on the batches."""
+    model = PaliGemma.from_pretrained(BASE, torch.float32)
+    convert(model, changed(model.config, connector, tiles=4))
+    form = ImageForm(model.config.vision.image_size, 4, "squash", model.config.num_image_tokens)
+    processor = Processor.from_pretrained(BASE, image_form=form)
+    encoded: list[int] = []
+    hook = model.vision_tower.register_forward_hook(lambda _module, inputs, _output: encoded.append(len(inputs[0])))
+    answers = generate_answers(model, processor, records, batch_size=3, max_new_tokens=6)
+    assert sum(encoded) == 5 * 5
+    hook.remove()
+    assert list(answers) == [record["id"] for record in records]
+    assert len({answer.text for answer in answers.values()}) > 2
+    for record in records:
+        batch = processor(images=[record["image"]], prefixes=[record["prefix"]])  # type: ignore[list-item]
+        alone = processor.decode(model.generate(batch["input_ids"], batch["pixel_values"], max_new_tokens=6)[0])
+        assert answers[str(record["id"])].text == alone
     exact = rounding.in_dtype(model, torch.float64)
     with rounding.KeepFP64():
         losses = [torch.tensor(mean_loss(exact, processor, records, size), dtype=torch.float64) for size in (3, 10)]

@@ -49,12 +49,14 @@ def test_scores_have_an_interval_for_each_type_of_answer(tmp_path: Path) -> None
 
 
 def test_the_time_of_a_resumed_run_is_that_of_all_its_sessions(tmp_path: Path) -> None:
-    """Half an hour until it was interrupted, then a quarter. The kept step is that of result.json."""
+    """Half an hour until it was interrupted, then a quarter from its checkpoint on: the lines' clock goes on where it
+    was. The kept step is that of result.json.
+    """
     rows: list[dict[str, float]] = [
         {"step": 10, "seconds": 900.0, "loss": 1.0},
         {"step": 20, "seconds": 1800.0, "eval_accuracy": 61.5},
-        {"step": 20, "seconds": 450.0, "eval_accuracy": 61.5},
-        {"step": 30, "seconds": 900.0, "eval_accuracy": 60.0},
+        {"step": 20, "seconds": 2250.0, "eval_accuracy": 61.5},
+        {"step": 30, "seconds": 2700.0, "eval_accuracy": 60.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Result(20, "best accuracy", "accuracy", 61.5, 0.5).written(tmp_path):

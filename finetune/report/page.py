@@ -1,0 +1,230 @@
+"""The report of a run, or of several beside each other: one HTML file that needs nothing from outside.
+
+Every text of the data and of the networks is escaped by the template; charts are SVG, images are embedded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from markupsafe import Markup
+
+from finetune.config.strict_yaml import dump
+from finetune.lora.linear import adapter_table, inject_lora
+from finetune.report import charts
+from finetune.report.gallery import Card, cards_of, images_of
+from finetune.report.result_page import environment_of, public
+from finetune.report.run_data import TRAINED, Arm, RunData, read_run
+from finetune.system.atomic import write_text_whole
+from finetune.system.console import show
+from finetune.system.device import pick_device
+from finetune.training.examples import network_config, open_records
+from finetune.training.resume import differences
+from model import PaliGemma, fetch
+
+REPORT_FILE = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+CURVES = {
+    "loss": "training loss",
+    "eval_loss": "validation loss",
+    "eval_accuracy": "validation accuracy, percent",
+    "learning_rate": "learning rate",
+    "grad_norm": "norm of the gradients",
+    "memory_gib": "memory, GiB",
+}
+
+
+def write_page(directory: Path) -> Path:
+    """Write the report of a run into its directory; returns the file.
+
+    Raises:
+        ValueError: it is no run, or what it left cannot be read.
+    """
+    run = read_run(directory)
+    page = render("run.html", **of_run(run))
+    write_text_whole(directory / REPORT_FILE, page)
+    return directory / REPORT_FILE
+
+
+def show_page(directory: Path) -> None:
+    """Write the report of a run and say where it is. What was trained and evaluated stands, whatever happens here."""
+    try:
+        show(f"report: {write_page(directory)}")
+    except (ValueError, OSError) as error:
+        show(f"the report could not be written: {error}")
+
+
+def write_comparison(directories: Sequence[Path], output: Path) -> Path:
+    """Write a page that shows several runs beside each other; returns the file.
+
+    Raises:
+        ValueError: one of them is no run, or two have the same name.
+    """
+    runs = {run.name: run for run in map(read_run, directories)}
+    if len(runs) < len(directories):
+        raise ValueError(f"runs of the same name cannot be told apart: {', '.join(map(str, directories))}")
+    write_text_whole(output, render("compare.html", **of_several(runs)))
+    return output
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template; what is not Markup is escaped."""
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["percent"] = lambda value: f"{value:.2f}"
+    return environment.get_template(template).render(values)
+
+
+def of_run(run: RunData) -> dict[str, Any]:
+    """What the template of one run shows."""
+    scores = scores_chart(run.arms)
+    return {
+        "title": run.name,
+        "summary": summary(run),
+        "scores": scores,
+        "arms": run.arms,
+        "by_type": by_type_chart(run.arms, "by_answer_type"),
+        "question_types": question_types(run.arms),
+        "curves": curves_of({run.name: run}),
+        "cards": cards(run),
+        "confusions": run.trained.confusions if run.trained else [],
+        "adapted": adapted(run),
+        "facts": facts(run),
+        "configuration": dump(public(run.config)),
+        "environment": {k: v for k, v in environment_of(pick_device("auto")).items() if v is not None},
+    }
+
+
+def of_several(runs: dict[str, RunData]) -> dict[str, Any]:
+    """What the template of a comparison shows."""
+    first, *others = runs.values()
+    changed = {
+        run.name: [line for lines in differences(first.config, run.config).values() for line in lines] for run in others
+    }
+    trained = {name: run.trained for name, run in runs.items() if run.trained}
+    return {
+        "title": " and ".join(runs),
+        "first": first.name,
+        "changed": changed,
+        "scores": scores_chart(trained),
+        "by_type": by_type_chart(trained, "by_answer_type"),
+        "curves": curves_of(runs),
+        "arms": trained,
+        "cards": differing(first, trained),
+        "facts": (found := {name: facts(run) for name, run in runs.items()}),
+        "rows": list(dict.fromkeys(key for of_one in found.values() for key in of_one)),
+    }
+
+
+def summary(run: RunData) -> str:
+    """What was trained on what, and what came of it, in a sentence."""
+    model, train = public(run.config)["model"]["path"], run.config.data.train
+    source = Path(train.jsonl or train.questions or "").name
+    said = f"{model} was trained on {source}"
+    arm, base = run.trained, run.arms.get("base")
+    if arm is None:
+        return f"{said}. It has not been evaluated yet: evaluate.py does that, and writes this page again."
+    said += f". Of {arm.metrics['questions']:,} questions about images that it has not seen it answers "
+    said += f"{arm.metrics['overall']:.2f}% rightly (95% confidence: {arm.interval[0]:.2f} to {arm.interval[1]:.2f})"
+    return said + (f"; the base answers {base.metrics['overall']:.2f}%." if base else ".")
+
+
+def scores_chart(arms: dict[str, Arm]) -> Markup | None:
+    if not arms:
+        return None
+    overall = {name: arm.metrics["overall"] for name, arm in arms.items()}
+    intervals = {name: arm.interval for name, arm in arms.items()}
+    return Markup(charts.bars({"": overall}, intervals, "VQA accuracy, percent, with 95% intervals"))
+
+
+def by_type_chart(arms: dict[str, Arm], kind: str) -> Markup | None:
+    names = sorted({name for arm in arms.values() for name in arm.metrics[kind]})
+    if not names:
+        return None
+    groups = {
+        n: {arm: found.metrics[kind][n] for arm, found in arms.items() if n in found.metrics[kind]} for n in names
+    }
+    return Markup(charts.bars(groups, {}, "VQA accuracy, percent"))
+
+
+def question_types(arms: dict[str, Arm]) -> list[tuple[str, int, dict[str, float]]]:
+    """The most frequent question types: how many questions, and the accuracy of each arm."""
+    if not arms:
+        return []
+    counts = next(iter(arms.values())).metrics["counts"]["question_type"]
+    ordered = sorted(counts, key=lambda name: -counts[name])[:20]
+    return [
+        (name, counts[name], {arm: found.metrics["by_question_type"].get(name, 0.0) for arm, found in arms.items()})
+        for name in ordered
+    ]
+
+
+def curves_of(runs: dict[str, RunData]) -> list[Markup]:
+    """A chart of every figure that was logged more than once."""
+    found = []
+    for key, label in CURVES.items():
+        series = {name: data for name, run in runs.items() if len((data := run.series(key))[0]) > 1}
+        if series:
+            found.append(Markup(charts.curves(series, label)))
+    speeds = {name: data for name, run in runs.items() if len((data := run.speed)[0]) > 1}
+    return [*found, *([Markup(charts.curves(speeds, "examples a second"))] if speeds else [])]
+
+
+def cards(run: RunData) -> list[Card]:
+    """The gallery: base and trained network side by side; none where the images are no longer there."""
+    arms = {name: run.arms[name] for name in ("base", *TRAINED) if name in run.arms and run.arms[name].answers}
+    return cards_of(arms, images(run)) if arms else []
+
+
+def images(run: RunData) -> dict[str, Any]:
+    try:
+        return images_of(open_records(run.config, "validation"))
+    except ValueError:
+        return {}
+
+
+def differing(first: RunData, arms: dict[str, Arm]) -> list[Card]:
+    """Images of questions that one run answers and another does not."""
+    if len(arms) < 2:
+        return []
+    shared = set.intersection(*(set(arm.answers) for arm in arms.values()))
+    told_apart = {name for name in shared if len({arm.answers[name]["score"] >= 50 for arm in arms.values()}) > 1}
+    some = {
+        name: Arm(arm.name, arm.metrics, {key: line for key, line in arm.answers.items() if key in told_apart})
+        for name, arm in arms.items()
+    }
+    return cards_of(some, images(first)) if told_apart else []
+
+
+def adapted(run: RunData) -> list[tuple[str, str, int, int, int]]:
+    """What was trained, per tower, from dimensions alone; nothing where the checkpoint is no longer there."""
+    if run.config.lora is None:
+        return []
+    try:
+        directory = fetch(run.config.model.path, run.config.model.revision, weights=False)
+        dimensions = network_config(directory, run.config)
+    except ValueError:
+        return []
+    with torch.device("meta"):
+        model = PaliGemma(dimensions)
+    inject_lora(model, run.config.lora)
+    return adapter_table(model)
+
+
+def facts(run: RunData) -> dict[str, str]:
+    """Steps, time and memory, in words."""
+    found: dict[str, str] = {}
+    if run.lines:
+        seconds, steps = run.lines[-1]["seconds"], run.lines[-1]["step"]
+        found["steps"] = f"{steps:,}"
+        found["time"] = f"{seconds / 3600:.2f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
+        memory = [line["memory_gib"] for line in run.lines if "memory_gib" in line]
+        if memory:
+            found["most memory"] = f"{max(memory):.2f} GiB"
+    if run.result:
+        found["kept"] = str(run.result)
+    return found

@@ -1,0 +1,203 @@
+"""The HTML report: what it says, that it needs nothing from outside, and that hostile texts stay texts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluate
+import train
+from data.synthetic import scenes
+from finetune import __main__ as console
+from finetune.report import charts, gallery
+from finetune.report.page import write_comparison, write_page
+from finetune.report.run_data import Arm, latest, read_run
+from tests.test_scripts import ROOT, overrides
+
+HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> &amp; \' "'
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    shutil.copytree(ROOT / "assets/tiny-base", directory, dirs_exist_ok=True)
+    for split, seed in (("train2014", 1), ("val2014", 2)):
+        scenes.write(directory / "data", scenes=12, seed=seed, split=split)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained and evaluated."""
+    output = tmp_path_factory.mktemp("runs") / "one"
+    words = [str(ROOT / "configs/quickstart.yaml"), *overrides(base, output)]
+    train.main(words)
+    evaluate.main(words)
+    return output
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.inside = "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("script", "style"):
+            self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_what_a_page_says(run: Path, base: Path) -> None:
+    page = Page((run / "report.html").read_text())
+    metrics = json.loads((run / "eval/adapter/metrics.json").read_text())
+    assert f"{metrics['overall']:.2f}% rightly (95% confidence: {metrics['interval'][0]:.2f} to" in page.text
+    answers = [json.loads(line) for line in (run / "eval/adapter/answers.jsonl").read_text().splitlines()]
+    shown = [attributes for attributes in page.of("div") if attributes.get("class") == "question"]
+    assert len(shown) == len(answers)
+    for outcome in ("right", "wrong"):
+        expected = sum((line["score"] >= 50) == (outcome == "right") for line in answers)
+        assert sum(attributes["data-outcome"] == outcome for attributes in shown) == expected
+    assert len(page.of("img")) == len({line["image_id"] for line in answers}) == 12
+    for heading in ("By type of answer", "Training", "What it answers", "What was trained", "Configuration"):
+        assert heading in page.text
+    assert re.search(r"language\s*down_proj\s*3\s*32", re.sub(r"\s+", " ", page.text))
+    assert "learning_rate: 0.01" in page.text
+
+
+def test_a_page_needs_nothing_from_outside_and_tells_no_path(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
+    assert "url(http" not in text
+    assert str(run.parent.parent) not in page.text
+    assert len(text) < 5_000_000
+    policy = next(attributes for attributes in page.of("meta") if "http-equiv" in attributes)
+    assert "default-src 'none'" in (policy["content"] or "")
+
+
+def test_hostile_texts_stay_texts(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "<b>run</b>"
+    shutil.copytree(run, copy)
+    for arm in ("base", "adapter"):
+        file = copy / "eval" / arm / "answers.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            line |= {
+                "question": HOSTILE,
+                "answer": HOSTILE,
+                "expected": [HOSTILE],
+                "answer_type": HOSTILE,
+                "score": 0.0,
+            }
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before, after = (Page((path / "report.html").read_text()) for path in (run, write_page(copy).parent))
+    assert HOSTILE in after.text
+    assert len(after.of("script")) == len(before.of("script")) == 1
+    assert not any("onerror" in attributes for _, attributes in after.tags)
+    assert len(after.of("img")) == len(before.of("img"))
+
+
+def test_a_run_that_was_not_evaluated_has_a_page_too(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/eval")
+    page = Page(write_page(tmp_path / "run").read_text())
+    assert "It has not been evaluated yet" in page.text
+    assert "Training" in page.text
+    assert not page.of("img")
+
+
+def test_images_that_are_gone_leave_the_figures(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("/data/", "/gone/"))
+    page = Page(write_page(tmp_path / "run").read_text())
+    assert "By type of answer" in page.text
+    assert not page.of("img")
+
+
+def test_runs_beside_each_other(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "two"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text((run / "config.yaml").read_text().replace("rank: 32", "rank: 4"))
+    file = other / "eval/adapter/answers.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    turned = lines[0]["question"]
+    lines[0]["score"] = 0.0 if lines[0]["score"] >= 50 else 100.0
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    console.dispatch(["report", str(run), str(other), "--output", str(tmp_path / "both.html")])
+    page = Page((tmp_path / "both.html").read_text())
+    assert "lora.rank: was 32, is 4" in page.text
+    shown = [attributes for attributes in page.of("div") if attributes.get("class") == "question"]
+    assert len(shown) == 1
+    assert turned in page.text
+    with pytest.raises(ValueError, match="same name cannot be told apart"):
+        write_comparison([run, run], tmp_path / "x.html")
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no config\.yaml: expected the directory of a run"):
+        read_run(tmp_path)
+
+
+def test_what_was_trained_again_after_an_interruption_counts_once() -> None:
+    steps = [{"step": step, "seconds": float(i)} for i, step in enumerate((10, 20, 30, 20, 30, 30, 40))]
+    assert [(line["step"], line["seconds"]) for line in latest(steps)] == [
+        (10, 0),
+        (20, 1),
+        (20, 3),
+        (30, 4),
+        (30, 5),
+        (40, 6),
+    ]
+
+
+def test_confusions() -> None:
+    answered: list[dict[str, Any]] = [
+        {"id": str(i), "expected": [right] * 10, "answer": given, "score": 100.0 * (right == given)}
+        for i, (right, given) in enumerate([("2", "2"), ("2", "3"), ("2", "3"), ("red", "red")])
+    ]
+    arm = Arm("adapter", {}, {line["id"]: line for line in answered})
+    assert arm.confusions == [("2", 3, [("3", 2)]), ("red", 1, [])]
+
+
+def test_a_page_is_full_at_its_limit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = sorted((base / "data/images").glob("*.jpg"))
+    line = {"question": "q", "answer_type": "", "expected": ["a"], "answer": "a", "score": 100.0}
+    answers = {str(i): line | {"id": str(i), "image_id": str(i)} for i in range(len(pictures))}
+    images = {str(i): str(path) for i, path in enumerate(pictures)}
+    arms = {"adapter": Arm("adapter", {}, answers)}
+    assert len(gallery.cards_of(arms, images)) == len(pictures)
+    monkeypatch.setattr(gallery, "MOST_BYTES", 3 * max(len(gallery.thumbnail(path)) for path in pictures))
+    assert 3 <= len(gallery.cards_of(arms, images)) < len(pictures)
+
+
+def test_charts_are_the_same_bytes_for_the_same_data() -> None:
+    def draw() -> str:
+        return charts.curves({"a": ([1, 2, 3], [3.0, 2.0, 1.0])}, "loss")
+
+    assert draw() == draw()
+    assert charts.INK not in draw()
+    assert "currentColor" in draw()
