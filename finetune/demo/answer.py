@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -65,7 +65,9 @@ def ask(
             that cannot be.
     """
     processor = network.processor
-    inputs = {name: tensor.to(network.model.device) for name, tensor in processor([image], [prompt]).items()}
+    inputs: dict[str, Any] = {
+        name: tensor.to(network.model.device) for name, tensor in processor([image], [prompt]).items()
+    }
     new = network.model.generate_scored(
         **inputs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )

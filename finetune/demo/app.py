@@ -118,7 +118,9 @@ def build(opened: Opened, examples: Sequence[Example], batch_size: int = 16) -> 
         state = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                image = gr.Image(label="image", type="filepath", image_mode=None, sources=["upload", "clipboard"])
+                image = gr.Image(
+                    elem_id="image", label="image", type="filepath", image_mode=None, sources=["upload", "clipboard"]
+                )
                 question = gr.Textbox(label="question", lines=1, max_lines=3)
                 button = gr.Button("Ask", variant="primary")
                 prompt, *sampling = settings(gr, opened)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
-PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
 def leave_out(reason: str) -> None:
@@ -45,7 +44,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def tab(browser: Browser) -> Iterator[Page]:
     """A page that fails its test if a script fails, a dialog opens, or another machine is asked for anything."""
-    context = browser.new_context(viewport=DESKTOP)
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(f"a script failed: {error}"))
@@ -55,6 +54,11 @@ def tab(browser: Browser) -> Iterator[Page]:
     yield page
     context.close()
     assert not wrong
+
+
+def on_phone(page: Page) -> None:
+    """A window of a phone's size."""
+    page.set_viewport_size({"width": 390, "height": 844})
 
 
 def overflow(page: Page) -> int:

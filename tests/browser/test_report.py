@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -14,7 +14,7 @@ from finetune.config.load import dump_config, load_config
 from finetune.evaluation.evaluate import Answer, Evaluation
 from finetune.evaluation.vqa_accuracy import score
 from finetune.report.page import write_comparison, write_page
-from tests.browser.conftest import PHONE, contrast, overflow
+from tests.browser.conftest import contrast, on_phone, overflow
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -29,7 +29,7 @@ def make_run(root: Path, name: str, every: int, hostile: bool = False) -> Path:
 
     hostile: questions, answers and one type of answer are texts that try to be more.
     """
-    files = {
+    files: dict[str, Any] = {
         "questions": f"{root}/data/v2_OpenEnded_mscoco_val2014_questions.json",
         "annotations": f"{root}/data/v2_mscoco_val2014_annotations.json",
         "images": f"{root}/data/images",
@@ -120,16 +120,24 @@ def test_every_image_is_shown(tab: Page, run: Path) -> None:
 
 @pytest.mark.parametrize("page", ["run", "comparison"])
 def test_a_phone_never_scrolls_sideways(tab: Page, run: Path, hostile: Path, comparison: Path, page: str) -> None:
-    tab.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    on_phone(tab)
     for file in [run / "report.html", hostile / "report.html"] if page == "run" else [comparison]:
         tab.goto(file.as_uri())
         assert overflow(tab) == 0
         assert tab.locator(".question").first.is_visible()
 
 
+def test_names_of_facts_are_whole_words_on_a_phone(tab: Page, run: Path) -> None:
+    on_phone(tab)
+    tab.goto((run / "report.html").as_uri())
+    line = tab.get_by_role("cell", name="cpu", exact=True).evaluate("cell => cell.getBoundingClientRect().height")
+    name = tab.get_by_role("cell", name="transformers", exact=True)
+    assert name.evaluate("cell => cell.getBoundingClientRect().height") < 1.5 * line
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_can_be_read_by_day_and_by_night(tab: Page, run: Path, scheme: str) -> None:
-    tab.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+def test_texts_can_be_read_by_day_and_by_night(tab: Page, run: Path, scheme: Literal["light", "dark"]) -> None:
+    tab.emulate_media(color_scheme=scheme)
     tab.goto((run / "report.html").as_uri())
     background = tab.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
     assert sum(map(int, background[4:-1].split(","))) < 100 if scheme == "dark" else background == "rgb(255, 255, 255)"

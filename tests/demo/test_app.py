@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ class PageError(Exception):
         super().__init__(message)
 
 
-PAGE = SimpleNamespace(update=dict, Error=PageError)
+PAGE: Any = SimpleNamespace(update=dict, Error=PageError)
 
 
 def test_without_gradio_the_command_says_what_to_install(adapters: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
