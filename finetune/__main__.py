@@ -21,6 +21,7 @@ SUMMARIES = {
     "predict": "image and prompt -> answer",
     "merge": "adapter + base -> a plain checkpoint",
     "report": "an HTML page of a run, or of several beside each other",
+    "demo": "a page in the browser that asks base and adapters",
     "config": "every key of the YAML file, or its JSON schema for editors",
 }
 
