@@ -25,16 +25,18 @@ from finetune.report.page import show_page
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
 from finetune.system.console import show
+from finetune.system.device import free_memory, pick_device
 from finetune.training.checkpoints import step_of
 from finetune.training.examples import max_new_tokens, network_config, open_examples, open_processor
 from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
-from finetune.training.resume import find_checkpoint, start_run
+from finetune.training.resume import find_checkpoint, is_complete, start_run
 from finetune.training.setup import (
     adapt,
     image_note,
     open_model,
     plan_steps,
+    require_starts,
     shard_decoder,
     show_trained,
     start_note,
@@ -52,21 +54,54 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
 
     words: of the command line, to show how to resume. resume, accept_changes: as in `find_checkpoint`; a checkpoint is
     one of the run itself, before which all stages are finished.
+
+    Raises:
+        ValueError: the network cannot be made of the checkpoint, or as `find_checkpoint` of the run and of each stage:
+            before weights are read, and before any stage is trained.
     """
+    network_config(fetch(config.model.path, config.model.revision, weights=False), config)
     *stages, run = runs_of(config)
-    for stage in stages:
-        show(f"stage {Path(stage.output).name}: the connector alone, in {stage.output}")
-        learn_one(stage, words, "auto" if resume != "none" else resume, accept_changes)
-    learn_one(run, words, resume, accept_changes)
+    find = partial(find_checkpoint, resume=resume, accept_changes=accept_changes)
+    begun = distributed.on_main(partial(find, run))
+    left = {} if begun[0] else distributed.on_main(partial(stages_left, stages, resume, accept_changes))
+    for stage in stages if not begun[0] else ():
+        name = Path(stage.output).name
+        if stage.output in left:
+            show(f"stage {name}: the connector alone, in {stage.output}")
+            learn_one(stage, words, *left[stage.output], accept_changes, "what comes next starts with this connector")
+            free_memory(pick_device(stage.model.device))  # its network is gone before the next one is opened
+        else:
+            show(f"stage {name} is finished: kept {Result.read(Path(stage.output))}")
+    validates = config.data.validation is not None
+    after = cli.command("evaluate.py", *words) if validates else cli.command("predict.py", "--help")
+    learn_one(run, words, *begun, accept_changes, f"next: {after}")
 
 
-def learn_one(config: RunConfig, words: Sequence[str], resume: str, accept_changes: bool) -> None:
-    """A run without stages."""
-    found, notes = distributed.on_main(partial(find_checkpoint, config, resume, accept_changes))
+def stages_left(
+    stages: Sequence[RunConfig], resume: str, accept_changes: bool
+) -> dict[str, tuple[Path | None, list[str]]]:
+    """What `find_checkpoint` says of the stages that have yet to be trained, by their directories. ValueError where one
+    of them cannot be.
+    """
+    left = [stage for stage in stages if resume == "none" or not is_complete(stage)]
+    return {stage.output: find_checkpoint(stage, resume, accept_changes) for stage in left}
+
+
+def learn_one(
+    config: RunConfig,
+    words: Sequence[str],
+    found: str | Path | None,
+    notes: Sequence[str],
+    accept_changes: bool,
+    after: str,
+) -> None:
+    """A stage, or the run itself. found, notes: as `find_checkpoint` returns them. after: shown at the end."""
     checkpoint = Path(found) if found else None
     for note in notes:
         show(note)
     directory = fetch(config.model.path, config.model.revision)
+    if checkpoint is None:
+        require_starts(directory, config)
     processor = open_processor(directory, config)
     examples = open_examples(config, "train", processor)
     if examples.skipped.reasons:
@@ -107,7 +142,7 @@ def learn_one(config: RunConfig, words: Sequence[str], resume: str, accept_chang
         again = cli.command("train.py", *words) if distributed.count() == 1 else "the same command"
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {again}")
     trainer.finish()
-    conclude(config, words, batch_sampler.total)
+    conclude(config, batch_sampler.total, after)
     distributed.on_main(partial(show_page, Path(config.output)))
 
 
@@ -131,7 +166,7 @@ def open_adapted(directory: Path, config: RunConfig, resumes: bool) -> tuple[Pal
     """The network on its device, with adapters in place; and the fingerprint of its base where its layers are sharded,
     for it is taken of whole weights.
 
-    resumes: adapters are filled from a checkpoint later, not with the values of lora.start_from.
+    resumes: adapters are filled from a checkpoint later, not with the values that the run starts from.
     """
     model, base_fingerprint = open_model(directory, config), None
     adapt(model, config, anew=resumes)
@@ -144,16 +179,13 @@ def open_adapted(directory: Path, config: RunConfig, resumes: bool) -> tuple[Pal
     return model, base_fingerprint
 
 
-def conclude(config: RunConfig, words: Sequence[str], total: int) -> None:
+def conclude(config: RunConfig, total: int, after: str) -> None:
     """Note that a run of `total` steps went to its end, and show its result and what to do next."""
     distributed.on_main(partial(Result.finish, Path(config.output)))
-    after = cli.command("evaluate.py", *words)
-    if config.data.validation is None:
-        after = cli.command("predict.py", "--help")
     result = Result.read(Path(config.output))
     if result and result.step < total:  # a last step that was kept has said so just now
         show(f"kept {result}")
-    show(f"saved {result_directory(config)}; next: {after}")
+    show(f"saved {result_directory(config)}; {after}")
 
 
 def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None:

@@ -113,12 +113,13 @@ class ConnectorConfig:
         if self.kind == "pixel_shuffle" and side % self.factor:
             raise ValueError(
                 f"pixel_shuffle with factor {self.factor} does not fit: an image of {vision.image_size} pixels has "
-                f"{side} x {side} patches, and {side} is not divisible by {self.factor}"
+                f"{side} x {side} patches, and {side} is not divisible by {self.factor}; take a factor that divides "
+                "it, or images of another size"
             )
         if self.kind.startswith("dense_") and vision.num_hidden_layers < 3:
             raise ValueError(
                 f"{self.kind} does not fit: it takes hidden states of two groups of layers, and the vision tower has "
-                f"{vision.num_hidden_layers} layers; expected 3 or more"
+                f"{vision.num_hidden_layers} layers; expected 3 or more, or another connector, such as mlp"
             )
 
 
@@ -194,6 +195,8 @@ class PaliGemmaConfig:
             raise ValueError(f"{path} cannot be read: {error}") from error
         try:
             return cls.from_hf(hf)
+        except ValueError as error:
+            raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a model configuration: {error}") from error
 

@@ -254,8 +254,9 @@ def make_connector(config: PaliGemmaConfig) -> Connector:
 
 
 @torch.no_grad()
-def start(connector: Connector, config: PaliGemmaConfig, projector: Linear) -> None:
-    """Fill a connector: drawn from the seed, and from the published projector where that is to be its start.
+def start(connector: Connector, config: PaliGemmaConfig, projector: Linear | None) -> None:
+    """Fill a connector: drawn from the seed, and from the published projector where that is to be its start; None where
+    there is none.
 
     Drawn on the CPU, by what is the same on every processor: weights uniform in +-1/sqrt(inputs), latents in
     +-sqrt(3 / D), norms identity, biases zero.
@@ -271,6 +272,7 @@ def start(connector: Connector, config: PaliGemmaConfig, projector: Linear) -> N
         if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
             nn.init.zeros_(bias)
     if config.connector.start == "pretrained":
+        assert projector is not None, "only the published connector is replaced by one that starts from it"
         connector.start_from(projector)
 
 

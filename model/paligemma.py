@@ -43,13 +43,15 @@ class PaliGemma(nn.Module):
     """The network; parameter names are those of the published checkpoint.
 
     `source` is the directory it was loaded from: `save_pretrained` takes tokenizer and processor files from there.
-    `opened_config` is what it was before `convert` (model/convert.py) changed it.
+    `opened_config` is what it was before `convert` (model/convert.py) changed it, and `replaced` the values of the
+    parameters that are no longer in it since, by name, in host memory.
     """
 
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
         self.config = self.opened_config = config
         self.source: Path | None = None
+        self.replaced: dict[str, Tensor] = {}
         self.vision_tower = SiglipVisionTower(config.vision)
         self.multi_modal_projector = make_connector(config)
         self.language_model = GemmaForCausalLM(config.text)

@@ -18,6 +18,7 @@ an answer or a gigabyte asked for, is a violation, is printed with its seed, and
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -55,8 +56,9 @@ from finetune.training.checkpoints import (
     read_parameters,
     write_checkpoint,
 )
-from model import PaliGemma
+from model import ConnectorConfig, PaliGemma, PaliGemmaConfig
 from model.config import TextConfig, VisionConfig
+from model.convert import changed, convert
 from model.random_init import from_random
 from tests import tiny
 
@@ -72,6 +74,7 @@ ADAPTER = LoRAConfig(
     alpha_pattern={"language.1.q_proj": 5},
     modules_to_save=("connector.linear",),
 )
+NETWORK = (ConnectorConfig("resampler", latents=3, depth=1, seed=5), 56, 4, "pad")  # connector, size, tiles, aspect
 JUNK: list[Any] = [None, True, False, 0, 1, 2, -1, 7, 64, 0.5, 4.0, 1e300, math.inf, math.nan, 10**30, 2**40, "", "x"]
 JUNK += ["4", "(", "(a+)+$", "a{99999999999}", "\ud800", "\0", "x" * 300, ".", ".*", [], [1], ["q_proj"], [[]], {}]
 JUNK += [{"a": 1}, {"q_proj": 8}, {"(": 2}]
@@ -136,11 +139,18 @@ class Family(Protocol):
 
 
 class Adapters:
-    """An adapter with all that an adapter may have; the network it is put into is a single one throughout."""
+    """An adapter with all that an adapter may have; the base it is put into is a single one throughout.
 
-    def __init__(self, directory: Path, listed: bool) -> None:
-        self.directory, self.model = directory, tiny_model(directory.parent)
-        inject_lora(self.model, ADAPTER)
+    network: it was trained on another network than the base's.
+    """
+
+    def __init__(self, directory: Path, listed: bool, network: bool = False) -> None:
+        self.directory, self.base = directory, tiny_model(directory.parent)
+        self.model = copy.deepcopy(self.base)
+        if network:
+            convert(self.model, changed(self.model.config, *NETWORK))
+        full = ("connector.*",) if network else ADAPTER.modules_to_save
+        inject_lora(self.model, dataclasses.replace(ADAPTER, modules_to_save=full))
         with torch.no_grad():
             for parameter in trained_parameters(self.model).values():
                 parameter.add_(torch.randn_like(parameter))
@@ -162,20 +172,35 @@ class Adapters:
         try:
             load_adapter(self.model, self.directory)
         except Exception:
-            changed = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
-            changed += self.empty()
-            assert not changed, "not loaded, but the network is another"
+            other = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+            other += [path for path, _ in adapters(self.model)]
+            other += [
+                name for name, p in self.base.named_parameters() if not torch.equal(p, self.model.get_parameter(name))
+            ]
+            same_config = self.model.config == self.base.config
+            self.empty()
+            assert same_config, "not loaded, but the network is another"
+            assert not other, f"not loaded, but the network has another {other[0]}"
             raise
         declared = {path: settings_of(a) for path, a in adapters(self.model)}
-        snapshot = {"tensors": frozen(trained_parameters(self.model)), "declared": declared}
+        network = network_of(self.model.config)
+        snapshot = {"tensors": frozen(trained_parameters(self.model)), "declared": declared, "network": network}
         self.empty()
         return snapshot
 
-    def empty(self) -> list[str]:
-        """Take out whatever was put into the network."""
-        taken = remove_lora(self.model)
-        self.model.requires_grad_(True)
-        return taken
+    def empty(self) -> None:
+        """Take out whatever was put into the base, and what it was converted to."""
+        if self.model.config == self.base.config:
+            remove_lora(self.model)
+            self.model.requires_grad_(True)
+        else:
+            self.model = copy.deepcopy(self.base)
+
+    def network(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What a configuration says of the network, with what the base and the connectors' defaults say beside it."""
+        said = config.get("network", {})
+        found = network_of(self.base.config) | connector_of(said.get("connector", {})) | said
+        return {key: found[key] for key in network_of(self.base.config)}
 
     def meanings(self) -> list[Snapshot]:
         """One for each layout that the names in patterns may be meant in."""
@@ -184,6 +209,7 @@ class Adapters:
         return [
             {
                 "tensors": tensors,
+                "network": self.network(config),
                 "declared": {
                     path: None if in_full else self.declared(config, layout(path))
                     for path, in_full in self.modules.items()
@@ -202,11 +228,16 @@ class Adapters:
 
 
 class Bases:
-    """A base checkpoint in one file or in shards, the latter with the head that is tied and the one that is unused."""
+    """A base checkpoint in one file or in shards, the latter with the head that is tied and the one that is unused.
 
-    def __init__(self, directory: Path, listed: bool = False, sharded: bool = False) -> None:
+    network: another than the published one.
+    """
+
+    def __init__(self, directory: Path, listed: bool = False, sharded: bool = False, network: bool = False) -> None:
         self.directory = directory
         model = tiny_model(directory.parent)
+        if network:
+            convert(model, changed(model.config, *NETWORK))
         write_whole(directory, model.save_pretrained)
         self.spelled = {layout(name): name for name in model.state_dict() for layout in LAYOUTS.values()}
         if sharded:
@@ -214,6 +245,7 @@ class Bases:
             tensors["lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
             tensors["vision_tower.vision_model.head.probe"] = torch.ones(1, 1, 24)
             self.shard(tensors)
+        (directory / "README.md").unlink(missing_ok=True)  # of another network, for people
         if not listed:
             (directory / MANIFEST).unlink()
 
@@ -240,6 +272,9 @@ class Bases:
             name: {key: default if given.get(key) is None else given[key] for key, default in vars(defaults).items()}
             for name, (given, defaults) in sections.items()
         }
+        declared["connector"] = connector_of(hf.get("connector") or {})
+        declared["tiles"] = 1 if hf.get("tiles") is None else hf["tiles"]
+        declared["aspect"] = "squash" if hf.get("aspect") is None else hf["aspect"]
         declared["image_token_id"] = hf.get("image_token_index", hf.get("image_token_id", 257152))
         for number, name in enumerate(("pad_token_id", "eos_token_id", "bos_token_id")):
             declared[name] = next((s[name] for s in (hf, text) if s.get(name) is not None), number)
@@ -281,6 +316,19 @@ class Checkpoints:
 
     def meanings(self) -> list[Snapshot]:
         return []
+
+
+def network_of(config: PaliGemmaConfig) -> dict[str, Any]:
+    """What of a network may be another than its checkpoint's."""
+    image = {"image_size": config.vision.image_size, "tiles": config.tiles, "aspect": config.aspect}
+    return dataclasses.asdict(config.connector) | image
+
+
+def connector_of(said: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a connector, with the defaults beside it. A seed of nothing that is drawn is none."""
+    found = dataclasses.asdict(ConnectorConfig()) | said
+    is_drawn = found["start"] != "pretrained" or found["kind"] == "resampler"
+    return found | ({} if is_drawn else {"seed": 0})
 
 
 def settings_of(adapter: AdapterModule) -> tuple[int, float, float] | None:
@@ -654,9 +702,11 @@ def open_families(directory: Path) -> list[Family]:
     made: list[tuple[Any, str, dict[str, bool]]] = [
         (Adapters, "adapter", {"listed": False}),
         (Adapters, "adapter-with-manifest", {"listed": True}),
+        (Adapters, "adapter-of-another-network", {"listed": False, "network": True}),
         (Bases, "base", {}),
         (Bases, "base-in-shards", {"sharded": True}),
         (Bases, "base-with-manifest", {"listed": True}),
+        (Bases, "base-of-another-network", {"network": True}),
         (Checkpoints, "checkpoints", {}),
     ]
     families: list[Family] = []
@@ -672,7 +722,7 @@ def one(family: Family, original: Snapshot, rng: Random) -> tuple[bool, str, str
     content = path.read_bytes()
     listed = (family.directory / MANIFEST).exists() and path.name != MANIFEST
     kind, may_mean_another = corrupt(path, content, rng)
-    changed = not path.is_file() or path.read_bytes() != content
+    is_changed = not path.is_file() or path.read_bytes() != content
     try:
         with limited(SECONDS):
             loaded = family.load()
@@ -682,7 +732,7 @@ def one(family: Family, original: Snapshot, rng: Random) -> tuple[bool, str, str
     except (Exception, StuckError) as error:
         outcome, detail = "violation", f"{type(error).__name__}: {error}"
     else:
-        outcome, detail = judge(family, original, loaded, changed and listed, may_mean_another)
+        outcome, detail = judge(family, original, loaded, is_changed and listed, may_mean_another)
     finally:
         clear(path)
         path.write_bytes(content)

@@ -1,7 +1,9 @@
 """Which base an adapter belongs to: a digest of a few values of every weight, so that another base is noticed.
 
 A merge moves every element of the linears it touches, so a base with an adapter merged into it is another one. Values
-count in bf16 and by their names here: fp32 and bf16 files of one checkpoint, in any layout, are the same base.
+count in bf16 and by their names here: fp32 and bf16 files of one checkpoint, in any layout, are the same base. What
+`convert` (model/convert.py) replaced counts with the values that the checkpoint has: interpolated ones would depend on
+the dtype.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from finetune.lora.nf4 import original_sample, sample_of
 from finetune.lora.protocol import AdapterModule
+from model.convert import CONNECTOR, POSITIONS
 
 # What shapes do not tell of a configuration.
 SETTINGS = {
@@ -41,7 +44,13 @@ def fingerprint(model: nn.Module) -> str | None:
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Name, shape and some values of every weight of the base, also where an adapter stands in its place."""
+    replaced: dict[str, Tensor] = getattr(model, "replaced", {})
+    for name, value in replaced.items():
+        yield name, tuple(value.shape), sample_of(value)
+    gone = tuple({place for place in (POSITIONS, CONNECTOR) if any(name.startswith(place) for name in replaced)})
     for path, module in model.named_modules():
+        if f"{path}.".startswith(gone):
+            continue
         base = module.base_module() if isinstance(module, AdapterModule) else module
         for name, parameter in base.named_parameters(recurse=False):
             shape, sample = tuple(parameter.shape), original_sample(base)

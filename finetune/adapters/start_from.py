@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.adapters.locate import find_adapter
 from finetune.adapters.network import changes_in
 from finetune.adapters.peft_config import LAYOUTS, pattern_value
-from finetune.adapters.storage import file_parameters, fit_adapter, load_adapter, read_adapter, require_network
+from finetune.adapters.storage import file_parameters, fit_adapter, load_adapter, read_adapter
 from finetune.lora.linear import SCOPES, LoRAConfig, inject_lora, remove_lora
 from finetune.lora.protocol import AdapterSettings, adapters
 from finetune.system.paths import expand
+from model import ConnectorConfig, PaliGemma
 from model.checkpoint import mismatches
+from model.convert import described, dims
 
 SHAPE = ("rank", "alpha", "targets", "rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "dropout")
 LORA_TENSOR = re.compile(r"\.lora_[AB]\.weight$")
@@ -59,7 +61,12 @@ def shape_of(adapter: Path) -> dict[str, Any]:
 
 
 def network_sections(adapter: Path) -> dict[str, dict[str, Any]]:
-    """The network that an adapter was trained on, as the keys of a configuration's sections say it."""
+    """The network that an adapter was trained on, as the keys of a configuration's sections say it: those that differ
+    from the checkpoint's.
+
+    Raises:
+        ValueError: the adapter cannot be read.
+    """
     changes = changes_in(adapter)
     image = {key.removeprefix("image_"): changes[key] for key in ("image_size", "aspect", "tiles") if key in changes}
     connector = dict(changes.get("connector", {}))
@@ -95,22 +102,41 @@ def start(model: nn.Module, config: LoRAConfig, seed: int) -> None:
     load_adapter(model, find_adapter(Path(expand(config.start_from))), config.dropout)
 
 
-def load_connector(model: nn.Module, adapter: Path) -> None:
+def load_connector(model: PaliGemma, adapter: Path) -> None:
     """Fill what is trained in full of the connector with an adapter's values.
+
+    Raises:
+        ValueError: as `connector_tensors`.
+    """
+    wanted = {name: p for name, p in file_parameters(model).items() if name.startswith(SCOPES["connector"])}
+    tensors = connector_tensors(adapter, model.config.connector, wanted)
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def connector_tensors(adapter: Path, connector: ConnectorConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapter has for the parameters of a connector, by their names in files.
 
     Raises:
         ValueError: the adapter cannot be read, has another connector, or does not train all of it.
     """
-    config, tensors = read_adapter(adapter)
-    require_network(model, adapter, config)
-    prefix = SCOPES["connector"]
-    wanted = {name: p for name, p in file_parameters(model).items() if name.startswith(prefix)}
-    there = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if problems := mismatches(there, wanted):
-        raise ValueError(f"{adapter}, which connector.start_from names, trains another connector:\n{problems}")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(there[name])
+    _, tensors = read_adapter(adapter)
+    advice = "name an adapter, or a run, with the same connector, of which all is trained"
+    given = changes_in(adapter).get("connector")
+    if given and dims(ConnectorConfig.from_dict(given)) != dims(connector):
+        raise ValueError(
+            f"{adapter}, which connector.start_from names, has the connector "
+            f"{described(ConnectorConfig.from_dict(given))}, and model.connector is {described(connector)}: {advice}"
+        )
+    there = {name: tensor for name, tensor in tensors.items() if name.startswith(SCOPES["connector"])}
+    not_finite = [name for name, tensor in there.items() if not tensor.isfinite().all()]
+    if problems := mismatches(there, parameters, {"not finite": not_finite}):
+        raise ValueError(
+            f"{adapter}, which connector.start_from names, does not train the connector {described(connector)}: "
+            f"{advice}\n{problems}"
+        )
+    return there
 
 
 def require_agreement(model: nn.Module, config: LoRAConfig) -> None:

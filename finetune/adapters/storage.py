@@ -30,7 +30,7 @@ from finetune.adapters.metadata import (
     TrainingFacts,
     metadata_of,
 )
-from finetune.adapters.network import NETWORK, network_key, with_changes
+from finetune.adapters.network import changes_in, require_network, with_changes, with_network, without_network
 from finetune.adapters.peft_config import (
     LAYOUTS,
     NEUTRAL,
@@ -48,9 +48,9 @@ from finetune.lora.linear import put_adapter, put_in_full
 from finetune.lora.nf4 import NF4Linear, quantization_of
 from finetune.lora.protocol import METHODS, AdapterModule, adapters
 from finetune.system.atomic import recover, require_whole, write_whole
-from model import PaliGemma, PaliGemmaConfig
+from model import PaliGemma
 from model.checkpoint import canonical_name, mismatches
-from model.convert import convert, described
+from model.convert import convert
 from model.safetensors_io import DTYPES
 
 PREFIX = "base_model.model."
@@ -64,8 +64,8 @@ def save_adapter(
     facts: TrainingFacts | None = None,
     base_fingerprint: str | None = None,
 ) -> None:
-    """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base. The directory is there
-    whole or not at all, with a manifest; one that was there is replaced.
+    """Write the adapters that `inject_lora` put into `model`; opens in PEFT on the same base, where that was not
+    converted. The directory is there whole or not at all, with a manifest; one that was there is replaced.
 
     Args:
         base, revision: what the adapter belongs to, a Hub id or a directory: stored as `base_model_name_or_path`.
@@ -82,7 +82,7 @@ def save_adapter(
     if poisoned:
         raise ValueError(f"not saved: {len(poisoned)} tensors hold values that are not finite, e.g. {poisoned[0]}")
     about_base = {"base_model_name_or_path": base, "revision": revision}
-    config = json.dumps(peft_config(model) | network_key(model) | about_base, indent=2) + "\n"
+    config = json.dumps(with_network(peft_config(model) | about_base, model), indent=2) + "\n"
     about = {BASE_FINGERPRINT: base_fingerprint or fingerprint(model), BASE_QUANTIZATION: quantization_of(model)}
     about |= {TRAINING: facts.to_json() if facts else None}
     metadata = {"format": "pt"} | {key: value for key, value in about.items() if value}
@@ -132,7 +132,7 @@ def load_adapter(model: nn.Module, directory: str | Path, dropout: float | None 
     """
     directory = Path(directory)
     config, tensors = read_adapter(directory)
-    undo = convert_for(model, directory, config)
+    undo = convert_for(model, directory)
     try:
         selection = select_modules(model, directory, config, tensors)
         require_base(model, directory, config)
@@ -152,17 +152,17 @@ def load_adapter(model: nn.Module, directory: str | Path, dropout: float | None 
     return [*selection.linears, *selection.full]
 
 
-def convert_for(model: nn.Module, directory: Path, config: dict[str, Any]) -> Callable[[], None]:
-    """Convert a base to the network that an adapter was trained on; returns what takes it back.
+def convert_for(model: nn.Module, directory: Path) -> Callable[[], None]:
+    """Convert a base, as it was opened, to the network that an adapter was trained on; returns what takes it back.
 
     Raises:
         ValueError: there are adapters already, or the adapter's network cannot be made of this base.
     """
     if any(adapters(model)):
         raise ValueError("the model has adapters already: remove_lora(model) first")
-    if not isinstance(model, PaliGemma):
+    if not isinstance(model, PaliGemma) or model.config != model.opened_config:
         return lambda: None
-    return convert(model, with_changes(model.config, config.get(NETWORK) or {}, directory))
+    return convert(model, with_changes(model.config, changes_in(directory), directory))
 
 
 def require_base(model: nn.Module, directory: Path, config: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def fit_adapter(model: nn.Module, directory: Path) -> tuple[dict[str, Any], dict
 
 def select_modules(model: nn.Module, directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Selection:
     """Which modules of `model` an adapter adapts. ValueError where it does not fit."""
-    require_network(model, directory, config)
+    require_network(model, directory, changes_in(directory))
     try:
         selection, problems = plan_loading(model, config, tensors)
     except (re.error, OverflowError, RecursionError) as error:
@@ -201,26 +201,10 @@ def select_modules(model: nn.Module, directory: Path, config: dict[str, Any], te
     return selection
 
 
-def require_network(model: nn.Module, directory: Path, config: dict[str, Any]) -> None:
-    """ValueError where `model` is another network than the one that the adapter was trained on."""
-    if isinstance(model, PaliGemma):
-        expected = with_changes(model.config, config.get(NETWORK) or {}, directory)
-        if expected != model.config:
-            raise ValueError(
-                f"{directory} was trained with {network_text(expected)}, and this network has "
-                f"{network_text(model.config)}"
-            )
-
-
-def network_text(config: PaliGemmaConfig) -> str:
-    """In words what `convert` can change."""
-    size = config.vision.image_size
-    tiles = f", tiles {config.tiles}" if config.tiles > 1 else ""
-    return f"the connector {described(config.connector)} and images of {size} pixels, {config.aspect}{tiles}"
-
-
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration, checked to be one that is implemented, and tensors by our path and their name in files."""
+    """Configuration, checked to be one that is implemented, and tensors by our path and their name in files. What the
+    configuration says of the network is left out of it.
+    """
     recover(path)
     require_whole(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -238,6 +222,7 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{path / CONFIG_FILE} lacks {', '.join(sorted(lacking))}: not the configuration of an adapter"
         )
+    config, _ = without_network(path / CONFIG_FILE, config)
     require_readable(path / CONFIG_FILE, config, any(key.endswith(".bias") for key in stored))
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
@@ -283,7 +268,7 @@ def other_sizes(model: nn.Module, tensors: dict[str, Tensor]) -> str:
 
 def require_readable(file: Path, config: dict[str, Any], has_biases: bool) -> None:
     """ValueError where a configuration asks for what is not implemented, or holds a value that cannot be used."""
-    ours = (*SETTINGS, *WITHOUT_EFFECT, NETWORK)
+    ours = (*SETTINGS, *WITHOUT_EFFECT)
     strange = {key: value for key, value in config.items() if key not in ours and value not in NEUTRAL.get(key, UNSET)}
     if strange.get("bias") in ("all", "lora_only") and not has_biases:
         del strange["bias"]  # nothing that it applies to has a bias

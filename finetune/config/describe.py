@@ -26,7 +26,7 @@ def json_schema() -> JsonSchema:
 
 
 def describe() -> str:
-    """Help: every key with its type, default and meaning."""
+    """Help: every key with its type, default and meaning; `stages.N.name` is that of each item of the list `stages`."""
     lines = []
     for name, field in _fields().items():
         default = f" = {json.dumps(field['default'])}" if "default" in field and "properties" not in field else ""
@@ -37,7 +37,9 @@ def describe() -> str:
 
 @cache
 def _fields() -> dict[str, JsonSchema]:
-    """Dotted name of every key -> its JSON schema (of a section: the section's too) and whether it is `required`."""
+    """Dotted name of every key -> its JSON schema (of a section: the section's too) and whether it is `required`. A key
+    of the sections in a list has N where its position stands.
+    """
     schema = json_schema()
 
     def below(section: JsonSchema, prefix: str) -> Iterator[tuple[str, JsonSchema]]:
@@ -47,6 +49,8 @@ def _fields() -> dict[str, JsonSchema]:
             yield prefix + name, inner | field | {"required": name in section.get("required", ())}
             if refs:
                 yield from below(inner, f"{prefix}{name}.")
+            elif "$ref" in (items := field.get("items", {})):
+                yield from below(schema["$defs"][items["$ref"].rpartition("/")[2]], f"{prefix}{name}.N.")
 
     return dict(below(schema, ""))
 
@@ -71,15 +75,20 @@ def _kind(field: JsonSchema) -> str:
     return f"{word} {', '.join(limits)}".strip()
 
 
+def _name(keys: Keys) -> str:
+    """A place as `_fields` names it."""
+    return ".".join("N" if isinstance(key, int) else key for key in keys)
+
+
 def without_alternative(keys: Keys) -> Keys:
     """The key alone, where pydantic adds which of a key's alternatives a value fails to be."""
-    field = _fields().get(".".join(map(str, keys[:-1])), {})
+    field = _fields().get(_name(keys[:-1]), {})
     return keys[:-1] if "anyOf" in field and "properties" not in field and field.get("type") != "array" else keys
 
 
 def explain(keys: Keys, details: ErrorDetails) -> str:
     """One of pydantic's errors in words: what was given, what was expected, what may have been meant."""
-    fields, name, given = _fields(), ".".join(map(str, keys)), details.get("input")
+    fields, name, given = _fields(), _name(keys), details.get("input")
     if details["type"] == "missing":
         return f"required, but not given: {fields[name]['description']}"
     if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -92,7 +101,8 @@ def explain(keys: Keys, details: ErrorDetails) -> str:
     expected = details["msg"].removeprefix("Input should be ")
     if name in fields:
         expected = _kind(fields[name])
-        meant = difflib.get_close_matches(str(given), fields[name].get("enum", ()), 1)
+        one_of = [value for one in (fields[name], *fields[name].get("anyOf", ())) for value in one.get("enum", ())]
+        meant = difflib.get_close_matches(str(given), map(str, one_of), 1)
         expected += f"; did you mean {meant[0]}?" if meant else ""
         expected += ", in quotes" if "text" in expected and isinstance(given, bool | int | float | dict) else ""
     return f"got {json.dumps(given, ensure_ascii=False)[:200]}; expected {expected}"

@@ -35,6 +35,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             document.override(*parse_override(override), f"override {override!r}")
         except ConfigError as error:
             document.problems.append(str(error))
+        except ValueError as error:
+            document.problems.append(f"override {override!r}: {error}")
     lora = document.data.get("lora") if isinstance(document.data, dict) else None
     if isinstance(lora, dict) and isinstance(lora.get("start_from"), str):
         try:
@@ -52,16 +54,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def complete(document: strict_yaml.Document, lora: dict[str, JsonValue]) -> None:
-    """Take what a document leaves open of `lora`, and of the network, from the adapter that `lora` starts from."""
+    """Take what a document leaves open of `lora`, and of the network, from the adapter that `lora` starts from. What it
+    says otherwise of the network is a problem of it.
+
+    Raises:
+        ValueError: there is no adapter, or it cannot be read.
+    """
     new = not all(key in lora for key in start_from.SHAPE)
     lora.update(start_from.complete(lora))
-    if new:
-        adapter = find_adapter(Path(paths.expand(str(lora["start_from"]))))
-        for name, values in start_from.network_sections(adapter).items():
-            assert isinstance(document.data, dict), "it holds lora"
-            section = document.data.setdefault(name, {}) if values else None
-            if isinstance(section, dict):
-                section.update(values | section)
+    if not new:
+        return
+    assert isinstance(document.data, dict), "it holds lora"
+    adapter = find_adapter(Path(paths.expand(str(lora["start_from"]))))
+    for name, values in start_from.network_sections(adapter).items():
+        section = document.data.setdefault(name, {}) if values else None
+        if not isinstance(section, dict):
+            continue  # nothing to take, or a problem that the schema names
+        for key, there in values.items():
+            if (given := section.get(key)) is None:
+                section[key] = there
+            elif given != there:
+                document.add_problem(
+                    (name, key),
+                    f"got {given}, and the adapter in {adapter}, which lora.start_from names, was trained with "
+                    f"{there}: leave it out, and it is taken from the adapter",
+                )
 
 
 def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails]) -> None:
@@ -72,7 +89,7 @@ def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails])
         above = details["loc"][:-1]
         if details["type"] == "value_error" and above in misspelled and details["loc"] not in document.origins:
             continue  # of a key that is not there, in a section with one that is not known: perhaps the same key
-        within = (details["ctx"]["key"],) if details["type"] == "error_at" else ()
+        within = tuple(details["ctx"]["key"].split(".")) if details["type"] == "error_at" else ()
         place = without_alternative(details["loc"] + within)
         if place not in explained:
             document.add_problem(place, explain(place, details))
@@ -80,7 +97,9 @@ def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails])
 
 
 def parse_override(override: str) -> tuple[tuple[str, ...], JsonValue]:
-    """`"data.train.count=100"` -> `("data", "train", "count"), 100`. Values are YAML: `lora=null`, `key=[a, b]`."""
+    """`"data.train.count=100"` -> `("data", "train", "count"), 100`. Values are YAML: `lora=null`, `key=[a, b]`. A
+    number stands for a place in a list: `stages.0.max_steps=100`.
+    """
     name, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+){,9}", name):
         raise ConfigError(f"override {override!r}: expected section.key=value, such as train.max_steps=100")

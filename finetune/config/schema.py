@@ -9,7 +9,7 @@ whether a run fits.
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from finetune.config.section import BelowOne, Count, CountOrZero, Effect, PathText, Positive, Section, Text, error_at
 from finetune.lora.config import LoRAConfig
@@ -240,7 +240,8 @@ class Stage(Section):
     @classmethod
     def _one_length(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
         if (max_steps is None) == (info.data.get("epochs") is None):
-            raise ValueError("expected either max_steps or epochs")
+            given = f"got {max_steps} with epochs {info.data['epochs']}; " if max_steps else ""
+            raise ValueError(f"{given}expected either max_steps or epochs, which say how long the stage is")
         return max_steps
 
 
@@ -303,9 +304,14 @@ class RunConfig(Section):
     @field_validator("connector")
     @classmethod
     def _is_named(cls, connector: ConnectorOptions, info: ValidationInfo) -> ConnectorOptions:
-        given = connector.model_dump(exclude_defaults=True).keys() - {"learning_rate"}
+        given = connector.model_dump(exclude_defaults=True, exclude={"learning_rate"})
         if given and "model" in info.data and info.data["model"].connector is None:
-            raise error_at(min(given), "says how a new connector is made, and model.connector names none")
+            key = min(given)
+            raise error_at(
+                key,
+                f"got {given[key]}, which is how a connector is made, and model.connector names none: name it, or "
+                "leave this out",
+            )
         return connector
 
     @field_validator("stages")
@@ -313,11 +319,23 @@ class RunConfig(Section):
     def _trains_a_connector(cls, stages: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
         names = [stage.name for stage in stages]
         if stages and "model" in info.data and info.data["model"].connector is None:
-            raise ValueError("stages train the connector alone, and model.connector names none")
+            raise ValueError(
+                f"got {', '.join(names)}; stages train the connector alone, and model.connector names none: name it, "
+                "or leave stages out"
+            )
         if stages and "lora" in info.data and info.data["lora"] is None:
-            raise ValueError("stages train the connector beside a frozen base, and lora is null")
+            raise ValueError(
+                f"got {', '.join(names)}; stages train the connector beside a frozen base, and lora: null trains all "
+                "of it: leave stages out, or train an adapter"
+            )
+        lora = info.data.get("lora")
+        if stages and lora and lora.start_from:
+            raise ValueError(
+                f"got {', '.join(names)}; stages train a new connector, and the adapter that lora.start_from names has "
+                "one: leave stages out, or lora.start_from"
+            )
         if len(set(names)) < len(names):
-            raise ValueError(f"every stage needs a name of its own, got {', '.join(names)}")
+            raise ValueError(f"got {', '.join(names)}; expected a name of its own for every stage")
         return stages
 
     @field_validator("train")
@@ -330,3 +348,14 @@ class RunConfig(Section):
                     "eval_every", "evaluating needs data.validation, with annotations where it has questions"
                 )
         return train
+
+    @model_validator(mode="after")
+    def _trains_the_connector(self) -> "RunConfig":
+        rate, trained = self.connector.learning_rate, self.lora and (*self.lora.targets, *self.lora.modules_to_save)
+        if rate is not None and trained is not None and not any(target.startswith("connector.") for target in trained):
+            raise error_at(
+                "connector.learning_rate",
+                f"got {rate:g}, and nothing of the connector is trained: name it (model.connector), adapt it "
+                "(lora.targets), or leave the rate out",
+            )
+        return self

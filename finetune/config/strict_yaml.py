@@ -90,18 +90,26 @@ class Document:
             self.problems.append(f"{origin}: {name}{': ' if path else ''}{message}")
 
     def override(self, path: tuple[str, ...], value: JsonValue, origin: str) -> None:
-        """Set the value at a path of keys; what stood there is replaced, missing sections are made."""
+        """Set the value at a path of keys, which are numbers in lists; what stood there is replaced, missing sections
+        are made.
+
+        Raises:
+            ValueError: a list has no such place.
+        """
         if not isinstance(self.data, dict):
             return
-        section = self.data
-        for length, key in enumerate(path[:-1], start=1):
-            inner = section.get(key)
-            if not isinstance(inner, dict):
-                inner = section[key] = {}
-                self.origins[path[:length]] = origin
+        section: dict[str, JsonValue] | list[JsonValue] = self.data
+        at: Path = ()
+        for key in path[:-1]:
+            at, inner = within(section, key, at)
+            if not isinstance(inner, dict | list):
+                inner = {}
+                put(section, at[-1], inner)
+                self.origins[at] = origin
             section = inner
-        section[path[-1]] = value
-        self.origins = {at: where for at, where in self.origins.items() if at[: len(path)] != path} | {path: origin}
+        at, _ = within(section, path[-1], at)
+        put(section, at[-1], value)
+        self.origins = {old: where for old, where in self.origins.items() if old[: len(at)] != at} | {at: origin}
 
     def _origin(self, line: int) -> str:
         return f"{self._source}:{line + 1}" if self._count_lines else self._source
@@ -159,6 +167,29 @@ class Document:
         if not math.isfinite(number):
             return text
         return int(number) if "." not in text and number.is_integer() and abs(number) < 2**53 else number
+
+
+def within(section: dict[str, JsonValue] | list[JsonValue], key: str, at: Path) -> tuple[Path, JsonValue]:
+    """The path of a key in what stands at `at`, and its value there, None for what is missing.
+
+    Raises:
+        ValueError: a list has no such place.
+    """
+    if isinstance(section, dict):
+        return (*at, key), section.get(key)
+    if not key.isdecimal() or int(key) >= len(section):
+        name, count = ".".join(map(str, at)), len(section)
+        raise ValueError(f"{name} is a list of {count}, and has no {key!r}; expected a number below {count}")
+    return (*at, int(key)), section[int(key)]
+
+
+def put(section: dict[str, JsonValue] | list[JsonValue], key: str | int, value: JsonValue) -> None:
+    """Set what `within` found."""
+    if isinstance(section, list):
+        assert isinstance(key, int), "lists have numbers"
+        section[key] = value
+    else:
+        section[str(key)] = value
 
 
 def dump(data: JsonValue) -> str:

@@ -10,8 +10,8 @@ import torch
 from rich.table import Table
 
 from data import collate
-from finetune.adapters.start_from import require_agreement
 from finetune.config.schema import RunConfig
+from finetune.config.stages import runs_of, without_stages
 from finetune.preflight.plan import GIB, Plan, Planner
 from finetune.preflight.probe import StepWorkload, images_per_step, time_step
 from finetune.preflight.run_plan import RunPlan, assumed_lengths, plan_run, require_fit, spill_warning
@@ -19,23 +19,37 @@ from finetune.system.console import new_table, show
 from finetune.system.device import pick_device
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import Examples, max_new_tokens, network_config, open_examples, open_processor
-from finetune.training.setup import adapt, plan_steps, random_model, table_of_adapters
-from model import PaliGemma, PaliGemmaConfig, fetch
+from finetune.training.setup import adapt, plan_steps, random_model, require_starts, table_of_adapters
+from model import PaliGemmaConfig, fetch
 from model.safetensors_io import refuse_unreadable
 
 
 def dry_run(config: RunConfig, probed: bool) -> None:
-    """What the run would take, from the configuration and config.json alone; of weights only headers are read.
+    """What the run and its stages would take, from the configuration and config.json alone; of weights only headers are
+    read.
 
     probed: time the phases of a step as well.
 
     Raises:
-        ValueError: it does not fit; says what to change.
+        ValueError: one of them does not fit; says what to change.
     """
     directory = fetch(config.model.path, config.model.revision, weights=False)
     dimensions = network_config(directory, config)
-    require_readable(config, directory, dimensions)
+    require_readable(config, directory)
     examples = readable_examples(config, directory)
+    *stages, run = runs_of(config)
+    for stage in stages:
+        show(f"stage {Path(stage.output).name}: the connector alone, in {stage.output}")
+        dry_run_one(stage, directory, dimensions, examples, probed)
+    if stages:
+        show(f"the run itself, in {run.output}")
+    dry_run_one(run, directory, dimensions, examples, probed)
+
+
+def dry_run_one(
+    config: RunConfig, directory: Path, dimensions: PaliGemmaConfig, examples: Examples | None, probed: bool
+) -> None:
+    """What a stage, or the run itself, would take. ValueError where it does not fit."""
     planned = plan_run(config, dimensions, examples.longest if examples else assumed_lengths(config.data))
     planner, plan = planned.planner, planned.plan
     show(table_of_adapters(planner.model))
@@ -61,14 +75,15 @@ def dry_run(config: RunConfig, probed: bool) -> None:
         show_step_time(config, directory, plan, workload, steps)
 
 
-def require_readable(config: RunConfig, directory: Path, dimensions: PaliGemmaConfig) -> None:
-    """ValueError where the base cannot be opened, or lora.start_from does not fit it, by their headers."""
+def require_readable(config: RunConfig, directory: Path) -> None:
+    """ValueError where the base cannot be opened, or what the run starts from does not fit it, by their headers. What
+    its stages are yet to make is not there to be looked at.
+    """
     if config.model.weights == "pretrained":
         refuse_unreadable(directory)
-    resumes = any(Path(config.output, "checkpoints").glob("step-*"))  # and does not read lora.start_from
-    if config.lora and config.lora.start_from and not resumes:
-        with torch.device("meta"):
-            require_agreement(PaliGemma(dimensions), config.lora)
+    resumes = any(Path(config.output, "checkpoints").glob("step-*"))  # and does not read what it started from
+    if not resumes:
+        require_starts(directory, without_stages(config))
 
 
 def table_of_memory(planned: RunPlan) -> Table:

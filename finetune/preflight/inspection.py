@@ -13,9 +13,10 @@ from data import PaliGemmaDataset, collate
 from finetune.config.schema import RunConfig
 from finetune.system.console import new_table, show
 from finetune.system.terminal import shortened
-from finetune.training.examples import open_examples, open_processor, skipped_records
+from finetune.training.examples import network_config, open_examples, open_processor, skipped_records
 from finetune.training.setup import open_model
 from model import IGNORE_INDEX, PaliGemma, fetch
+from model.convert import convert
 
 
 def inspect(config: RunConfig) -> None:
@@ -25,6 +26,7 @@ def inspect(config: RunConfig) -> None:
     examples = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     model = open_model(directory, config)
+    convert(model, network_config(directory, config))
     first = [dataset[index] for index in range(min(8, len(dataset)))]
     table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
     for index, example in enumerate(first):

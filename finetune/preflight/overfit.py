@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from data import PaliGemmaDataset, collate
 from finetune.config.schema import RunConfig
+from finetune.config.stages import runs_of, without_stages
 from finetune.evaluation.evaluate import generate_answers
 from finetune.preflight.run_plan import plan_run
 from finetune.system.console import new_table, show
@@ -24,7 +25,8 @@ from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import Collate, Example
-from finetune.training.setup import adapt, open_model, show_trained
+from finetune.training.resume import is_complete
+from finetune.training.setup import adapt, open_model, require_starts, show_trained
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, fetch
 
@@ -52,13 +54,18 @@ class Overfit:
 
 
 def overfit(config: RunConfig, count: int) -> None:
-    """Train on the first `count` examples alone, and show whether they were learned. Nothing is written.
+    """Train on the first `count` examples alone, and show whether they were learned. Nothing is written. With the
+    connector of the last stage, where that was trained; otherwise as the run would be without its stages.
 
     Raises:
         ValueError: they were not; says what to look at.
     """
+    if config.stages and not is_complete(runs_of(config)[-2]):
+        show(f"stage {config.stages[-1].name} is not trained: the connector is as stages would start with it")
+        config = without_stages(config)
     config = overfit_config(config, count)
     directory = fetch(config.model.path, config.model.revision)
+    require_starts(directory, config)
     processor = open_processor(directory, config)
     examples = open_examples(config, "train", processor)
     records = examples.valid

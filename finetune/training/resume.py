@@ -10,6 +10,7 @@ from finetune.adapters.locate import find_adapter
 from finetune.adapters.metadata import WEIGHTS_FILE
 from finetune.config.load import dump_config, load_config
 from finetune.config.schema import RunConfig
+from finetune.config.stages import connector_start
 from finetune.system.atomic import damage, describe, write_text_whole
 from finetune.training.checkpoints import checkpoints, newest_whole
 from finetune.training.result import Result
@@ -72,7 +73,20 @@ def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False
 def is_of_a_stopped_run(output: Path, config: RunConfig) -> bool:
     """Whether what was kept there is that of this very run, which had not come to its end."""
     kept = Result.read(output)
-    if kept is None or kept.finished or not (output / "config.yaml").is_file():
+    return kept is not None and not kept.finished and was_begun_as(output, config)
+
+
+def is_complete(config: RunConfig) -> bool:
+    """Whether a run of this very configuration went to its end, and its result is whole."""
+    output = Path(config.output)
+    kept, made = Result.read(output), output / ("adapter" if config.lora else "model")
+    ended = kept is not None and kept.finished and made.is_dir() and damage(made) is None
+    return ended and was_begun_as(output, config)
+
+
+def was_begun_as(output: Path, config: RunConfig) -> bool:
+    """Whether the run there has a configuration and data that lead to the same result."""
+    if not (output / "config.yaml").is_file():
         return False
     return not differences(load_config(output / "config.yaml"), config).get("result") and not edited(output, config)
 
@@ -97,9 +111,10 @@ def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
     connector that it starts with.
     """
     splits = {"train": config.data.train, "validation": config.data.validation}
-    start_from = config.connector.start_from
-    weights = find_adapter(Path(start_from)) / WEIGHTS_FILE if start_from else None
-    return ({"connector.start_from": describe(weights)} if weights and weights.is_file() else {}) | {
+    start = connector_start(config)
+    weights = find_adapter(Path(start)) / WEIGHTS_FILE if start else None
+    name = f"stages/{config.stages[-1].name}/adapter" if config.stages else "connector.start_from"
+    return ({name: describe(weights)} if weights and weights.is_file() else {}) | {
         f"data.{split}.{name}": describe(Path(file))
         for split, source in splits.items()
         for name in ("questions", "annotations", "jsonl")
@@ -137,11 +152,13 @@ def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Values by dotted key."""
+    """Values by dotted key; a list of sections has its positions among the keys, such as stages.0.name."""
 
     def below(section: dict[str, Any], prefix: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, value in section.items():
+            if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+                value = {str(position): item for position, item in enumerate(value)}
             values |= below(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         return values
 

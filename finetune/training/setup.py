@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.table import Table
-from torch import nn
 
 from finetune.adapters.locate import find_adapter
-from finetune.adapters.start_from import load_connector, start
-from finetune.adapters.storage import network_text
+from finetune.adapters.network import network_text
+from finetune.adapters.start_from import connector_tensors, load_connector, require_agreement, start
 from finetune.config.schema import RunConfig
+from finetune.config.stages import connector_start
+from finetune.lora.config import SCOPES
 from finetune.lora.linear import adapter_table
 from finetune.lora.nf4 import open_base, quantize
 from finetune.system import distributed, sharding
@@ -65,7 +65,7 @@ def plan_steps(config: RunConfig, examples: int) -> BatchSampler:
 def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:
     """Convert the network as the configuration says, and put the adapters in, or free all parameters.
 
-    anew: not with the values of lora.start_from and connector.start_from.
+    anew: not with the values of lora.start_from, connector.start_from and stages.
     """
     assert model.source is not None, "the network was opened from a directory"
     convert(model, network_config(model.source, config))
@@ -73,13 +73,27 @@ def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:
         model.requires_grad_(True)
     else:
         start(model, dataclasses.replace(config.lora, start_from=None) if anew else config.lora, config.train.seed)
-    if config.connector.start_from is not None and not anew:
-        load_connector(model, find_adapter(Path(config.connector.start_from)))
-    if config.connector.learning_rate is not None and not any(p.requires_grad for p in connector_parameters(model)):
-        raise ValueError(
-            f"connector.learning_rate is {config.connector.learning_rate:g}, and nothing of the connector is trained: "
-            "name it (model.connector), or leave the rate out"
-        )
+    if (directory := connector_start(config)) is not None and not anew:
+        load_connector(model, find_adapter(Path(directory)))
+
+
+def require_starts(directory: Path, config: RunConfig) -> None:
+    """That the adapters which a run starts from fit its network, by names and shapes: no weights of the base are read.
+
+    Raises:
+        ValueError: lora.start_from or connector.start_from cannot be read or does not fit; says in what.
+    """
+    connector, lora = connector_start(config), config.lora
+    if connector is None and (lora is None or lora.start_from is None):
+        return
+    with torch.device("meta"):
+        model = PaliGemma(network_config(directory, config))
+    model.opened_config = PaliGemmaConfig.from_directory(directory)
+    if connector is not None:
+        names = {name: p for name, p in model.named_parameters() if name.startswith(SCOPES["connector"])}
+        connector_tensors(find_adapter(Path(connector)), model.config.connector, names)
+    if lora is not None and lora.start_from is not None:
+        require_agreement(model, lora)
 
 
 def image_note(config: PaliGemmaConfig) -> str:
@@ -109,10 +123,6 @@ def start_note(config: RunConfig) -> str | None:
     if lora is None:
         return f"{note}; everything is trained at once from there"
     return f"{note}. Advised is a stage that trains it alone first: stages: [{{name: align, max_steps: ...}}]"
-
-
-def connector_parameters(model: PaliGemma) -> Iterator[nn.Parameter]:
-    return model.multi_modal_projector.parameters()
 
 
 def shard_decoder(model: PaliGemma, config: RunConfig) -> None:

@@ -12,6 +12,11 @@ output: runs/one
 
 
 def keys(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of all keys of a dumped configuration."""
+    """Dotted names of all keys of a dumped configuration, with N for the position in a list of one section."""
     below = [keys(value, f"{prefix}{name}.") for name, value in config.items() if isinstance(value, dict)]
+    below += [
+        keys(value[0], f"{prefix}{name}.N.")
+        for name, value in config.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
     return [prefix + name for name in config] + [name for names in below for name in names]

@@ -13,7 +13,8 @@ from tests.config.minimal import keys
 
 
 def test_the_help_names_every_key_with_type_default_and_meaning(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_config(path, ["data.validation.jsonl=v.jsonl"])
+    stages = ["model.connector=mlp", "stages=[{name: align, epochs: 1}]"]
+    config = load_config(path, ["data.validation.jsonl=v.jsonl", *stages])
     main([])
     printed = capsys.readouterr().out
     assert printed == describe() + "\n"
@@ -23,6 +24,8 @@ def test_the_help_names_every_key_with_type_default_and_meaning(path: Path, caps
     assert "train.learning_rate: number > 0 = 0.0001\n    Peak learning rate" in printed
     assert "model.path: text (required)\n    Checkpoint" in printed
     assert "data.validation.count: whole number >= 1 or null = null\n" in printed
+    assert "stages.N.max_steps: whole number >= 1 or null = null\n    Steps; this or epochs." in printed
+    assert "stages.N.name: text matching ^[A-Za-z0-9_-]+$ (required)\n    Of its directory" in printed
     assert "lora.rank: whole number = 16\n    Rank" in printed
     assert "lora: section or null\n    The adapter; null: all parameters" in printed
 
