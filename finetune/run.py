@@ -62,19 +62,20 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
     network_config(fetch(config.model.path, config.model.revision, weights=False), config)
     *stages, run = runs_of(config)
     find = partial(find_checkpoint, resume=resume, accept_changes=accept_changes)
-    begun = distributed.on_main(partial(find, run))
-    left = {} if begun[0] else distributed.on_main(partial(stages_left, stages, resume, accept_changes))
-    for stage in stages if not begun[0] else ():
+    begun, notes = distributed.on_main(partial(find, run))
+    left = {} if begun else distributed.on_main(partial(stages_left, stages, resume, accept_changes))
+    for stage in stages if not begun else ():
         name = Path(stage.output).name
         if stage.output in left:
             show(f"stage {name}: the connector alone, in {stage.output}")
-            learn_one(stage, words, *left[stage.output], accept_changes, "what comes next starts with this connector")
+            found, of_stage = left[stage.output]
+            learn_one(stage, words, found, of_stage, accept_changes, "what comes next starts with this connector")
             free_memory(pick_device(stage.model.device))  # its network is gone before the next one is opened
         else:
             show(f"stage {name} is finished: kept {Result.read(Path(stage.output))}")
     validates = config.data.validation is not None
     after = cli.command("evaluate.py", *words) if validates else cli.command("predict.py", "--help")
-    learn_one(run, words, *begun, accept_changes, f"next: {after}")
+    learn_one(run, words, begun, notes, accept_changes, f"next: {after}")
 
 
 def stages_left(
@@ -120,8 +121,8 @@ def learn_one(
     show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
     show_trained(model)
     show(image_note(model.config))
-    if checkpoint is None and (note := start_note(config)):
-        show(note)
+    if checkpoint is None and (advice := start_note(config)):
+        show(advice)
     distributed.on_main(partial(start_run, config))
     evaluated = planned_evaluation(config, planned, new_tokens)
     trainer = LoRATrainer(

@@ -351,8 +351,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _trains_the_connector(self) -> "RunConfig":
-        rate, trained = self.connector.learning_rate, self.lora and (*self.lora.targets, *self.lora.modules_to_save)
-        if rate is not None and trained is not None and not any(target.startswith("connector.") for target in trained):
+        rate, lora = self.connector.learning_rate, self.lora
+        trained = (*lora.targets, *lora.modules_to_save) if lora else (CONNECTOR,)
+        if rate is not None and not any(target.startswith("connector.") for target in trained):
             raise error_at(
                 "connector.learning_rate",
                 f"got {rate:g}, and nothing of the connector is trained: name it (model.connector), adapt it "
