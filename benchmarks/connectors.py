@@ -179,7 +179,7 @@ def cost_of(config: RunConfig) -> Cost:
     longest = open_examples(config, "train", open_processor(directory, config)).longest
     planner: Planner = plan_run(config, network, longest).planner
     one_row = ExecutionPlan(micro_batch=1, recompute_layers=0, offload_vision=False)
-    connector = sum(parameter.numel() for parameter in planner.model.multi_modal_projector.parameters())
+    connector = sum(p.numel() for p in planner.model.multi_modal_projector.parameters() if p.requires_grad)
     bytes_of_two = planner.activations(dataclasses.replace(one_row, micro_batch=2))
     of_a_row = bytes_of_two - planner.activations(one_row)  # without what is saved once, however many rows there are
     return Cost(network.num_image_tokens, connector, 1000 * planner.tflop(one_row), of_a_row / 2**20)
