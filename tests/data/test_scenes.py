@@ -318,8 +318,8 @@ def test_hard_questions_are_of_every_kind_and_balanced() -> None:
     for kind in ("is there a", "is any", "is the"):
         yes = sum(q.answer == "yes" for q in kinds[kind])
         assert abs(yes / len(kinds[kind]) - 0.5) < 0.06, kind
-    for words in (2, 3):  # a longer description fits fewer figures, and is not the more often answered with no
-        told = [q for q in kinds["is there a"] if len(q.text.split()) == 3 + words]
+    for length in (2, 3):  # a longer description fits fewer figures, and is not the more often answered with no
+        told = [q for q in kinds["is there a"] if len(q.text.split()) == 3 + length]
         assert abs(sum(q.answer == "yes" for q in told) / len(told) - 0.5) < 0.08
     assert {q.answer for q in kinds["how many"]} == set("0123456789")
     for words in (*hard_scenes.PARTS, *hard_scenes.RELATIONS, *hard_scenes.OUTERMOST, *hard_scenes.RADII):
