@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 TINY := runs/tiny-base
+STUDY := runs/connectors
 NUMERICAL := adapters/test_storage adapters/test_merge evaluation/test_evaluate lora/test_linear lora/test_nf4 model \
 	preflight system/test_distributed training/test_trainer test_benchmarks
 
-.PHONY: quickstart test test-browser test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base clean
+.PHONY: quickstart test test-browser test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base connectors clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 # Interrupted, the same command resumes; `make clean` deletes the run.
@@ -68,6 +69,15 @@ tiny-base: .venv/.installed
 	$(BIN)/python -m data.synthetic.scenes --output $(TINY)/data --split train2014 --scenes 10000 --seed 1000
 	$(BIN)/python train.py configs/tiny_base.yaml
 	cp $(TINY)/model/model.safetensors assets/tiny-base/
+
+# Which connector: seven of them, five seeds each, on hard scenes; writes the table in docs/connectors.md and
+# docs/connectors.png. About an hour on two cores. Interrupted, the same command resumes.
+connectors: .venv/.installed
+	$(BIN)/python -m data.synthetic.scenes --output $(STUDY)/pretraining --split train2014 --scenes 10000 --seed 11 --level hard
+	$(BIN)/python -m data.synthetic.scenes --output $(STUDY)/data --split train2014 --scenes 1500 --seed 12 --level hard
+	$(BIN)/python -m data.synthetic.scenes --output $(STUDY)/data --split val2014 --scenes 150 --seed 13 --level hard
+	$(BIN)/python train.py configs/connectors/base.yaml
+	$(BIN)/python -m benchmarks.connectors
 
 clean:
 	rm -rf .venv .venv-4 .venv-browser runs
