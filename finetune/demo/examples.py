@@ -41,7 +41,7 @@ def examples_of(run: Path, count: int = COUNT, seed: int = 0) -> list[Example]:
     for i in order:
         record = records[i]
         path = Path(record["image"]["path"] or "")
-        if len(found) < count and record["image_id"] not in found and path.is_file():
+        if len(found) < count and path.is_file():
             found[record["image_id"]] = example(path, record["question"], record["prefix"], config.data.prompt)
     return list(found.values())
 
