@@ -47,7 +47,7 @@ def tiled_model(base: Path, lora: LoRAConfig, connector: str, dtype: torch.dtype
     with torch.no_grad():
         for parameter in trained_parameters(model).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return rounding.in_dtype(model, dtype).train()  # type: ignore[return-value]
+    return rounding.in_dtype(model, dtype).train()
 
 
 def examples_of(model: PaliGemma) -> list[dict[str, Any]]:
