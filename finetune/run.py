@@ -21,6 +21,7 @@ from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
 from finetune.preflight.run_plan import plan_run, require_fit, spill_warning
+from finetune.report.model_card import show_card
 from finetune.report.page import show_page
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
@@ -31,7 +32,7 @@ from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, start_run
 from finetune.training.setup import adapt, open_model, plan_steps, shard_decoder, show_trained
-from finetune.training.tracking import callbacks_for
+from finetune.training.tracking import Samples, callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, fetch
 
@@ -77,7 +78,7 @@ def learn_one(config: RunConfig, words: Sequence[str], resume: str, accept_chang
     show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
     show_trained(model)
     distributed.on_main(partial(start_run, config))
-    evaluated = planned_evaluation(config, planned, new_tokens)
+    evaluated, samples = planned_evaluation(config, planned, new_tokens), Samples()
     trainer = LoRATrainer(
         config,
         model,
@@ -86,8 +87,8 @@ def learn_one(config: RunConfig, words: Sequence[str], resume: str, accept_chang
         plan.execution,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config, examples.lengths, base_fingerprint),
-        evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens),
-        callbacks=[*callbacks_for(config, batch_sampler), stop := StopOnSignal()],
+        evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens, samples),
+        callbacks=[*callbacks_for(config, batch_sampler, samples), stop := StopOnSignal()],
     )
     if checkpoint and step_of(checkpoint) == batch_sampler.total:
         show(f"{config.output}: all steps are trained, the result is left to be kept")
@@ -157,11 +158,18 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None
 
 
 def evaluation_of(
-    config: RunConfig, model: PaliGemma, processor: Processor, records: Dataset | None, new_tokens: int
+    config: RunConfig,
+    model: PaliGemma,
+    processor: Processor,
+    records: Dataset | None,
+    new_tokens: int,
+    samples: Samples,
 ) -> Callable[[], dict[str, float]] | None:
     """What measures the model during training: loss and accuracy on these records; None without them.
 
-    new_tokens: the most that an answer may have.
+    Args:
+        new_tokens: the most that an answer may have.
+        samples: keeps some of the answers.
     """
     if records is None:
         return None
@@ -169,6 +177,7 @@ def evaluation_of(
 
     def measure() -> dict[str, float]:
         evaluated = evaluate(model, processor, records, new_tokens, batch_size=rows)
+        samples.keep(records, evaluated.answers)
         by_type = {f"accuracy_{name}": value for name, value in evaluated.score.by_answer_type.items()}
         loss = mean_loss(model, processor, records, rows)
         return {"loss": loss, "accuracy": evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
@@ -206,4 +215,5 @@ def save_result(
             save_adapter(model, directory, config.model.path, config.model.revision, facts, base_fingerprint)
         else:
             write_whole(directory, fill, sum(parameter.nbytes for parameter in model.parameters()), replace=True)
+    show_card(directory)
     show(f"kept {result}")

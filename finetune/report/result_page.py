@@ -28,7 +28,7 @@ from finetune.training.result import Result
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
-PATHS = {"path", "questions", "annotations", "images", "jsonl", "output"}  # keys whose values are paths
+PATHS = {"path", "questions", "annotations", "images", "jsonl", "start_from", "output"}  # keys whose values are paths
 
 
 def write_report(config: RunConfig, steps: int) -> Path:
