@@ -21,6 +21,7 @@ from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
 from finetune.preflight.run_plan import plan_run, require_fit, spill_warning
+from finetune.report.model_card import show_card
 from finetune.report.page import show_page
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
@@ -41,7 +42,7 @@ from finetune.training.setup import (
     show_trained,
     start_note,
 )
-from finetune.training.tracking import callbacks_for
+from finetune.training.tracking import Samples, callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, fetch
 
@@ -124,7 +125,7 @@ def learn_one(
     if checkpoint is None and (advice := start_note(config)):
         show(advice)
     distributed.on_main(partial(start_run, config))
-    evaluated = planned_evaluation(config, planned, new_tokens)
+    evaluated, samples = planned_evaluation(config, planned, new_tokens), Samples()
     trainer = LoRATrainer(
         config,
         model,
@@ -133,8 +134,8 @@ def learn_one(
         plan.execution,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config, examples.lengths, base_fingerprint),
-        evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens),
-        callbacks=[*callbacks_for(config, batch_sampler), stop := StopOnSignal()],
+        evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens, samples),
+        callbacks=[*callbacks_for(config, batch_sampler, samples), stop := StopOnSignal()],
     )
     if checkpoint and step_of(checkpoint) == batch_sampler.total:
         show(f"{config.output}: all steps are trained, the result is left to be kept")
@@ -201,11 +202,18 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None
 
 
 def evaluation_of(
-    config: RunConfig, model: PaliGemma, processor: Processor, records: Dataset | None, new_tokens: int
+    config: RunConfig,
+    model: PaliGemma,
+    processor: Processor,
+    records: Dataset | None,
+    new_tokens: int,
+    samples: Samples,
 ) -> Callable[[], dict[str, float]] | None:
     """What measures the model during training: loss and accuracy on these records; None without them.
 
-    new_tokens: the most that an answer may have.
+    Args:
+        new_tokens: the most that an answer may have.
+        samples: keeps some of the answers.
     """
     if records is None:
         return None
@@ -213,6 +221,7 @@ def evaluation_of(
 
     def measure() -> dict[str, float]:
         evaluated = evaluate(model, processor, records, new_tokens, batch_size=rows)
+        samples.keep(records, evaluated.answers)
         by_type = {f"accuracy_{name}": value for name, value in evaluated.score.by_answer_type.items()}
         loss = mean_loss(model, processor, records, rows)
         return {"loss": loss, "accuracy": evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
@@ -250,4 +259,5 @@ def save_result(
             save_adapter(model, directory, config.model.path, config.model.revision, facts, base_fingerprint)
         else:
             write_whole(directory, fill, sum(parameter.nbytes for parameter in model.parameters()), replace=True)
+    show_card(directory)
     show(f"kept {result}")

@@ -264,7 +264,7 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Weights & Biases; metrics.jsonl is written in any case."""
+    """Weights & Biases and TensorBoard; metrics.jsonl is written in any case."""
 
     wandb: Annotated[Literal["off", "offline", "online"], Effect.NOTHING] = "off"
     """offline writes files to upload later."""
@@ -272,6 +272,8 @@ class TrackingConfig(Section):
     """Project there."""
     name: Annotated[Text | None, Effect.NOTHING] = None
     """Name of the run there; null: the name of the output directory."""
+    tensorboard: Annotated[bool, Effect.NOTHING] = False
+    """Write OUTPUT/tensorboard, for TensorBoard; needs its package: pip install -e ".[tensorboard]"."""
 
 
 class RunConfig(Section):
