@@ -194,21 +194,33 @@ def table(costs: dict[str, Cost], results: dict[str, list[Measured]]) -> list[st
     """A row for each arm, as Markdown."""
     types = sorted(name for name in results[REFERENCE][0].accuracy if name != "overall")
     counted = ["image tokens", "trained of it", "GFLOP an example", "MiB a row"]
-    rows = [["connector", *counted, "loss", "accuracy", "to linear", *types]]
+    rows = [["connector", *counted, "loss", "to linear", "accuracy", "to linear", *types]]
     rows.append(["---", *("---:" for _ in rows[0][1:])])
+    loss, accuracy = ({arm: [get(run) for run in runs] for arm, runs in results.items()} for get in (loss_of, overall))
     for arm, runs in results.items():
-        cost, overall = costs[arm], [run.accuracy["overall"] for run in runs]
+        cost = costs[arm]
         counts = [str(cost.image_tokens), f"{cost.parameters:,}", f"{cost.gflop:.2f}", f"{cost.mib:.2f}"]
         by_answer = [f"{interval([run.accuracy[kind] for run in runs])}" for kind in types]
-        difference = "" if arm == REFERENCE else f"{interval(differences(runs, results[REFERENCE])):+.1f}"
-        loss = f"{interval([run.loss for run in runs]):.4f}"
-        rows.append([f"`{arm}`", *counts, loss, f"**{interval(overall)}**", difference, *by_answer])
+        above = ["", ""]
+        if arm != REFERENCE:
+            above = [f"{interval(differences(loss[arm], loss[REFERENCE])):+.4f}"]
+            above += [f"{interval(differences(accuracy[arm], accuracy[REFERENCE])):+.1f}"]
+        measured = [f"{interval(loss[arm]):.4f}", above[0], f"**{interval(accuracy[arm])}**", above[1]]
+        rows.append([f"`{arm}`", *counts, *measured, *by_answer])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def differences(runs: Sequence[Measured], others: Sequence[Measured]) -> list[float]:
-    """By how much the accuracy is above another arm's, seed by seed."""
-    return [run.accuracy["overall"] - other.accuracy["overall"] for run, other in zip(runs, others, strict=True)]
+def loss_of(run: Measured) -> float:
+    return run.loss
+
+
+def overall(run: Measured) -> float:
+    return run.accuracy["overall"]
+
+
+def differences(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """By how much an arm's figures are above another arm's, seed by seed."""
+    return [value - other for value, other in zip(values, others, strict=True)]
 
 
 def write_table(document: Path, lines: Sequence[str]) -> None:
