@@ -203,8 +203,8 @@ def table(costs: dict[str, Cost], results: dict[str, list[Measured]]) -> list[st
         by_answer = [f"{interval([run.accuracy[kind] for run in runs])}" for kind in types]
         above = ["", ""]
         if arm != REFERENCE:
-            above = [f"{interval(differences(loss[arm], loss[REFERENCE])):+.4f}"]
-            above += [f"{interval(differences(accuracy[arm], accuracy[REFERENCE])):+.1f}"]
+            above = [f"{interval(differences(loss[arm], loss[REFERENCE])):+z.4f}"]
+            above += [f"{interval(differences(accuracy[arm], accuracy[REFERENCE])):+z.1f}"]
         measured = [f"{interval(loss[arm]):.4f}", above[0], f"**{interval(accuracy[arm])}**", above[1]]
         rows.append([f"`{arm}`", *counts, *measured, *by_answer])
     return ["| " + " | ".join(row) + " |" for row in rows]

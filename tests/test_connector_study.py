@@ -113,9 +113,9 @@ def test_the_table_says_what_the_runs_measured(studied: Path) -> None:
         assert rows[arm]["loss"] == f"{connectors.interval(losses[arm]):.4f}"
         assert rows[arm]["accuracy"] == f"**{connectors.interval(last[arm])}**"
     differences = [a - b for a, b in zip(last["pixel_shuffle"], last["linear"], strict=True)]
-    assert rows["pixel_shuffle"]["to linear"] == f"{connectors.interval(differences):+.1f}"
+    assert rows["pixel_shuffle"]["to linear"] == f"{connectors.interval(differences):+z.1f}"
     differences = [a - b for a, b in zip(losses["pixel_shuffle"], losses["linear"], strict=True)]
-    assert rows["pixel_shuffle"]["loss to linear"] == f"{connectors.interval(differences):+.4f}"
+    assert rows["pixel_shuffle"]["loss to linear"] == f"{connectors.interval(differences):+z.4f}"
     assert (rows["linear"]["image tokens"], rows["pixel_shuffle"]["image tokens"]) == ("36", "9")
     assert rows["linear"]["trained of it"] == f"{128 * 128 + 128:,}"
     assert rows["pixel_shuffle"]["trained of it"] == f"{4 * 128 * 128 + 128:,}"

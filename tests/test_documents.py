@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "RELIABILITY.md", "CONTRIBUTING.md", "docs/vlm-o.md", "docs/connectors.md"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "RELIABILITY.md", "CONTRIBUTING.md", "docs/vlm-o.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_test_that_is_named_exists(document: str) -> None:
     """As `tests/lora/test_linear.py::test_name`; a name may end in `...`."""
     named = re.findall(r"([\w/]*test_\w+\.py)(?:::(test_\w+))?", (ROOT / document).read_text(encoding="utf-8"))
@@ -20,7 +21,7 @@ def test_every_test_that_is_named_exists(document: str) -> None:
         assert not name or f"def {name}" in path.read_text(encoding="utf-8"), f"{document} names {file}::{name}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "RELIABILITY.md", "CONTRIBUTING.md", "docs/vlm-o.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_source_file_that_is_named_exists(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     named = re.findall(r"(?<![\w/])(?:model|data|finetune|benchmarks)/[\w/]+\.py\b", text)
