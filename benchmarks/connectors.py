@@ -48,6 +48,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs/connectors"
 ARMS = ("linear", "mlp", "dense_sci", "dense_dci", "dense_dci_random", "resampler", "pixel_shuffle")
 REFERENCE = "linear"  # what the others are compared with
+ROLLING = 3  # logged losses that a point of the plot is the mean of: batches differ more than arms do
 BEGIN, END = "<!-- begin: written by python -m benchmarks.connectors -->", "<!-- end -->"
 # The 0.975 quantile of Student's t, by degrees of freedom (one less than there are seeds).
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -73,10 +74,12 @@ class Measured:
 
     Attributes:
         accuracy: percent, under "overall" and each answer type.
+        loss: mean over the tokens of the validation answers.
         losses: (step, mean training loss of the steps before it since the last one), the stages' steps counted first.
     """
 
     accuracy: dict[str, float]
+    loss: float
     losses: list[tuple[int, float]]
 
 
@@ -97,9 +100,10 @@ class Interval:
     mean: float
     half: float
 
-    def __format__(self, sign: str) -> str:
-        """sign: "+" for one in any case."""
-        return f"{self.mean:{sign}.1f} ± {self.half:.1f}"
+    def __format__(self, spec: str) -> str:
+        """spec: of the mean, such as "+.2f"; by default ".1f"."""
+        spec = spec or ".1f"
+        return f"{self.mean:{spec}} ± {self.half:{spec.removeprefix('+')}}"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -154,16 +158,17 @@ def measured(job: Job, overrides: Sequence[str] = ()) -> Measured:
     """What a finished run and its stages wrote into metrics.jsonl."""
     path, own = config_of(job)
     losses: list[tuple[int, float]] = []
-    accuracy: dict[str, float] = {}
+    evaluation: dict[str, float] = {}
     before = 0
     for run in runs_of(load_config(path, [*overrides, *own])):
         for line in map(json.loads, Path(run.output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
             if "loss" in line:
                 losses.append((before + line["step"], line["loss"]))
             elif "eval_accuracy" in line:
-                accuracy = {"overall": line["eval_accuracy"], **by_type(line)}
+                evaluation = line
         before = losses[-1][0]
-    return Measured(accuracy, losses)
+    accuracy = {"overall": evaluation["eval_accuracy"], **by_type(evaluation)}
+    return Measured(accuracy, evaluation["eval_loss"], losses)
 
 
 def by_type(line: dict[str, float]) -> dict[str, float]:
@@ -189,20 +194,33 @@ def table(costs: dict[str, Cost], results: dict[str, list[Measured]]) -> list[st
     """A row for each arm, as Markdown."""
     types = sorted(name for name in results[REFERENCE][0].accuracy if name != "overall")
     counted = ["image tokens", "trained of it", "GFLOP an example", "MiB a row"]
-    rows = [["connector", *counted, "accuracy", "to linear", *types]]
+    rows = [["connector", *counted, "loss", "to linear", "accuracy", "to linear", *types]]
     rows.append(["---", *("---:" for _ in rows[0][1:])])
+    loss, accuracy = ({arm: [get(run) for run in runs] for arm, runs in results.items()} for get in (loss_of, overall))
     for arm, runs in results.items():
-        cost, overall = costs[arm], [run.accuracy["overall"] for run in runs]
+        cost = costs[arm]
         counts = [str(cost.image_tokens), f"{cost.parameters:,}", f"{cost.gflop:.2f}", f"{cost.mib:.2f}"]
         by_answer = [f"{interval([run.accuracy[kind] for run in runs])}" for kind in types]
-        difference = "" if arm == REFERENCE else f"{interval(differences(runs, results[REFERENCE])):+}"
-        rows.append([f"`{arm}`", *counts, f"**{interval(overall)}**", difference, *by_answer])
+        above = ["", ""]
+        if arm != REFERENCE:
+            above = [f"{interval(differences(loss[arm], loss[REFERENCE])):+z.4f}"]
+            above += [f"{interval(differences(accuracy[arm], accuracy[REFERENCE])):+z.1f}"]
+        measured = [f"{interval(loss[arm]):.4f}", above[0], f"**{interval(accuracy[arm])}**", above[1]]
+        rows.append([f"`{arm}`", *counts, *measured, *by_answer])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def differences(runs: Sequence[Measured], others: Sequence[Measured]) -> list[float]:
-    """By how much the accuracy is above another arm's, seed by seed."""
-    return [run.accuracy["overall"] - other.accuracy["overall"] for run, other in zip(runs, others, strict=True)]
+def loss_of(run: Measured) -> float:
+    return run.loss
+
+
+def overall(run: Measured) -> float:
+    return run.accuracy["overall"]
+
+
+def differences(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """By how much an arm's figures are above another arm's, seed by seed."""
+    return [value - other for value, other in zip(values, others, strict=True)]
 
 
 def write_table(document: Path, lines: Sequence[str]) -> None:
@@ -234,15 +252,21 @@ def plot(file: Path, results: dict[str, list[Measured]]) -> None:
 
 
 def draw_losses(axes: Axes, results: dict[str, list[Measured]]) -> None:
-    """A line for each arm: the mean over its seeds; a band: its 95% interval."""
+    """A line for each arm: the mean over its seeds of rolling means; a band: its 95% interval."""
     for arm, runs in results.items():
         steps = [step for step, _ in runs[0].losses]
-        means = [interval([run.losses[i][1] for run in runs]) for i in range(len(steps))]
+        means = [interval(values) for values in zip(*(rolling(run.losses) for run in runs), strict=True)]
         (line,) = axes.plot(steps, [m.mean for m in means], label=arm, linewidth=1.3)
         low, high = ([m.mean + sign * m.half for m in means] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-    axes.set(xlabel="step, alignment included", ylabel="training loss, examples not seen before", yscale="log")
+        axes.fill_between(steps, low, high, alpha=0.1, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="step, alignment included", ylabel=f"training loss, mean of {ROLLING} logged ones")
     axes.legend(fontsize=8)
+
+
+def rolling(losses: Sequence[tuple[int, float]]) -> list[float]:
+    """For each logged loss the mean of it and those before it, ROLLING in all."""
+    values = [loss for _, loss in losses]
+    return [statistics.mean(values[max(0, i + 1 - ROLLING) : i + 1]) for i in range(len(values))]
 
 
 def draw_accuracies(axes: Axes, results: dict[str, list[Measured]]) -> None:

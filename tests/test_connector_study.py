@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import connectors
-from benchmarks.connectors import BEGIN, END, Job, Measured
+from benchmarks.connectors import BEGIN, END, Job
 from data.synthetic import scenes
 from finetune.config.load import load_config
 from finetune.config.stages import runs_of
@@ -87,7 +87,7 @@ def test_an_interval_is_students() -> None:
     found = connectors.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.mean == 3
     assert math.isclose(found.half, 2.776 * math.sqrt(2.5 / 5))
-    assert (f"{found}", f"{found:+}") == ("3.0 ± 2.0", "+3.0 ± 2.0")
+    assert (f"{found}", f"{found:+.2f}") == ("3.0 ± 2.0", "+3.00 ± 1.96")
     for values in ([1.0], [1.0] * 11):
         with pytest.raises(ValueError, match=rf"^{len(values)} values: an interval is known for 2 to 10 seeds"):
             connectors.interval(values)
@@ -98,18 +98,24 @@ def test_the_table_says_what_the_runs_measured(studied: Path) -> None:
     assert text.startswith(f"before\n\n{BEGIN}\n")
     assert text.endswith(f"{END}\n\nafter\n")
     assert "an earlier table" not in text
-    header, _, *body = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    header, _, *body = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("|")]
+    header[header.index("to linear")] = "loss to linear"
     rows = {cells[0].strip("`"): dict(zip(header, cells, strict=True)) for cells in body}
     assert list(rows) == ARMS
     last: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
     for arm in ARMS:
         for seed in (1, 2):
             evaluations = [line for line in lines_of(studied / f"runs/{arm}/seed{seed}") if "eval_accuracy" in line]
             assert [line["step"] for line in evaluations] == [1, 2]
             last.setdefault(arm, []).append(evaluations[-1]["eval_accuracy"])
+            losses.setdefault(arm, []).append(evaluations[-1]["eval_loss"])
+        assert rows[arm]["loss"] == f"{connectors.interval(losses[arm]):.4f}"
         assert rows[arm]["accuracy"] == f"**{connectors.interval(last[arm])}**"
     differences = [a - b for a, b in zip(last["pixel_shuffle"], last["linear"], strict=True)]
-    assert rows["pixel_shuffle"]["to linear"] == f"{connectors.interval(differences):+}"
+    assert rows["pixel_shuffle"]["to linear"] == f"{connectors.interval(differences):+z.1f}"
+    differences = [a - b for a, b in zip(losses["pixel_shuffle"], losses["linear"], strict=True)]
+    assert rows["pixel_shuffle"]["loss to linear"] == f"{connectors.interval(differences):+z.4f}"
     assert (rows["linear"]["image tokens"], rows["pixel_shuffle"]["image tokens"]) == ("36", "9")
     assert rows["linear"]["trained of it"] == f"{128 * 128 + 128:,}"
     assert rows["pixel_shuffle"]["trained of it"] == f"{4 * 128 * 128 + 128:,}"
@@ -153,7 +159,7 @@ def test_a_run_that_fails_ends_the_study_by_name(tmp_path: Path, settings: list[
     with pytest.raises(ValueError, match=r"^linear, seed 1: train\.py ended with 2; see (.*seed1\.log)$") as caught:
         connectors.main([*arguments(tmp_path), *settings, "lora.rank=0"])
     log = re.findall("see (.*)$", str(caught.value))[0]
-    assert "lora.rank" in Path(log).read_text()
+    assert "rank (0,)" in Path(log).read_text()
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
@@ -168,5 +174,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
-    one, other = ([Measured({"overall": value}, []) for value in values] for values in ((3.0, 5.0), (1.0, 4.0)))
-    assert connectors.differences(one, other) == [2.0, 1.0]
+    assert connectors.differences([3.0, 5.0], [1.0, 4.0]) == [2.0, 1.0]
+
+
+def test_a_rolling_mean_looks_back_only() -> None:
+    assert connectors.rolling([(10, 1.0), (20, 3.0), (30, 5.0), (40, 1.0)]) == [1.0, 2.0, 3.0, 3.0]
