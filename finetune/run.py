@@ -70,7 +70,9 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
         if stage.output in left:
             show(f"stage {name}: the connector alone, in {stage.output}")
             found, of_stage = left[stage.output]
-            learn_one(stage, words, found, of_stage, accept_changes, "what comes next starts with this connector")
+            after = "what comes next starts with this connector"
+            if learn_one(stage, words, found, of_stage, accept_changes, after):
+                raise cli.StoppedError(f"stopped after stage {name}; to resume: {resuming(words)}")
             free_memory(pick_device(stage.model.device))  # its network is gone before the next one is opened
         else:
             show(f"stage {name} is finished: kept {Result.read(Path(stage.output))}")
@@ -96,8 +98,11 @@ def learn_one(
     notes: Sequence[str],
     accept_changes: bool,
     after: str,
-) -> None:
-    """A stage, or the run itself. found, notes: as `find_checkpoint` returns them. after: shown at the end."""
+) -> bool:
+    """A stage, or the run itself; returns whether a signal that came during its last step asks to stop.
+
+    found, notes: as `find_checkpoint` returns them. after: shown at the end.
+    """
     checkpoint = Path(found) if found else None
     for note in notes:
         show(note)
@@ -117,7 +122,7 @@ def learn_one(
     batch_sampler = plan_steps(config, len(dataset))
     if checkpoint and is_finished(config, checkpoint, batch_sampler.total, accept_changes):
         show(f"{config.output} is finished: nothing is left to train; kept {Result.read(Path(config.output))}")
-        return
+        return False
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
     show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
     show_trained(model)
@@ -141,11 +146,16 @@ def learn_one(
         show(f"{config.output}: all steps are trained, the result is left to be kept")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopping and trainer.state.global_step < batch_sampler.total:
-        again = cli.command("train.py", *words) if distributed.count() == 1 else "the same command"
-        raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {again}")
+        raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {resuming(words)}")
     trainer.finish()
     conclude(config, batch_sampler.total, after)
     distributed.on_main(partial(show_page, Path(config.output)))
+    return distributed.total(stop.received is not None) > 0
+
+
+def resuming(words: Sequence[str]) -> str:
+    """The command that resumes a run, to show."""
+    return cli.command("train.py", *words) if distributed.count() == 1 else "the same command"
 
 
 def is_finished(config: RunConfig, checkpoint: Path, total: int, accept_changes: bool) -> bool:

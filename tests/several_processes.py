@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -37,6 +38,10 @@ PATIENCE = 600.0  # seconds for a run, which takes two
 TARGETS = "[language.down_proj, connector.linear, vision.fc2]"
 CHANGES = [f"train.{change}" for change in ("max_steps=4", "batch_size=7", "learning_rate=3e-3", "eval_every=2")]
 CHANGES += [f"lora={{rank: 4, dropout: 0.1, targets: {TARGETS}}}"]
+# Another connector, which a stage trains first, at another resolution.
+NETWORK = ["model.connector=resampler", "connector={latents: 3, depth: 1, learning_rate: 1e-3}", "image.size=84"]
+NETWORK += ["lora={rank: 4, dropout: 0.1, targets: [language.down_proj, vision.fc2]}"]
+NETWORK += ["stages=[{name: align, max_steps: 2}]"]
 Fault = Callable[[], None]
 
 
@@ -67,6 +72,11 @@ def main(argv: Sequence[str]) -> None:
     run("worker killed", 2, at(2, 1, kill_worker), "worker killed", "data.workers=1")
     run("too many", 2, lambda: None, "too many", "train.batch_size=1", "train.micro_batch=1")
     run("looking", 2, lambda: None, "looking", "--dry-run")
+    run("connector, one", 1, lambda: None, "connector, one", *NETWORK)
+    run("connector, two", 2, lambda: None, "connector, two", *NETWORK)
+    # A stage's adapter is stored in fp32, which rounds: from the same one on, all is the same again.
+    shutil.copytree(directory / "connector, one/stages", directory / "connector, after/stages")
+    run("connector, after", 2, lambda: None, "connector, after", *NETWORK)
     for name, count in (("one", 1), ("two", 2)):
         arguments = [str(kill_test.ROOT / "configs/quickstart.yaml")]
         arguments += [*kill_test.overrides(directory, directory / name), *CHANGES]

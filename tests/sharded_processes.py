@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 import weakref
@@ -31,7 +32,7 @@ from finetune.training.execution_plan import ExecutionPlan
 from model import PaliGemma
 from tests import kill_test
 from tests.fully_sharded import held
-from tests.several_processes import Fault, at, compute_in_fp64, little_memory, not_finite, run_processes
+from tests.several_processes import NETWORK, Fault, at, compute_in_fp64, little_memory, not_finite, run_processes
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # of `accelerate launch` with configs/accelerate/fsdp.yaml
 CHANGES = ["train.max_steps=4", "train.batch_size=7", "train.learning_rate=3e-3", "train.eval_every=2"]
@@ -95,6 +96,14 @@ def resume(runs: Runs) -> None:
     runs.run("one to the end", EVERYWHERE, "train.schedule=constant", sharded=False)
 
 
+def connector(runs: Runs) -> None:
+    """In its stage nothing of the sharded layers is trained."""
+    runs.run("one", *NETWORK, "train.max_grad_norm=9", sharded=False)
+    runs.run("sharded", *NETWORK, "train.max_grad_norm=9", recompute_layers=1)
+    shutil.copytree(runs.directory / "one/stages", runs.directory / "after/stages")
+    runs.run("after", *NETWORK, "train.max_grad_norm=9")
+
+
 def little_memory_to_train(runs: Runs) -> None:
     runs.run("one", EVERYWHERE, "train.eval_every=null", sharded=False)
     little = ["train.micro_batch=auto", "train.eval_every=null"]
@@ -123,6 +132,7 @@ def in_full(runs: Runs) -> None:
 GROUPS: dict[str, Callable[[Runs], None]] = {
     "learn": learn,
     "resume": resume,
+    "connector": connector,
     "little memory": little_memory_to_train,
     "faults": faults,
     "evaluate": evaluations,

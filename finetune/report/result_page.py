@@ -19,6 +19,7 @@ import torch
 
 from data.records import decodable
 from finetune.config.schema import RunConfig
+from finetune.config.stages import stage_output
 from finetune.config.strict_yaml import dump
 from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
 from finetune.preflight.plan import GIB
@@ -36,7 +37,7 @@ def write_report(config: RunConfig, steps: int) -> Path:
     output = Path(config.output)
     report = {
         "scores": scores_of(config),
-        "training": training_of(output, steps),
+        "training": training_of(output, steps) | {"stages": stages_of(config)},
         "data": data_of(config),
         "environment": environment_of(pick_device(config.model.device)),
         "configuration": public(config),
@@ -79,17 +80,28 @@ def accuracy_of(scored: VQAScore) -> dict[str, Any]:
 
 def training_of(output: Path, steps: int) -> dict[str, Any]:
     """Training time, that before interruptions included, and the step whose adapter was kept."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    spent = lines[-1]["seconds"] if lines else 0.0
     kept = Result.read(output) or Result(steps, "not known")
     return {
-        "hours": round(spent / 3600, 3),
+        "hours": last_line(output).get("hours", 0.0),
         "steps": steps,
         "kept_step": kept.step,
         "kept_for": kept.why,
         "accuracy_at_kept_step": kept.metric_value,
         "validation_loss_at_kept_step": kept.validation_loss,
     }
+
+
+def stages_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Steps and time of each stage before the run, by name."""
+    return {stage.name: last_line(Path(stage_output(config, stage))) for stage in config.stages}
+
+
+def last_line(output: Path) -> dict[str, Any]:
+    """Steps and hours of a run so far; empty where nothing was logged."""
+    file = output / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    last = json.loads(lines[-1]) if lines else None
+    return {"steps": last["step"], "hours": round(last["seconds"] / 3600, 3)} if last else {}
 
 
 def data_of(config: RunConfig) -> dict[str, dict[str, int]]:
@@ -164,6 +176,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["# Result", "", *(f"| {' | '.join(row)} |" for row in rows), "", "With 95% confidence intervals.", ""]
     lines += [f"{training['steps']:,} steps in {training['hours']:.2f} hours; kept: step {training['kept_step']:,} "]
     lines[-1] += f"({training['kept_for']})\n"
+    for name, stage in training["stages"].items():
+        lines.append(f"- stage {name} before it: {stage.get('steps', 0):,} steps in {stage.get('hours', 0):.2f} hours")
     for name, size in report["data"].items():
         lines.append(f"- {name}: {size['questions']:,} questions about {size['images']:,} images")
     lines += [f"- {name}: {value}" for name, value in report["environment"].items() if value is not None]

@@ -46,12 +46,10 @@ def said(runs: Path, name: str, rank: int) -> str:
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    """What was logged at each step, timings aside."""
+    """What was logged at each step, but for time and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if "second" not in name and "runtime" not in name}
-        for line in lines
-    ]
+    aside = ("second", "runtime", "memory")
+    return [{name: value for name, value in line.items() if not any(word in name for word in aside)} for line in lines]
 
 
 def assert_same_adapter(run: Path, other: Path) -> None:
@@ -73,6 +71,20 @@ def test_two_processes_learn_what_one_does(runs: Path) -> None:
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=4 * FP32)  # micro-batches' losses are added up in fp32
     assert_same_adapter(runs / "two", runs / "one")
+
+
+def test_two_processes_train_a_connector_and_its_stage_as_one_does(runs: Path) -> None:
+    """The stage, and from the same stage on the run."""
+    assert (codes(runs, "connector, one"), codes(runs, "connector, two")) == ([0], [0, 0])
+    stages = [runs / name / "stages/align" for name in ("connector, two", "connector, one")]
+    assert [len([line for line in curve(stage) if "loss" in line]) for stage in stages] == [2, 2]
+    assert_same_adapter(*stages)
+    assert codes(runs, "connector, after") == [0, 0]
+    assert "stage align is finished: kept step" in said(runs, "connector, after", 0)
+    for ours, theirs in zip(curve(runs / "connector, after"), curve(runs / "connector, one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=4 * FP32)
+    assert_same_adapter(runs / "connector, after", runs / "connector, one")
+    assert said(runs, "connector, two", 1) == ""
 
 
 def test_one_process_writes_and_prints(runs: Path) -> None:

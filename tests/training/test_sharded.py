@@ -70,6 +70,18 @@ def test_processes_with_sharded_layers_learn_what_one_process_does(tmp_path: Pat
     assert headers[0].keys() == headers[1].keys()
 
 
+def test_a_connector_and_its_stage_beside_sharded_layers_are_trained_as_in_one_process(tmp_path: Path) -> None:
+    directory = runs(tmp_path, "connector")
+    assert [codes(directory, name) for name in ("one", "sharded", "after")] == [[0], [0, 0], [0, 0]]
+    stages = [directory / name / "stages/align" for name in ("sharded", "one")]
+    assert_same_curve(*stages)
+    assert_same_adapter(*stages)
+    assert_same_curve(directory / "after", directory / "one")
+    assert_same_adapter(directory / "after", directory / "one")
+    headers = [load_header(run / "adapter/adapter_model.safetensors") for run in (*stages, directory / "sharded")]
+    assert len({header["__metadata__"]["base_fingerprint"] for header in headers}) == 1
+
+
 def load_header(file: Path) -> dict[str, dict[str, str]]:
     content = file.read_bytes()
     header: dict[str, dict[str, str]] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
