@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 TINY := runs/tiny-base
+STUDY := runs/connectors
 NUMERICAL := adapters/test_storage adapters/test_merge evaluation/test_evaluate lora/test_linear lora/test_nf4 model \
 	preflight system/test_distributed training/test_trainer test_benchmarks
 
-.PHONY: quickstart test test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base clean
+.PHONY: quickstart test test-browser test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base connectors clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 # Interrupted, the same command resumes; `make clean` deletes the run.
@@ -33,6 +34,11 @@ test: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 	$(BIN)/pytest -n 2
+
+# The report and the demo, clicked through in a Chromium (Debian: apt install chromium). `make test` does so too, where it
+# finds one, but for the demo: gradio asks for an older pillow than the tests were run with, hence an environment apart.
+test-browser: .venv-browser/.installed
+	BROWSER_TESTS=required .venv-browser/bin/python -m pytest tests/browser tests/demo
 
 # What depends on rounding, as on other machines: with 1, 2 and 4 threads, each with the kernels that this CPU has, those
 # of an x86 CPU with AVX2, and those of one without. Others ignore what names x86.
@@ -64,8 +70,17 @@ tiny-base: .venv/.installed
 	$(BIN)/python train.py configs/tiny_base.yaml
 	cp $(TINY)/model/model.safetensors assets/tiny-base/
 
+# Which connector: seven of them, five seeds each, on hard scenes; writes the table in docs/connectors.md and
+# docs/connectors.png. 42 minutes on two cores of a shared machine. Interrupted, the same command resumes.
+connectors: .venv/.installed
+	$(BIN)/python -m data.synthetic.scenes --output $(STUDY)/pretraining --split train2014 --scenes 10000 --seed 11 --level hard
+	$(BIN)/python -m data.synthetic.scenes --output $(STUDY)/data --split train2014 --scenes 1500 --seed 12 --level hard
+	$(BIN)/python -m data.synthetic.scenes --output $(STUDY)/data --split val2014 --scenes 150 --seed 13 --level hard
+	$(BIN)/python train.py configs/connectors/base.yaml
+	$(BIN)/python -m benchmarks.connectors
+
 clean:
-	rm -rf .venv .venv-4 runs
+	rm -rf .venv .venv-4 .venv-browser runs
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -74,6 +89,12 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv-browser/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-browser
+	grep -v '^pillow==' constraints.txt > .venv-browser/constraints.txt
+	.venv-browser/bin/pip install --quiet --constraint .venv-browser/constraints.txt --editable ".[dev,demo]"
 	touch $@
 
 .venv-4/.installed: constraints.txt

@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     from finetune.evaluation.results_file import score_results
     from finetune.evaluation.run import evaluate_run
     from finetune.evaluation.table import accuracy_table
+    from finetune.report.model_card import show_cards
     from finetune.report.page import show_page
     from finetune.system import distributed
     from finetune.system.console import show
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
         scores = evaluate_run(config, words, given.arm or (), given.limit, given.output)
         if given.limit is None and given.output is None:
             distributed.on_main(partial(show_page, Path(config.output)))
+            distributed.on_main(partial(show_cards, Path(config.output)))
     elif form == CHECKPOINT:
         scores = evaluate_checkpoint(CheckpointOptions(**accepted), DEFAULT_PROMPT)
     else:

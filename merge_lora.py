@@ -22,11 +22,19 @@ def main(argv: Sequence[str]) -> None:
     # Only now: --help does without torch, whose import takes seconds.
     from finetune.adapters.locate import find_adapter, find_base
     from finetune.adapters.merge import merge_checkpoint
+    from finetune.report.model_card import show_card
+    from finetune.report.push import Options, push, require_access
     from finetune.system import console
     from finetune.system.device import pick_device, pick_dtype
     from finetune.system.lock import locked
     from model import PaliGemmaConfig
 
+    pushed = None
+    if arguments.push:
+        pushed = Options(arguments.output, arguments.push, public=arguments.public, yes=arguments.yes)
+        require_access(pushed)
+    elif arguments.public or arguments.yes:
+        raise ValueError("--public and --yes are of --push: give it, or leave them out")
     adapter, base, revision = find_adapter(arguments.adapter), arguments.base, arguments.revision
     if base is None:
         try:
@@ -39,9 +47,12 @@ def main(argv: Sequence[str]) -> None:
     output, into, force = arguments.output, arguments.into, arguments.force
     with locked(output.with_name(f".{output.name}.lock"), output, "merging"):
         report = merge_checkpoint(base, adapter, output, dtype, device, revision, into, force)
+        show_card(output, adapter)
     console.show(str(report), f"verified, and written to {output}")
     if not PaliGemmaConfig.from_directory(output).is_published:
         console.show(f"{output} opens in this toolkit alone: transformers has no such connector, tiles or padding")
+    if pushed:
+        push(pushed)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ...")
     parser.add_argument("--force", action="store_true", help="overwrite the merged checkpoint at --output")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="push the merged checkpoint to the Hub, once confirmed")
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository is public")
+    parser.add_argument("--yes", action="store_true", help="with --push: without asking")
     return parser
 
 

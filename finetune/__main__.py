@@ -14,13 +14,22 @@ from pathlib import Path
 
 from finetune import cli
 
+MODULES = {  # of the commands that are no scripts
+    "push": "finetune.report.push",
+    "report": "finetune.report.__main__",
+    "runs": "finetune.report.runs",
+    "config": "finetune.config.__main__",
+}
 CHECKOUT = Path(__file__).parents[1]
 SUMMARIES = {
     "train": "fine-tune an adapter, as a YAML file says",
     "evaluate": "VQA accuracy of a run, a checkpoint, or a file of answers",
     "predict": "image and prompt -> answer",
     "merge": "adapter + base -> a plain checkpoint",
+    "push": "an adapter or a checkpoint onto the Hugging Face Hub",
     "report": "an HTML page of a run, or of several beside each other",
+    "demo": "a page in the browser that asks base and adapters",
+    "runs": "the runs of a directory as a table",
     "config": "every key of the YAML file, or its JSON schema for editors",
 }
 
@@ -46,7 +55,7 @@ def dispatch(argv: Sequence[str]) -> None:
 def module_of(command: str) -> str:
     """The module whose `main` a command is; a script is found in the checkout, before anything else of its name."""
     if command not in cli.SCRIPTS:
-        return f"finetune.{command}.__main__"
+        return MODULES[command]
     file = CHECKOUT / cli.SCRIPTS[command]
     if not file.is_file():
         raise ValueError(f"{file} does not exist; install the checkout as it is: pip install --editable .")

@@ -32,6 +32,8 @@ from finetune.preflight.dry_run import dry_run
 from finetune.preflight.inspection import inspect
 from finetune.preflight.overfit import overfit
 from finetune.preflight.plan import GIB
+from finetune.report.model_card import show_cards
+from finetune.report.page import show_page
 from finetune.report.result_page import write_report
 from finetune.run import learn
 from finetune.system import distributed
@@ -154,6 +156,8 @@ def train(pipeline: Pipeline) -> None:
 
 def evaluate(pipeline: Pipeline) -> None:
     show(accuracy_table(evaluate_run(pipeline.config, pipeline.words)))
+    show_page(Path(pipeline.config.output))
+    show_cards(Path(pipeline.config.output))
 
 
 # Checks look at the machine and its disk: they run every time, unless all stages are completed. Stages run once.

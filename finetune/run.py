@@ -21,6 +21,7 @@ from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
 from finetune.preflight.run_plan import plan_run, require_fit, spill_warning
+from finetune.report.model_card import show_card
 from finetune.report.page import show_page
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
@@ -41,7 +42,7 @@ from finetune.training.setup import (
     show_trained,
     start_note,
 )
-from finetune.training.tracking import callbacks_for
+from finetune.training.tracking import Samples, callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, fetch
 
@@ -62,21 +63,22 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
     network_config(fetch(config.model.path, config.model.revision, weights=False), config)
     *stages, run = runs_of(config)
     find = partial(find_checkpoint, resume=resume, accept_changes=accept_changes)
-    begun = distributed.on_main(partial(find, run))
-    left = {} if begun[0] else distributed.on_main(partial(stages_left, stages, resume, accept_changes))
-    for stage in stages if not begun[0] else ():
+    begun, notes = distributed.on_main(partial(find, run))
+    left = {} if begun else distributed.on_main(partial(stages_left, stages, resume, accept_changes))
+    for stage in stages if not begun else ():
         name = Path(stage.output).name
         if stage.output in left:
             show(f"stage {name}: the connector alone, in {stage.output}")
+            found, of_stage = left[stage.output]
             after = "what comes next starts with this connector"
-            if learn_one(stage, words, *left[stage.output], accept_changes, after):
+            if learn_one(stage, words, found, of_stage, accept_changes, after):
                 raise cli.StoppedError(f"stopped after stage {name}; to resume: {resuming(words)}")
             free_memory(pick_device(stage.model.device))  # its network is gone before the next one is opened
         else:
             show(f"stage {name} is finished: kept {Result.read(Path(stage.output))}")
     validates = config.data.validation is not None
     after = cli.command("evaluate.py", *words) if validates else cli.command("predict.py", "--help")
-    learn_one(run, words, *begun, accept_changes, f"next: {after}")
+    learn_one(run, words, begun, notes, accept_changes, f"next: {after}")
 
 
 def stages_left(
@@ -125,10 +127,10 @@ def learn_one(
     show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
     show_trained(model)
     show(image_note(model.config))
-    if checkpoint is None and (note := start_note(config)):
-        show(note)
+    if checkpoint is None and (advice := start_note(config)):
+        show(advice)
     distributed.on_main(partial(start_run, config))
-    evaluated = planned_evaluation(config, planned, new_tokens)
+    evaluated, samples = planned_evaluation(config, planned, new_tokens), Samples()
     trainer = LoRATrainer(
         config,
         model,
@@ -137,8 +139,8 @@ def learn_one(
         plan.execution,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config, examples.lengths, base_fingerprint),
-        evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens),
-        callbacks=[*callbacks_for(config, batch_sampler), stop := StopOnSignal()],
+        evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens, samples),
+        callbacks=[*callbacks_for(config, batch_sampler, samples), stop := StopOnSignal()],
     )
     if checkpoint and step_of(checkpoint) == batch_sampler.total:
         show(f"{config.output}: all steps are trained, the result is left to be kept")
@@ -210,11 +212,18 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None
 
 
 def evaluation_of(
-    config: RunConfig, model: PaliGemma, processor: Processor, records: Dataset | None, new_tokens: int
+    config: RunConfig,
+    model: PaliGemma,
+    processor: Processor,
+    records: Dataset | None,
+    new_tokens: int,
+    samples: Samples,
 ) -> Callable[[], dict[str, float]] | None:
     """What measures the model during training: loss and accuracy on these records; None without them.
 
-    new_tokens: the most that an answer may have.
+    Args:
+        new_tokens: the most that an answer may have.
+        samples: keeps some of the answers.
     """
     if records is None:
         return None
@@ -222,6 +231,7 @@ def evaluation_of(
 
     def measure() -> dict[str, float]:
         evaluated = evaluate(model, processor, records, new_tokens, batch_size=rows)
+        samples.keep(records, evaluated.answers)
         by_type = {f"accuracy_{name}": value for name, value in evaluated.score.by_answer_type.items()}
         loss = mean_loss(model, processor, records, rows)
         return {"loss": loss, "accuracy": evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
@@ -259,4 +269,5 @@ def save_result(
             save_adapter(model, directory, config.model.path, config.model.revision, facts, base_fingerprint)
         else:
             write_whole(directory, fill, sum(parameter.nbytes for parameter in model.parameters()), replace=True)
+    show_card(directory)
     show(f"kept {result}")

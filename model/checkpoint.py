@@ -139,9 +139,6 @@ def save(
             shutil.copyfile(path, directory / path.name)
         adjust_image_size(directory, config)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if note := config.get("opens_in"):
-        card = f"# PaliGemma, changed\n\nThis checkpoint opens in {note}. What it has instead is in config.json.\n"
-        (directory / "README.md").write_text(card, encoding="utf-8")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # safetensors puts a new file in place: tensors may lie in the one that is there, mapped into memory.
     save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})

@@ -12,7 +12,7 @@ the last layer, L supervised positions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,12 @@ class PaliGemma(nn.Module):
         Raises:
             ValueError: pixels of another shape.
         """
+        return self.connect(self.vision_features(pixel_values))
+
+    def vision_features(self, pixel_values: Tensor) -> list[Tensor]:
+        """Pixels as in `encode_images` -> what the connector takes: the vision tower's features, and the mean of each
+        group of hidden states that it asks for; each [I, T, P, D] of T tiles (1 without) and P patches.
+        """
         views = self.config.views
         if pixel_values.shape[1:-3] != ((views,) if views > 1 else ()):
             expected = f"[images, {views}, 3, height, width]" if views > 1 else "[images, 3, height, width]"
@@ -117,8 +123,12 @@ class PaliGemma(nn.Module):
                 f"pixel_values are {list(pixel_values.shape)}, this network takes {expected}: use its own processor"
             )
         features, means = self.vision_tower(pixel_values.flatten(0, -4), self.multi_modal_projector.groups)
-        tokens: Tensor = self.multi_modal_projector(features, *means)
-        return tokens.unflatten(0, (-1, views)).flatten(1, 2)
+        return [states.unflatten(0, (-1, views)) for states in (features, *means)]
+
+    def connect(self, features: Sequence[Tensor]) -> Tensor:
+        """What `vision_features` gives -> image tokens [I, N, D]."""
+        tokens: Tensor = self.multi_modal_projector(*(states.flatten(0, 1) for states in features))
+        return tokens.unflatten(0, (-1, self.config.views)).flatten(1, 2)
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None, positions: Tensor | None = None) -> Tensor:
         """Token ids i64 [B, S] and image tokens [B, N, D] -> input embeddings [B, S, D].

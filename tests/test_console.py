@@ -41,10 +41,11 @@ def test_the_help_of_a_command_is_that_of_its_script(command: str, tmp_path: Pat
     assert shown.split() == scripts.stdout.split()
 
 
-@pytest.mark.parametrize("command", [*cli.SCRIPTS, "config"])
+@pytest.mark.parametrize("command", [*cli.SCRIPTS, "report", "demo", "config"])
 @pytest.mark.parametrize("program", ["-m finetune", "script"])
 def test_help_imports_no_torch(command: str, program: str) -> None:
-    words = ["-m", "finetune", command] if program == "-m finetune" or command == "config" else [cli.SCRIPTS[command]]
+    is_script = program == "script" and command in cli.SCRIPTS
+    words = [cli.SCRIPTS[command]] if is_script else ["-m", "finetune", command]
     shown = run("-X", "importtime", *words, "--help")
     assert shown.returncode == 0, shown.stderr
     assert "finetune.cli" in shown.stderr

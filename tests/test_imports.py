@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # A folder imports from itself and from those before it; `data` and `model` do not import each other.
 FOLDERS = ["model", "data", "finetune.system", "finetune.lora", "finetune.adapters", "finetune.cli", "finetune.config"]
 FOLDERS += ["finetune.config.__main__", "finetune.training", "finetune.evaluation", "finetune.preflight"]
-FOLDERS += ["finetune.report", "finetune.run", "finetune.pipeline", "finetune.__main__"]
+FOLDERS += ["finetune.report", "finetune.demo", "finetune.run", "finetune.pipeline", "finetune.__main__"]
 WITHOUT_DATA = FOLDERS[2:8]  # these need no examples
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

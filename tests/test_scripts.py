@@ -33,7 +33,7 @@ from finetune.training.result import Result
 from model import PaliGemma
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")))
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/connectors").glob("*.yaml")])
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,9 @@ def test_every_config_runs(base: Path, tmp_path: Path, path: Path) -> None:
         "data.workers=0",
         f"output={tmp_path}/run",
     ]
+    if config.stages:
+        short = [stage.model_dump() | {"epochs": None, "max_steps": 1} for stage in config.stages]
+        changes.append(f"stages={json.dumps(short)}")
     for section, source in (("train", config.data.train), ("validation", config.data.validation)):
         split = "train2014" if section == "train" else "val2014"
         if source is not None and source.jsonl:
@@ -112,6 +115,8 @@ def test_every_config_runs(base: Path, tmp_path: Path, path: Path) -> None:
         changes += ["train.eval_every=2", "evaluation.count=4"]
     train.main([str(path), *changes])
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists() or (tmp_path / "run/model").is_dir()
+    for stage in config.stages:
+        assert (tmp_path / f"run/stages/{stage.name}/adapter/adapter_model.safetensors").exists()
 
 
 def test_the_end_of_a_run_says_once_what_was_kept(

@@ -4,7 +4,7 @@ A scene is one to three plain figures on a light, noisy background. Everything a
 questions, ten answers to each - is drawn from random numbers seeded by (split, seed, index): two splits or two seeds
 never share a scene, and the first 100 of 2,000 scenes are the same as 100 made alone.
 
-    python -m data.synthetic.scenes --output DIR --scenes 2000 --seed 1 --split train2014
+    python -m data.synthetic.scenes --output DIR --scenes 2000 --seed 1 --split train2014 [--level hard]
 
     DIR/images/COCO_{split}_{image_id:012d}.jpg
     DIR/v2_OpenEnded_mscoco_{split}_questions.json      as visualqa.org publishes them
@@ -15,27 +15,26 @@ Captions follow their prefix as PaliGemma's own pretraining tasks do: "caption e
 "caption en blue circle" that much of it, "no blue circles" included.
 
 The ten answers imitate people: up to three of them differ from the rest, by spelling ("three" for "3"), synonym or
-mistake, so the majority answer always scores 1.0 under the VQA metric. Not here: reading these files
-(data/sources).
+mistake, so the majority answer always scores 1.0 under the VQA metric.
+
+All this is the level "easy"; hard_scenes.py has more figures and other questions. Not here: figures and images
+(figures.py), reading these files (data/sources).
 """
 
 import argparse
 import json
-import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageDraw
+from data.synthetic import hard_scenes
+from data.synthetic.figures import COLORS, SHAPES, Figure, Question, Scene, draw_figure, render, rng_of
 
 CANVAS = 112  # pixels a side
 ID_SPAN = 1_000_000
 GRID = 4  # figures stand in different cells of a GRID x GRID raster: they never overlap, each fills one 14-pixel patch
-COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 214), "yellow": (240, 205, 30)}
-CORNERS = {"circle": (32, 1.0, 0.0), "square": (4, 1.2, math.tau / 8), "triangle": (3, 1.1, -math.tau / 4)}
-SHAPES = tuple(CORNERS)
-NUMBERS = ("no", "one", "two", "three")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ALTERNATIVES = {  # what the few who disagree say: other words for the same thing, slips of the pen, mistakes
     "yes": ("yeah", "yep", "no"),
     "no": ("nope", "not really", "yes"),
@@ -53,70 +52,12 @@ ALTERNATIVES = {  # what the few who disagree say: other words for the same thin
 }
 
 
-class Figure(NamedTuple):
-    """Centre and radius in pixels of the canvas (a figure keeps within 1.1 radii of its centre), angle in radians."""
-
-    shape: str
-    color: str
-    x: float
-    y: float
-    radius: float
-    angle: float
-    rgb: tuple[int, int, int]
-
-
-Scene = tuple[Figure, ...]
-
-
-class Question(NamedTuple):
-    """A question with its true answer; the two types are VQAv2's."""
-
-    text: str
-    answer: str
-    answer_type: str
-    question_type: str
-
-
-def rng_of(split: str, seed: int, index: int, purpose: str) -> random.Random:
-    """The random numbers for one purpose in a scene; seeding with a string is the same on every platform."""
-    return random.Random(f"{split}/{seed}/{index}/{purpose}")
-
-
 def make_scene(rng: random.Random) -> Scene:
     """One to three figures in cells of their own."""
-    cell = CANVAS / GRID
     figures: list[Figure] = []
     for place in rng.sample(range(GRID * GRID), rng.randint(1, 3)):
-        # Figures after the first often repeat a shape or a color: else counts above one would be rare.
-        shape = rng.choice([f.shape for f in figures] if figures and rng.random() < 0.4 else SHAPES)
-        color = rng.choice([f.color for f in figures] if figures and rng.random() < 0.4 else list(COLORS))
-        red, green, blue = (min(255, max(0, level + rng.randint(-20, 20))) for level in COLORS[color])
-        radius = rng.uniform(9.5, 12)
-        reach = cell / 2 - 1.1 * radius
-        x = (place % GRID + 0.5) * cell + rng.uniform(-reach, reach)
-        y = (place // GRID + 0.5) * cell + rng.uniform(-reach, reach)
-        figures.append(Figure(shape, color, x, y, radius, rng.uniform(-0.2, 0.2), (red, green, blue)))
+        figures.append(draw_figure(figures, place, GRID, (9.5, 12), rng))
     return tuple(figures)
-
-
-def outline(figure: Figure) -> list[tuple[float, float]]:
-    """The figure's corners in canvas pixels: how many, how many radii out, angle of the first one."""
-    corners, reach, first = CORNERS[figure.shape]
-    angles = [first + i * math.tau / corners + figure.angle for i in range(corners)]
-    r = reach * figure.radius
-    return [(figure.x + r * math.cos(a), figure.y + r * math.sin(a)) for a in angles]
-
-
-def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB image of CANVAS x CANVAS pixels, on a light ground, with noise over everything."""
-    sharpness = 4  # drawn this much larger and shrunk: smooth edges
-    image = Image.new("RGB", (CANVAS * sharpness, CANVAS * sharpness), tuple(rng.randint(215, 250) for _ in range(3)))
-    draw = ImageDraw.Draw(image)
-    for figure in scene:
-        draw.polygon([(x * sharpness, y * sharpness) for x, y in outline(figure)], fill=figure.rgb)
-    image = image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
-    noise = Image.frombytes("RGB", image.size, rng.randbytes(CANVAS * CANVAS * 3))
-    return Image.blend(image, noise, 0.08)
 
 
 def caption_of(scene: Scene, color: str | None, shape: str | None) -> tuple[str, str]:
@@ -189,9 +130,31 @@ def make_questions(scene: Scene, rng: random.Random) -> list[Question]:
     return list({question.text: question for question in asked if question is not None}.values())
 
 
-def make_answers(answer: str, rng: random.Random) -> list[str]:
+class Level(NamedTuple):
+    """What scenes of a kind are: pixels a side, how scenes and questions are made, what people say instead."""
+
+    canvas: int
+    make_scene: Callable[[random.Random], Scene]
+    make_questions: Callable[[Scene, random.Random], list[Question]]
+    alternatives: Mapping[str, Sequence[str]]
+
+
+LEVELS = {
+    "easy": Level(CANVAS, make_scene, make_questions, ALTERNATIVES),
+    "hard": Level(
+        hard_scenes.CANVAS,
+        hard_scenes.make_scene,
+        hard_scenes.make_questions,
+        ALTERNATIVES | hard_scenes.ALTERNATIVES,
+    ),
+}
+
+
+def make_answers(
+    answer: str, rng: random.Random, alternatives: Mapping[str, Sequence[str]] = ALTERNATIVES
+) -> list[str]:
     """Ten people's answers: at least seven give the true one."""
-    others = rng.choices(ALTERNATIVES[answer], k=rng.choices((0, 1, 2, 3), weights=(5, 3, 2, 1))[0])
+    others = rng.choices(alternatives[answer], k=rng.choices((0, 1, 2, 3), weights=(5, 3, 2, 1))[0])
     answers = [answer] * (10 - len(others)) + others
     rng.shuffle(answers)
     return answers
@@ -210,8 +173,15 @@ def annotation(question: Question, answers: Sequence[str], ids: dict[str, int]) 
     }
 
 
-def write(output: Path, scenes: int, seed: int, split: str) -> None:
-    """Writes the images and the three files named above; an image id is seed x 1,000,000 + index + 1."""
+def write(output: Path, scenes: int, seed: int, split: str, level: str = "easy") -> None:
+    """Writes the images and the three files named above; an image id is seed x 1,000,000 + index + 1.
+
+    level: one of LEVELS.
+
+    Raises:
+        ValueError: too many scenes, or too large a seed.
+    """
+    canvas, make_scene, make_questions, alternatives = LEVELS[level]
     if not (0 < scenes < ID_SPAN and 0 <= seed < ID_SPAN):
         wanted = f"1 to {ID_SPAN - 1} scenes and a seed of 0 to {ID_SPAN - 1}"
         raise ValueError(f"scenes={scenes}, seed={seed}: image ids have six digits for each; give {wanted}")
@@ -221,15 +191,15 @@ def write(output: Path, scenes: int, seed: int, split: str) -> None:
         scene = make_scene(rng_of(split, seed, index, "scene"))
         image_id = seed * ID_SPAN + index + 1
         name = f"images/COCO_{split}_{image_id:012d}.jpg"
-        render(scene, rng_of(split, seed, index, "picture")).save(output / name, quality=95, subsampling=0)
+        render(scene, rng_of(split, seed, index, "picture"), canvas).save(output / name, quality=95, subsampling=0)
         told = make_captions(scene, rng_of(split, seed, index, "captions"))
         captions += [{"image": name, "prefix": prefix, "suffix": caption} for prefix, caption in told]
         rng = rng_of(split, seed, index, "questions")
         for number, question in enumerate(make_questions(scene, rng)):
             ids = {"image_id": image_id, "question_id": image_id * 1000 + number}
             questions.append({**ids, "question": question.text})
-            annotations.append(annotation(question, make_answers(question.answer, rng), ids))
-    description = f"Scenes generated with seed {seed}"
+            annotations.append(annotation(question, make_answers(question.answer, rng, alternatives), ids))
+    description = f"Scenes generated with seed {seed}" + (f", level {level}" if level != "easy" else "")
     head = {
         "info": {"description": description, "version": "1.0", "contributor": "data/synthetic/scenes.py"},
         "license": {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
@@ -248,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, required=True, help="number of images (about 5.5 questions each)")
     parser.add_argument("--seed", type=int, required=True, help="another seed, other scenes")
     parser.add_argument("--split", required=True, help="named in the files, as train2014 is; another one, other scenes")
+    parser.add_argument("--level", choices=LEVELS, default="easy", help="hard: up to nine figures, places and sizes")
     write(**vars(parser.parse_args(argv)))
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters.card_file import CARD_FILE, is_edited
 from finetune.adapters.generation_config import store_max_new_tokens
 from finetune.adapters.merge_report import MergeReport, Probes, distances, probe_logits
 from finetune.adapters.metadata import trained_on, training_facts
@@ -175,7 +176,8 @@ def require_replaceable(output: Path, base: Path) -> None:
     expected = "--force overwrites a merged checkpoint only: choose another --output"
     if not (output / "config.json").is_file() or not (listed := files_of(output)):
         raise ValueError(f"{output} is no checkpoint that was written here ({MANIFEST} lists its files). {expected}")
-    if foreign := sorted({path.name for path in output.iterdir()} - listed - {MANIFEST}):
+    ours = listed | {MANIFEST} | (set() if is_edited(output) else {CARD_FILE})
+    if foreign := sorted({path.name for path in output.iterdir()} - ours):
         raise ValueError(f"{output} holds {', '.join(foreign)}, which was not written with it. {expected}")
     if output.resolve() == base.resolve():
         raise ValueError(f"{output} is the base itself. {expected}")

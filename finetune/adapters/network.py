@@ -63,7 +63,7 @@ def without_network(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any],
     except ValueError as error:
         raise ValueError(f"{file}: {NETWORK}: {error}; take it from where the adapter was saved") from error
     plain = {key: value for key, value in config.items() if key not in (NETWORK, OPENS_IN)}
-    return plain | {"peft_type": kind.removesuffix(ON_CHANGED_NETWORK)}, changes
+    return plain | {"peft_type": str(kind).removesuffix(ON_CHANGED_NETWORK)}, changes
 
 
 def changes_in(adapter: Path) -> dict[str, Any]:
@@ -115,10 +115,14 @@ def require_network(model: nn.Module, adapter: Path, changes: Mapping[str, Any])
 
 def by_key(config: PaliGemmaConfig) -> dict[str, str | int]:
     """What can be changed of a network, by the keys of a run's configuration."""
-    connector, size = config.connector, config.vision.image_size
-    start = {"connector.start": connector.start, "connector.seed": connector.seed}
-    image = {"image.size": size, "image.aspect": config.aspect, "image.tiles": config.tiles}
-    return {"model.connector": described(connector), **start, **image}
+    return {
+        "model.connector": described(config.connector),
+        "connector.start": config.connector.start,
+        "connector.seed": config.connector.seed,
+        "image.size": config.vision.image_size,
+        "image.aspect": config.aspect,
+        "image.tiles": config.tiles,
+    }
 
 
 def network_text(config: PaliGemmaConfig) -> str:

@@ -264,7 +264,7 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Weights & Biases; metrics.jsonl is written in any case."""
+    """Weights & Biases and TensorBoard; metrics.jsonl is written in any case."""
 
     wandb: Annotated[Literal["off", "offline", "online"], Effect.NOTHING] = "off"
     """offline writes files to upload later."""
@@ -272,6 +272,8 @@ class TrackingConfig(Section):
     """Project there."""
     name: Annotated[Text | None, Effect.NOTHING] = None
     """Name of the run there; null: the name of the output directory."""
+    tensorboard: Annotated[bool, Effect.NOTHING] = False
+    """Write OUTPUT/tensorboard, for TensorBoard; needs its package: pip install -e ".[tensorboard]"."""
 
 
 class RunConfig(Section):
@@ -352,9 +354,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _trains_the_connector(self) -> "RunConfig":
         rate, lora = self.connector.learning_rate, self.lora
-        if rate is None or lora is None:
-            return self
-        if not any(target.startswith("connector.") for target in (*lora.targets, *lora.modules_to_save)):
+        trained = (*lora.targets, *lora.modules_to_save) if lora else (CONNECTOR,)
+        if rate is not None and not any(target.startswith("connector.") for target in trained):
             raise error_at(
                 "connector.learning_rate",
                 f"got {rate:g}, and nothing of the connector is trained: name it (model.connector), adapt it "

@@ -21,6 +21,7 @@ from finetune.lora.nf4 import decoder_linears, packed_bytes
 from finetune.preflight.count import TERA, count_flops, empty_model, saved_activations
 from finetune.system.allocator import cublas_workspaces, expandable_segments, reserved_bytes
 from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.gradient_accumulation import frozen_shapes, is_trained
 from model import PaliGemmaConfig
 from model.ops.bf16_on_cpu import native_products
 
@@ -83,8 +84,8 @@ class Planner:
             if lora is not None:
                 inject_lora(self.model, lora)
             self.model.train()
-            towers = (self.model.vision_tower, self.model.multi_modal_projector)
-            self.vision_trains = any(p.requires_grad for tower in towers for p in tower.parameters())
+            self.tower_trains = is_trained(self.model.vision_tower)
+            self.vision_trains = self.tower_trains or is_trained(self.model.multi_modal_projector)
             self.saved = saved_activations(self.model, tokens, supervised, self.vision_trains)
         self.flops = count_flops(config, lora, self.vision_trains, tokens, supervised)
         self.trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -189,15 +190,15 @@ class Planner:
 
     def plan(self, execution: ExecutionPlan, budget: int) -> Plan:
         """What an execution plan takes, by component."""
-        of_an_image = self.config.num_image_tokens * self.config.text.hidden_size * self.dtype.itemsize
-        image_tokens = 0 if self.vision_trains else self.batch_size * of_an_image
+        shapes = frozen_shapes(self.config, self.model.multi_modal_projector.groups, not self.vision_trains)
+        of_an_image = sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
         step = self.activation_components(execution)
         components = {
             "base weights": self.frozen - self.vision * execution.offload_vision,
             "trained weights": self.trained,
             "gradients": self.trained,
             "optimizer state": 2 * self.trained,
-            "image tokens of a step": image_tokens,
+            "image features of a step": 0 if self.tower_trains else self.batch_size * of_an_image,
             **step,
             "fragmentation (estimate)": int(self.fragmentation * sum(step.values())),
             "context (estimate)": CONTEXT,
@@ -245,7 +246,7 @@ class Planner:
         numbers = range(self.config.text.num_hidden_layers + 1) if recompute is None else [recompute]
         for rows in [micro_batch] if micro_batch else range(1, self.batch_size + 1):
             for layers in numbers:
-                for offload in (False, True) if self.device.type != "cpu" and not self.vision_trains else (False,):
+                for offload in (False, True) if self.device.type != "cpu" and not self.tower_trains else (False,):
                     yield ExecutionPlan(rows, layers, offload)
 
     def tflop(self, execution: ExecutionPlan, images: float = 1.0) -> float:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -73,6 +74,15 @@ def _held(lock_file: Path, place: Path, doing: str) -> Iterator[None]:
             if made:
                 lock_file.parent.rmdir()  # unless something was written
         lock.release()
+
+
+def is_held(lock_file: Path) -> bool:
+    """Whether a process holds a lock, by what it wrote down; one of another machine may have been killed."""
+    try:
+        holder = json.loads(lock_file.with_name(f"{lock_file.name}.json").read_text(encoding="utf-8"))
+        return bool(holder["host"] != platform.node() or psutil.pid_exists(int(holder["pid"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def now() -> str:

@@ -26,7 +26,7 @@ from finetune.system.device import first_line, free_memory, is_out_of_memory
 from finetune.system.transfer import to_device
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.offload import Offload
-from model import IGNORE_INDEX, PaliGemma, TokenBatch
+from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig, TokenBatch
 
 Example = dict[str, Any]
 Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
@@ -35,10 +35,14 @@ TEXTS = ("input_ids", "token_type_ids", "labels")  # of an example, what a micro
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures:
-    """Image tokens [I, N, D] of a step's images, all in one buffer, and in which row those of an image id are."""
+    """What does not depend on what is trained of a step's images, and in which row that of an image id is: image tokens
+    [I, N, D]; or, where the connector is trained, what it takes (`PaliGemma.vision_features`).
+    """
 
     rows: dict[str, int]
-    tokens: Tensor
+    states: list[Tensor]
+    connected: bool
+    """Whether the connector has made tokens of them."""
 
 
 class GradientAccumulation:
@@ -122,40 +126,54 @@ class GradientAccumulation:
         texts = self.collate([{name: example[name] for name in TEXTS} for example in micro_batch])
         batch = TokenBatch.of(self.network.config.image_token_id, **texts)
         inputs = {**batch.tensors(), "dropout": self.dropout_seeds([example["id"] for example in micro_batch], step)}
-        if images is None:
-            pixels = unique_images(micro_batch)
-            rows = {name: row for row, name in enumerate(pixels)}
-            inputs["pixels"] = torch.stack(list(pixels.values()))
-            inputs["image_dropout"] = self.dropout_seeds(self.views_of(pixels), step)
-        else:
-            rows = images.rows
+        pixels = unique_images(micro_batch)
+        rows = images.rows if images and images.connected else {name: row for row, name in enumerate(pixels)}
         inputs["image_rows"] = torch.tensor([rows[example["image_id"]] for example in micro_batch])
+        if images is None or not images.connected:
+            known = torch.tensor([images.rows[name] for name in pixels]) if images else None
+            inputs["images"] = torch.stack(list(pixels.values())) if known is None else known
+            inputs["image_dropout"] = self.dropout_seeds(self.views_of(pixels), step)
         moved = to_device(inputs, self.device)
         set_dropout_seeds(self.network.language_model, moved["dropout"])
-        if images is None:
-            set_dropout_seeds(self.network.vision_tower, moved["image_dropout"])
-            set_dropout_seeds(self.network.multi_modal_projector, moved["image_dropout"])
-        encoded = self.network.encode_images(moved["pixels"]) if images is None else images.tokens
+        set_dropout_seeds(self.network.vision_tower, moved.get("image_dropout"))
+        set_dropout_seeds(self.network.multi_modal_projector, moved.get("image_dropout"))
+        encoded = self.image_tokens(moved, images)
         batch = dataclasses.replace(batch, **{name: moved[name] for name in batch.tensors()})
         output = self.network(batch=batch, image_features=encoded[moved["image_rows"]], num_items_in_batch=tokens)
         loss: Tensor = output.loss if counts else 0 * output.loss
         loss.backward()
         return loss.detach()
 
+    def image_tokens(self, inputs: Mapping[str, Tensor], frozen: ImageFeatures | None) -> Tensor:
+        """Image tokens [I, N, D]: all that are frozen, or those of a micro-batch's images, of which `inputs` has the
+        pixels or the rows among what is frozen.
+        """
+        if frozen is None:
+            return self.network.encode_images(inputs["images"])
+        if frozen.connected:
+            return frozen.states[0]
+        return self.network.connect([states[inputs["images"]] for states in frozen.states])
+
     def frozen_image_features(self, examples: Sequence[Example]) -> ImageFeatures | None:
-        """Image tokens of each image of a step, once each and without a graph; None where vision is trained."""
-        towers = (self.network.vision_tower, self.network.multi_modal_projector)
-        if any(parameter.requires_grad for tower in towers for parameter in tower.parameters()):
+        """What is the same for a whole step of each of its images, computed once and without a graph: image tokens, or
+        what a connector that is trained takes; None where the vision tower is trained.
+        """
+        network = self.network
+        if is_trained(network.vision_tower):
             return None
-        pixels, config = unique_images(examples), self.network.config
-        shape = (len(pixels), config.num_image_tokens, config.text.hidden_size)
-        tokens = torch.empty(shape, dtype=self.network.dtype, device=self.device)
-        size = self.execution_plan.micro_batch
+        pixels, size = unique_images(examples), self.execution_plan.micro_batch
+        connects = not is_trained(network.multi_modal_projector)
+        states = [
+            torch.empty(len(pixels), *shape, dtype=network.dtype, device=self.device)
+            for shape in frozen_shapes(network.config, network.multi_modal_projector.groups, connects)
+        ]
         with torch.no_grad(), self.vision_on_device():
-            for images, features in zip(cut(list(pixels.values()), size), tokens.split(size), strict=True):
-                moved = to_device({"pixels": torch.stack(images)}, self.device)
-                features.copy_(self.network.encode_images(moved["pixels"]))
-        return ImageFeatures({name: row for row, name in enumerate(pixels)}, tokens)
+            for number, images in enumerate(cut(list(pixels.values()), size)):
+                features = network.vision_features(to_device({"pixels": torch.stack(images)}, self.device)["pixels"])
+                rows = slice(number * size, number * size + len(images))
+                for state, found in zip(states, [network.connect(features)] if connects else features, strict=True):
+                    state[rows] = found
+        return ImageFeatures({name: row for row, name in enumerate(pixels)}, states, connects)
 
     def vision_on_device(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the vision encoder is on the device, also where the plan keeps it in host memory."""
@@ -196,6 +214,18 @@ class GradientAccumulation:
             stacklevel=2,
         )
         self.execution_plan = dataclasses.replace(self.execution_plan, micro_batch=rows // 2)
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether anything in a module is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def frozen_shapes(config: PaliGemmaConfig, groups: Sequence[range], connects: bool) -> list[tuple[int, ...]]:
+    """Of one image, the shapes of `ImageFeatures.states`: of its tokens, or of what the connector takes."""
+    if connects:
+        return [(config.num_image_tokens, config.text.hidden_size)]
+    return [(config.views, config.vision.num_patches, config.vision.hidden_size)] * (1 + len(groups))
 
 
 def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:

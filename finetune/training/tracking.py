@@ -1,4 +1,5 @@
-"""What watches a run: a line per log in `metrics.jsonl`, a progress bar, and Weights & Biases when asked.
+"""What watches a run: a line per log in `metrics.jsonl`, a progress bar, and if asked Weights & Biases or TensorBoard,
+which get the same figures, and with each evaluation a few images with their answers.
 
 Each is a Trainer callback. None of them can end a run: tracking that fails says so once and stays silent.
 """
@@ -6,18 +7,24 @@ Each is a Trainer callback. None of them can end a run: tracking that fails says
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import secrets
 import sys
+import textwrap
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
+from PIL import Image
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from data.images import open_image
 from finetune.config.load import dump_config
 from finetune.config.schema import RunConfig
 from finetune.system import distributed
@@ -25,13 +32,56 @@ from finetune.system.atomic import write_text_whole
 from finetune.system.terminal import visible
 from finetune.training.batch_sampler import BatchSampler
 
+MOST_SAMPLES, SIDE = 8, 224  # answers shown at an evaluation; pixels of the longer side of their images
 
-def callbacks_for(config: RunConfig, steps: BatchSampler) -> list[TrainerCallback]:
-    """The callbacks of a run; of several processes, one tracks for all."""
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """An image with its question, one right answer, and what was answered."""
+
+    image: Image.Image
+    question: str
+    expected: str
+    answer: str
+
+    def __str__(self) -> str:
+        return f"{self.question}\nexpected: {self.expected}\nanswered: {self.answer}"
+
+
+class Samples:
+    """The first few questions of the latest evaluation, the same ones each time; images are opened when asked for."""
+
+    def __init__(self) -> None:
+        self.records: list[Mapping[str, Any]] = []
+        self.answers: dict[str, str] = {}
+
+    def keep(self, records: Iterable[Mapping[str, Any]], answers: Mapping[str, str]) -> None:
+        """answers: by the id of the record."""
+        self.records, self.answers = list(islice(records, MOST_SAMPLES)), dict(answers)
+
+    def open(self) -> list[Sample]:
+        return [self.sample(record) for record in self.records]
+
+    def sample(self, record: Mapping[str, Any]) -> Sample:
+        image = open_image(record["image"])
+        image.thumbnail((SIDE, SIDE))
+        return Sample(image, record["question"] or record["prefix"], record["answer"], self.answers[record["id"]])
+
+
+def callbacks_for(config: RunConfig, steps: BatchSampler, samples: Samples | None = None) -> list[TrainerCallback]:
+    """The callbacks of a run; of several processes, one tracks for all.
+
+    samples: what an evaluation answered, to be shown where images can be.
+    """
     if not distributed.is_main():
         return []
-    made: list[TrainerCallback] = [MetricsFile(Path(config.output) / "metrics.jsonl", steps), ProgressBar()]
-    return made + ([Wandb(config)] if config.tracking.wandb != "off" else [])
+    metrics, samples = MetricsFile(Path(config.output) / "metrics.jsonl", steps), samples or Samples()
+    made: list[TrainerCallback] = [metrics, ProgressBar()]
+    if config.tracking.wandb != "off":
+        made.append(Tracker("wandb", Wandb(config), metrics, samples))
+    if config.tracking.tensorboard:
+        made.append(Tracker("tensorboard", TensorBoard(Path(config.output)), metrics, samples))
+    return made
 
 
 class MetricsFile(TrainerCallback):
@@ -42,6 +92,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, steps: BatchSampler) -> None:
         self.path, self.steps, self.failed = path, steps, False
         self.start = time.monotonic()
+        self.line: dict[str, Any] = {}  # the last one
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.start = time.monotonic() - seconds_until(self.path, state.global_step)
@@ -49,7 +100,7 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        line = {
+        self.line = {
             "step": state.global_step,
             "epoch": round(state.global_step * self.steps.batch_size / self.steps.num_records, 4),
             "seconds": round(time.monotonic() - self.start, 1),
@@ -57,7 +108,7 @@ class MetricsFile(TrainerCallback):
             **{name: value for name, value in (logs or {}).items() if name != "epoch"},
         }
         try:
-            append_line(self.path, json.dumps(line))
+            append_line(self.path, json.dumps(self.line))
         except OSError as error:
             if not self.failed:
                 said = f"{self.path}: lines are missing from step {state.global_step} on: {error}"
@@ -133,44 +184,111 @@ def wandb_id(output: Path) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-class Wandb(TrainerCallback):
-    """Logs to Weights & Biases; `offline` needs no network, and nothing that goes wrong there ends the run."""
+class Backend(Protocol):
+    """Where figures and answers go."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config, self.logged = config, None
+    def begin(self) -> None: ...
 
-    def attempt(self, action: str, call: Any) -> Any:
+    def log(self, figures: Mapping[str, float], step: int) -> None: ...
+
+    def show(self, samples: Sequence[Sample], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Tracker(TrainerCallback):
+    """Hands the figures of metrics.jsonl, and the samples of each evaluation, to a backend. What fails there is said
+    once, and is the end of it: no run ends for it.
+    """
+
+    def __init__(self, name: str, backend: Backend, metrics: MetricsFile, samples: Samples) -> None:
+        self.name, self.backend, self.metrics, self.samples = name, backend, metrics, samples
+        self.works = True
+
+    def attempt(self, action: str, call: Callable[[], None]) -> None:
+        if not self.works:
+            return
         try:
-            return call()
+            call()
         except Exception as error:  # of any kind: a night of training is worth more than its tracking
-            said = f"wandb: {action} failed ({type(error).__name__}: {error}); going on without it"
+            said = f"{self.name}: {action} failed ({type(error).__name__}: {error}); going on without it"
             tqdm.write(visible(said), file=sys.stderr)
-            self.logged = None
+            self.works = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        def begin() -> Any:
-            import wandb
-            import yaml
-
-            tracking = self.config.tracking
-            return wandb.init(
-                mode="online" if tracking.wandb == "online" else "offline",
-                project=tracking.project,
-                name=tracking.name or Path(self.config.output).name,
-                id=wandb_id(Path(self.config.output)),
-                resume="allow",
-                dir=self.config.output,
-                config=yaml.safe_load(dump_config(self.config)),
-            )
-
-        self.logged = self.attempt("starting", begin)
+        self.attempt("starting", self.backend.begin)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        if (run := self.logged) is not None:
-            self.attempt("logging", lambda: run.log(logs, step=state.global_step))
+        figures = {name: value for name, value in self.metrics.line.items() if name != "step"}
+        self.attempt("logging", lambda: self.backend.log(figures, state.global_step))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.attempt("showing answers", lambda: self.backend.show(self.samples.open(), state.global_step))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if (run := self.logged) is not None:
-            self.attempt("finishing", run.finish)
+        self.attempt("finishing", self.backend.finish)
+
+
+class Wandb:
+    """A page of Weights & Biases; `offline` needs no network."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.page: Any = None
+
+    def begin(self) -> None:
+        import wandb
+        import yaml
+
+        tracking = self.config.tracking
+        self.page = wandb.init(
+            mode="online" if tracking.wandb == "online" else "offline",
+            project=tracking.project,
+            name=tracking.name or Path(self.config.output).name,
+            id=wandb_id(Path(self.config.output)),
+            resume="allow",
+            dir=self.config.output,
+            config=yaml.safe_load(dump_config(self.config)),
+        )
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self.page.log(dict(figures), step=step)
+
+    def show(self, samples: Sequence[Sample], step: int) -> None:
+        import wandb
+
+        if samples:
+            self.page.log({"answers": [wandb.Image(one.image, caption=str(one)) for one in samples]}, step=step)
+
+    def finish(self) -> None:
+        self.page.finish()
+
+
+class TensorBoard:
+    """Event files in OUTPUT/tensorboard, by torch.utils.tensorboard; needs the package tensorboard."""
+
+    def __init__(self, output: Path) -> None:
+        self.directory = output / "tensorboard"
+        self.writer: Any = None
+
+    def begin(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.directory))
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def show(self, samples: Sequence[Sample], step: int) -> None:
+        for number, one in enumerate(samples):
+            pixels = torch.frombuffer(bytearray(one.image.tobytes()), dtype=torch.uint8)
+            shape = (one.image.height, one.image.width, 3)
+            self.writer.add_image(f"answers/{number}", pixels.view(shape), step, dataformats="HWC")
+            self.writer.add_text(f"answers/{number}", textwrap.indent(str(one), "    "), step)  # a block of code
+        self.writer.flush()
+
+    def finish(self) -> None:
+        self.writer.close()

@@ -37,7 +37,7 @@ stages: []
 memory: {budget_gib: null}
 evaluation: {count: 512, batch_size: 16, max_new_tokens: auto}
 output: runs/one
-tracking: {wandb: off, project: paligemma-lora, name: null}
+tracking: {wandb: off, project: paligemma-lora, name: null, tensorboard: false}
 """
 
 
@@ -57,7 +57,7 @@ def test_which_keys_may_change_in_a_run_that_is_resumed(path: Path) -> None:
     assert found[Effect.NOTHING] == {
         *("data.on_error", "data.skip_at_most", "data.workers", "output"),
         *("train.log_every", "train.save_every", "train.keep_checkpoints", "train.on_full_disk"),
-        *("tracking.wandb", "tracking.project", "tracking.name"),
+        *("tracking.wandb", "tracking.project", "tracking.name", "tracking.tensorboard"),
     }
     assert found[Effect.NUMERICS] == {
         *("model.device", "train.micro_batch", "train.recompute", "memory.budget_gib", "evaluation.batch_size"),

@@ -1,5 +1,6 @@
 """The generated question set: reproducible, true to its scenes, balanced, and in VQAv2's own files."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.synthetic import scenes
+from data.synthetic import hard_scenes, scenes
+from data.synthetic.figures import Figure, outline
 from data.synthetic.scenes import Question, Scene
 from data.synthetic.scenes import write as write_scenes
 
@@ -80,7 +82,7 @@ def test_figures_neither_overlap_nor_leave_the_image() -> None:
     for index in range(SCENES):
         boxes = []
         for figure in scene_of(index):
-            xs, ys = zip(*scenes.outline(figure), strict=True)
+            xs, ys = zip(*outline(figure), strict=True)
             boxes.append((min(xs), min(ys), max(xs), max(ys)))
             assert min(boxes[-1]) >= 0
             assert max(boxes[-1]) <= scenes.CANVAS
@@ -91,7 +93,7 @@ def test_figures_neither_overlap_nor_leave_the_image() -> None:
 def test_images_show_each_figure_in_its_color() -> None:
     for index in range(20):
         scene = scene_of(index)
-        image = scenes.render(scene, scenes.rng_of("train2014", 1, index, "picture"))
+        image = scenes.render(scene, scenes.rng_of("train2014", 1, index, "picture"), scenes.CANVAS)
         for figure in scene:
             pixel = image.getpixel((round(figure.x), round(figure.y)))
             assert isinstance(pixel, tuple)
@@ -220,3 +222,145 @@ def test_captions_are_image_prefix_suffix_lines(written: Path) -> None:
 def test_numbers_out_of_range_are_refused(tmp_path: Path, scenes: int, seed: int) -> None:
     with pytest.raises(ValueError, match=f"scenes={scenes}, seed={seed}"):
         write_scenes(tmp_path, scenes=scenes, seed=seed, split="train2014")
+
+
+def test_the_easy_level_stays_as_it_is(written: Path) -> None:
+    """The quickstart's scenes, the tiny base's, and figures measured with them: bit for bit what they have always been.
+    Of images the pixels before they are compressed, which depends on the JPEG library.
+    """
+    texts, pixels = hashlib.sha256(), hashlib.sha256()
+    for path in sorted(written.glob("*.json*")):
+        texts.update(path.read_bytes())
+    for index in range(12):
+        rng = scenes.rng_of("val2014", 7, index, "picture")
+        pixels.update(scenes.render(scene_of(index, "val2014", 7), rng, scenes.CANVAS).tobytes())
+    assert texts.hexdigest() == "9909d8c2b6000b2c56da4389db9832e2636ea6a923dfceeaf35623a7e61d7380"
+    assert pixels.hexdigest() == "0cfca05872e8bb51cda43cfab7ae7ffe9ce5d60053c05399c0791f61023a2b67"
+
+
+# The hard level.
+
+
+def hard_scene_of(index: int, split: str = "train2014", seed: int = 1) -> Scene:
+    return hard_scenes.make_scene(scenes.rng_of(split, seed, index, "scene"))
+
+
+def hard_questions_of(index: int) -> list[Question]:
+    return hard_scenes.make_questions(hard_scene_of(index), scenes.rng_of("train2014", 1, index, "questions"))
+
+
+def described(scene: Scene, words: str) -> list[Figure]:
+    """The figures that some words fit, by radius and by pixels alone."""
+    named = words.replace("shapes", "shape").removesuffix("s").split()
+    for place, key in (
+        ("leftmost", lambda f: f.x // 28),
+        ("rightmost", lambda f: -(f.x // 28)),
+        ("highest", lambda f: f.y // 28),
+        ("lowest", lambda f: -(f.y // 28)),
+    ):
+        if place in named:
+            least = min(key(f) for f in scene)
+            scene = tuple(f for f in scene if key(f) == least)
+    found = [f for f in scene if all(word in (f.shape, f.color) for word in named if word in NAMES)]
+    return [f for f in found if ("small" not in named or f.radius < 7) and ("large" not in named or f.radius > 7)]
+
+
+NAMES = {*scenes.COLORS, *scenes.SHAPES}
+INSIDE = {  # pixels of an image of 168
+    "top half": lambda f: f.y < 84,
+    "bottom half": lambda f: f.y > 84,
+    "left half": lambda f: f.x < 84,
+    "right half": lambda f: f.x > 84,
+    "top row": lambda f: f.y < 28,
+    "bottom row": lambda f: f.y > 140,
+}
+HOLDS = {
+    "left of": lambda a, b: a.x < b.x,
+    "right of": lambda a, b: a.x > b.x,
+    "above": lambda a, b: a.y < b.y,
+    "below": lambda a, b: a.y > b.y,
+}
+
+
+def hard_answer(scene: Scene, question: str) -> str:
+    """The answer worked out from the words of the question and the figures, apart from the code that asked it."""
+    if asked := re.fullmatch(r"is there a (.+)\?", question):
+        return "yes" if described(scene, asked[1]) else "no"
+    if asked := re.fullmatch(r"is any (.+) in the (.+)\?", question):
+        return "yes" if any(map(INSIDE[asked[2]], described(scene, asked[1]))) else "no"
+    if asked := re.fullmatch(f"is the (.+) ({'|'.join(HOLDS)}) the (.+)\\?", question):
+        (one,), (other,) = described(scene, asked[1]), described(scene, asked[3])
+        return "yes" if HOLDS[asked[2]](one, other) else "no"
+    if asked := re.fullmatch(r"how many (.+) are (?:there|in the (.+))\?", question):
+        return str(sum(map(INSIDE[asked[2]] if asked[2] else bool, described(scene, asked[1]))))
+    asked = re.fullmatch(r"what (color is|size is|is) the (.+)\?", question)
+    assert asked, question
+    (figure,) = described(scene, asked[2])
+    size = "small" if figure.radius < 7 else "large"
+    return {"color is": figure.color, "size is": size, "is": figure.shape}[asked[1]]
+
+
+def test_every_hard_answer_is_true_to_its_scene() -> None:
+    for index in range(SCENES):
+        for question in hard_questions_of(index):
+            assert question.answer == hard_answer(hard_scene_of(index), question.text), (index, question)
+
+
+def test_hard_questions_are_of_every_kind_and_balanced() -> None:
+    """Counts go to nine, half of the yes/no questions of each kind are yes, whichever words they use."""
+    questions = [question for index in range(3 * SCENES) for question in hard_questions_of(index)]
+    kinds = {kind: [q for q in questions if q.question_type == kind] for kind in {q.question_type for q in questions}}
+    assert set(kinds) == {
+        *("is there a", "is any", "is the", "how many"),
+        *("what color is the", "what is the", "what size is the"),
+    }
+    assert min(map(len, kinds.values())) > 0.05 * len(questions)
+    for kind in ("is there a", "is any", "is the"):
+        yes = sum(q.answer == "yes" for q in kinds[kind])
+        assert abs(yes / len(kinds[kind]) - 0.5) < 0.06, kind
+    for length in (2, 3):  # a longer description fits fewer figures, and is not the more often answered with no
+        told = [q for q in kinds["is there a"] if len(q.text.split()) == 3 + length]
+        assert abs(sum(q.answer == "yes" for q in told) / len(told) - 0.5) < 0.08
+    assert {q.answer for q in kinds["how many"]} == set("0123456789")
+    for words in (*hard_scenes.PARTS, *hard_scenes.RELATIONS, *hard_scenes.OUTERMOST, *hard_scenes.RADII):
+        assert any(words in q.text for q in questions), words
+    alternatives = scenes.LEVELS["hard"].alternatives
+    assert {q.answer for q in questions} == set(alternatives)
+    assert all(q.answer not in alternatives[q.answer] for q in questions)
+
+
+def test_hard_scenes_have_small_and_large_figures_in_cells_of_their_own() -> None:
+    numbers = Counter(len(hard_scene_of(index)) for index in range(SCENES))
+    assert set(numbers) == set(range(3, 10))
+    radii = [figure.radius for index in range(SCENES) for figure in hard_scene_of(index)]
+    assert min(radii) < 5
+    assert max(radii) > 11
+    assert 0.4 < sum(radius < 7 for radius in radii) / len(radii) < 0.6
+    for index in range(SCENES):
+        cells = set()
+        for figure in hard_scene_of(index):
+            xs, ys = zip(*outline(figure), strict=True)
+            assert {min(xs) // 28, max(xs) // 28} == {figure.x // 28}
+            assert {min(ys) // 28, max(ys) // 28} == {figure.y // 28}
+            cells.add((figure.x // 28, figure.y // 28))
+        assert len(cells) == len(hard_scene_of(index))
+        assert all(0 <= place < 6 for cell in cells for place in cell)
+
+
+def test_the_hard_level_is_written_as_the_easy_one_and_the_same_every_time(tmp_path: Path) -> None:
+    written = []
+    for name in ("one", "two"):
+        scenes.main([*f"--output {tmp_path}/{name} --scenes 4 --seed 7 --split val2014 --level hard".split()])
+        paths = sorted((path.relative_to(tmp_path / name), path) for path in (tmp_path / name).rglob("*.*"))
+        written.append({str(relative): path.read_bytes() for relative, path in paths})
+    assert written[0] == written[1]
+    assert len(written[0]) == 4 + 3
+    truth = json.loads(written[0]["v2_mscoco_val2014_annotations.json"])["annotations"]
+    asked = json.loads(written[0]["v2_OpenEnded_mscoco_val2014_questions.json"])["questions"]
+    for question, annotation in zip(asked, truth, strict=True):
+        index = question["image_id"] - 7 * scenes.ID_SPAN - 1
+        true = hard_answer(hard_scene_of(index, "val2014", 7), question["question"])
+        assert annotation["multiple_choice_answer"] == true
+        assert question["question"].startswith(annotation["question_type"])
+    with Image.open(tmp_path / "one/images/COCO_val2014_000007000001.jpg") as image:
+        assert image.size == (168, 168)

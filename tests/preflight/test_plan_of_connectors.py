@@ -159,6 +159,20 @@ def test_planned_flops_are_those_of_a_real_step_from_pixels_on(name: str, vision
     assert planned == pytest.approx(counter.get_total_flops() / TERA, rel=0.02 if layers else 1e-9)
 
 
+@EVERY_NETWORK
+def test_a_frozen_vision_tower_may_leave_the_device_whatever_is_trained_behind_it(name: str) -> None:
+    """What the connector takes of a step's images stays: the features, and the mean of each group that it asks for."""
+    made = planner(name, "vision frozen", torch.bfloat16, "cuda")
+    assert any(execution.offload_vision for execution in made.candidates(None, None))
+    config = NETWORKS[name]
+    groups = len(make_connector(config).groups)
+    numbers = 4 * config.views * config.vision.num_patches * config.vision.hidden_size * (1 + groups)
+    assert made.plan(ExecutionPlan(1), 0).components["image features of a step"] == 2 * numbers
+    adapted = planner(name, "vision adapted", torch.bfloat16, "cuda")
+    assert not any(execution.offload_vision for execution in adapted.candidates(None, None))
+    assert adapted.plan(ExecutionPlan(1), 0).components["image features of a step"] == 0
+
+
 @pytest.mark.parametrize(("kind", "tiles"), [("linear", 1), ("dense_dci", 1), ("resampler", 4), ("pixel_shuffle", 4)])
 def test_what_encoding_an_image_takes_is_never_planned_too_small(kind: str, tiles: int) -> None:
     """Without a graph, in the proportions of the published network, of which it is an estimate."""

@@ -24,6 +24,7 @@ from model.convert import changed, convert
 from tests import rounding, tiny
 
 LANGUAGE = LoRAConfig(rank=2, targets=("language.*",))
+CONNECTOR = LoRAConfig(rank=2, targets=("language.*",), modules_to_save=("connector.*",))
 EVERYWHERE = LoRAConfig(rank=2, targets=("language.*", "vision.*"), modules_to_save=("connector.*",))
 CONNECTORS = {
     "linear": None,
@@ -47,7 +48,7 @@ def tiled_model(base: Path, lora: LoRAConfig, connector: str, dtype: torch.dtype
     with torch.no_grad():
         for parameter in trained_parameters(model).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return rounding.in_dtype(model, dtype).train()  # type: ignore[return-value]
+    return rounding.in_dtype(model, dtype).train()
 
 
 def examples_of(model: PaliGemma) -> list[dict[str, Any]]:
@@ -95,7 +96,7 @@ def by_hand(model: PaliGemma, examples: Sequence[dict[str, Any]]) -> tuple[float
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 7])
 @pytest.mark.parametrize("connector", CONNECTORS)
-@pytest.mark.parametrize("lora", [LANGUAGE, EVERYWHERE], ids=["language", "everywhere"])
+@pytest.mark.parametrize("lora", [LANGUAGE, CONNECTOR, EVERYWHERE], ids=["language", "connector", "everywhere"])
 def test_a_step_with_tiles_is_the_one_made_by_hand(
     base: Path, lora: LoRAConfig, connector: str, micro_batch: int
 ) -> None:
@@ -109,9 +110,12 @@ def test_a_step_with_tiles_is_the_one_made_by_hand(
     rounding.assert_exact(found, expected)
 
 
+@pytest.mark.parametrize("targets", [("language.*", "connector.*"), ("language.*", "vision.*", "connector.*")])
 @pytest.mark.parametrize("connector", CONNECTORS)
-def test_dropout_of_tiles_depends_on_the_image_and_not_on_the_cut(base: Path, connector: str) -> None:
-    lora = LoRAConfig(rank=2, targets=("language.*", "vision.*", "connector.*"), dropout=0.3)
+def test_dropout_of_tiles_depends_on_the_image_and_not_on_the_cut(
+    base: Path, connector: str, targets: tuple[str, ...]
+) -> None:
+    lora = LoRAConfig(rank=2, targets=targets, dropout=0.3)
     with rounding.KeepFP64():
         models = [tiled_model(base, lora, connector) for _ in range(3)]
         examples = examples_of(models[0])
@@ -136,8 +140,11 @@ def test_no_two_tiles_lose_the_same_to_dropout(base: Path) -> None:
     assert all(not torch.equal(views[i], views[j]) for i in range(5) for j in range(i))
 
 
-def test_each_image_is_encoded_once_a_step_with_its_tiles(base: Path) -> None:
-    model = tiled_model(base, LANGUAGE, "linear")
+@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("lora", [LANGUAGE, CONNECTOR], ids=["language", "connector"])
+def test_each_image_is_encoded_once_a_step_with_its_tiles(base: Path, lora: LoRAConfig, connector: str) -> None:
+    """Also where what comes behind the vision tower is trained."""
+    model = tiled_model(base, lora, connector)
     sizes: list[int] = []
     model.vision_tower.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     with rounding.KeepFP64():

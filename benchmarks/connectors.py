@@ -1,0 +1,319 @@
+"""Which connector: every configuration in configs/connectors trained with several seeds, as a table and a plot.
+
+    python -m benchmarks.connectors                        train what is missing, write the table and the plot
+    python -m benchmarks.connectors --workers 4 --seeds 1 2 3
+
+A run is `train.py CONFIG train.seed=SEED`, in a process of its own with one thread. Its figure is the VQA accuracy on
+all validation questions after its last step, whichever step it keeps: keeping the best of several would favor arms
+whose accuracy varies more. Runs that are finished are not repeated, one that was interrupted resumes.
+
+An interval is the mean over the seeds plus or minus t standard errors, t of Student's distribution: where the mean of
+further seeds is to be expected, on the same questions. Differences are taken seed by seed: with the same seed, all arms
+see the same examples in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune import cli
+from finetune.config.load import load_config
+from finetune.config.schema import RunConfig
+from finetune.config.stages import runs_of
+from finetune.preflight.plan import Planner
+from finetune.preflight.run_plan import plan_run
+from finetune.system.atomic import write_text_whole
+from finetune.system.console import show
+from finetune.system.paths import path_argument
+from finetune.training.examples import network_config, open_examples, open_processor
+from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.result import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "benchmarks.connectors"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs/connectors"
+ARMS = ("linear", "mlp", "dense_sci", "dense_dci", "dense_dci_random", "resampler", "pixel_shuffle")
+REFERENCE = "linear"  # what the others are compared with
+ROLLING = 3  # logged losses that a point of the plot is the mean of: batches differ more than arms do
+BEGIN, END = "<!-- begin: written by python -m benchmarks.connectors -->", "<!-- end -->"
+# The 0.975 quantile of Student's t, by degrees of freedom (one less than there are seeds).
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    arm: str
+    seed: int
+    output: Path
+
+    @property
+    def finished(self) -> bool:
+        result = Result.read(self.output)
+        return result is not None and result.finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a finished run came to.
+
+    Attributes:
+        accuracy: percent, under "overall" and each answer type.
+        loss: mean over the tokens of the validation answers.
+        losses: (step, mean training loss of the steps before it since the last one), the stages' steps counted first.
+    """
+
+    accuracy: dict[str, float]
+    loss: float
+    losses: list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What an arm costs, counted: image tokens, parameters of its connector, GFLOP of an example, MiB of a row."""
+
+    image_tokens: int
+    parameters: int
+    gflop: float
+    mib: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over seeds, and half the width of its 95% interval."""
+
+    mean: float
+    half: float
+
+    def __format__(self, spec: str) -> str:
+        """spec: of the mean, such as "+.2f"; by default ".1f"."""
+        spec = spec or ".1f"
+        return f"{self.mean:{spec}} ± {self.half:{spec.removeprefix('+')}}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of independent, normally distributed values: mean ± t * standard deviation / sqrt(n).
+
+    Raises:
+        ValueError: fewer than two values, or more than the table of t goes to.
+    """
+    if len(values) - 1 not in T_975:
+        raise ValueError(f"{len(values)} values: an interval is known for 2 to {len(T_975) + 1} seeds")
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(statistics.mean(values), T_975[len(values) - 1] * error)
+
+
+def config_of(job: Job) -> tuple[Path, list[str]]:
+    """A run's configuration, as a file and what is laid over it."""
+    return CONFIGS / f"{job.arm}.yaml", [f"train.seed={job.seed}", f"output={job.output}"]
+
+
+def train_all(jobs: Sequence[Job], workers: int, overrides: Sequence[str]) -> None:
+    """Train what is not finished, `workers` runs at a time.
+
+    Raises:
+        ValueError: a run failed; says where its output is.
+    """
+    left = [job for job in jobs if not job.finished]
+    show(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished; {len(left)} are left, {workers} at a time")
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(train_one, job, overrides) for job in left]:
+            try:
+                done.result()
+            except ValueError:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def train_one(job: Job, overrides: Sequence[str]) -> None:
+    """Train one run to its end; what it prints goes to OUTPUT.log."""
+    path, own = config_of(job)
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    log = job.output.with_suffix(".log")
+    command = [sys.executable, str(ROOT / "train.py"), str(path), *overrides, *own]
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with log.open("w", encoding="utf-8") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads})
+    if status.returncode:
+        raise ValueError(f"{job.arm}, seed {job.seed}: train.py ended with {status.returncode}; see {log}")
+    show(f"{job.arm}, seed {job.seed}: {Result.read(job.output)}")
+
+
+def measured(job: Job, overrides: Sequence[str] = ()) -> Measured:
+    """What a finished run and its stages wrote into metrics.jsonl."""
+    path, own = config_of(job)
+    losses: list[tuple[int, float]] = []
+    evaluation: dict[str, float] = {}
+    before = 0
+    for run in runs_of(load_config(path, [*overrides, *own])):
+        for line in map(json.loads, Path(run.output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+            if "loss" in line:
+                losses.append((before + line["step"], line["loss"]))
+            elif "eval_accuracy" in line:
+                evaluation = line
+        before = losses[-1][0]
+    accuracy = {"overall": evaluation["eval_accuracy"], **by_type(evaluation)}
+    return Measured(accuracy, evaluation["eval_loss"], losses)
+
+
+def by_type(line: dict[str, float]) -> dict[str, float]:
+    """Accuracy by answer type, of an evaluation's line."""
+    prefix = "eval_accuracy_"
+    return {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+
+
+def cost_of(config: RunConfig) -> Cost:
+    """What one example takes in the run itself, after its stages, counted in a network without values."""
+    directory = Path(config.model.path)
+    network = network_config(directory, config)
+    longest = open_examples(config, "train", open_processor(directory, config)).longest
+    planner: Planner = plan_run(config, network, longest).planner
+    one_row = ExecutionPlan(micro_batch=1, recompute_layers=0, offload_vision=False)
+    connector = sum(p.numel() for p in planner.model.multi_modal_projector.parameters() if p.requires_grad)
+    bytes_of_two = planner.activations(dataclasses.replace(one_row, micro_batch=2))
+    of_a_row = bytes_of_two - planner.activations(one_row)  # without what is saved once, however many rows there are
+    return Cost(network.num_image_tokens, connector, 1000 * planner.tflop(one_row), of_a_row / 2**20)
+
+
+def table(costs: dict[str, Cost], results: dict[str, list[Measured]]) -> list[str]:
+    """A row for each arm, as Markdown."""
+    types = sorted(name for name in results[REFERENCE][0].accuracy if name != "overall")
+    counted = ["image tokens", "trained of it", "GFLOP an example", "MiB a row"]
+    rows = [["connector", *counted, "loss", "to linear", "accuracy", "to linear", *types]]
+    rows.append(["---", *("---:" for _ in rows[0][1:])])
+    loss, accuracy = ({arm: [get(run) for run in runs] for arm, runs in results.items()} for get in (loss_of, overall))
+    for arm, runs in results.items():
+        cost = costs[arm]
+        counts = [str(cost.image_tokens), f"{cost.parameters:,}", f"{cost.gflop:.2f}", f"{cost.mib:.2f}"]
+        by_answer = [f"{interval([run.accuracy[kind] for run in runs])}" for kind in types]
+        above = ["", ""]
+        if arm != REFERENCE:
+            above = [f"{interval(differences(loss[arm], loss[REFERENCE])):+z.4f}"]
+            above += [f"{interval(differences(accuracy[arm], accuracy[REFERENCE])):+z.1f}"]
+        measured = [f"{interval(loss[arm]):.4f}", above[0], f"**{interval(accuracy[arm])}**", above[1]]
+        rows.append([f"`{arm}`", *counts, *measured, *by_answer])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def loss_of(run: Measured) -> float:
+    return run.loss
+
+
+def overall(run: Measured) -> float:
+    return run.accuracy["overall"]
+
+
+def differences(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """By how much an arm's figures are above another arm's, seed by seed."""
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
+def write_table(document: Path, lines: Sequence[str]) -> None:
+    """Put the table between the two marks of a document.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    text = document.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[-1]:
+        raise ValueError(f"{document} has no place for the table: expected one line {BEGIN!r}, and {END!r} below it")
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END, 1)[1]
+    write_text_whole(document, f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{tail}")
+
+
+def plot(file: Path, results: dict[str, list[Measured]]) -> None:
+    """Training losses over the steps, and accuracies with their intervals, side by side."""
+    import matplotlib as mpl
+
+    mpl.use("agg")  # draws into a file, without a display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_losses(left, results)
+    draw_accuracies(right, results)
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
+def draw_losses(axes: Axes, results: dict[str, list[Measured]]) -> None:
+    """A line for each arm: the mean over its seeds of rolling means; a band: its 95% interval."""
+    for arm, runs in results.items():
+        steps = [step for step, _ in runs[0].losses]
+        means = [interval(values) for values in zip(*(rolling(run.losses) for run in runs), strict=True)]
+        (line,) = axes.plot(steps, [m.mean for m in means], label=arm, linewidth=1.3)
+        low, high = ([m.mean + sign * m.half for m in means] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, alpha=0.1, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="step, alignment included", ylabel=f"training loss, mean of {ROLLING} logged ones")
+    axes.legend(fontsize=8)
+
+
+def rolling(losses: Sequence[tuple[int, float]]) -> list[float]:
+    """For each logged loss the mean of it and those before it, ROLLING in all."""
+    values = [loss for _, loss in losses]
+    return [statistics.mean(values[max(0, i + 1 - ROLLING) : i + 1]) for i in range(len(values))]
+
+
+def draw_accuracies(axes: Axes, results: dict[str, list[Measured]]) -> None:
+    """A point for each seed, and the mean with its 95% interval."""
+    for place, runs in enumerate(results.values()):
+        values = [run.accuracy["overall"] for run in runs]
+        mean = interval(values)
+        axes.errorbar(mean.mean, place, xerr=mean.half, fmt="o", capsize=4, color=f"C{place}")
+        axes.plot(values, [place + 0.2] * len(values), ".", color=f"C{place}", alpha=0.5, markersize=5)
+    axes.set(xlabel="VQA accuracy, percent: mean, 95% interval, and each seed", yticks=range(len(results)))
+    axes.set_yticklabels(list(results))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over every configuration")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="configurations; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each with one thread; default: 2")
+    parser.add_argument("--runs", type=path_argument, default=ROOT / "runs/connectors", help="directory of all runs")
+    parser.add_argument("--document", type=path_argument, default=ROOT / "docs/connectors.md", help="with the table")
+    parser.add_argument("--plot", type=path_argument, default=ROOT / "docs/connectors.png", help="file of the plot")
+    arguments = parser.parse_intermixed_args(argv)
+    if REFERENCE not in arguments.arms:
+        raise ValueError(f"--arms {' '.join(arguments.arms)}: {REFERENCE}, which they are compared with, is missing")
+    if not 2 <= len(set(arguments.seeds)) == len(arguments.seeds) <= len(T_975) + 1:
+        raise ValueError(f"--seeds {arguments.seeds}: expected 2 to {len(T_975) + 1} different ones")
+    study(arguments)
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """Train, read, and write."""
+    runs, seeds = arguments.runs, arguments.seeds
+    jobs = {arm: [Job(arm, seed, runs / arm / f"seed{seed}") for seed in seeds] for arm in arguments.arms}
+    by_seed = [job for together in zip(*jobs.values(), strict=True) for job in together]
+    train_all(by_seed, arguments.workers, arguments.overrides)
+    results = {arm: [measured(job, arguments.overrides) for job in of_arm] for arm, of_arm in jobs.items()}
+    configs = {arm: load_config(CONFIGS / f"{arm}.yaml", arguments.overrides) for arm in jobs}
+    costs = {arm: cost_of(config) for arm, config in configs.items()}
+    write_table(arguments.document, lines := table(costs, results))
+    plot(arguments.plot, results)
+    show("\n".join(lines), f"written into {arguments.document}, beside {arguments.plot}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Show me. A page in the browser on which base and adapters answer the same question, side by side."""

@@ -1,0 +1,74 @@
+"""Questions to begin with, from what a run was validated on; and the same as files, beside an exported page."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.config.load import load_config
+from finetune.training.examples import open_records, skipped_records
+
+FILE = "examples.json"
+COUNT = 8
+QUESTION = "{question}"  # the prompt of a question that is a whole prompt itself
+
+
+class Example(NamedTuple):
+    """A question about an image file; prompt: with {question} where the question goes."""
+
+    image: Path
+    question: str
+    prompt: str
+
+
+def examples_of(run: Path, count: int = COUNT, seed: int = 0) -> list[Example]:
+    """Questions drawn from a run's validation records, each of another image; none of an adapter without its run.
+
+    Raises:
+        ValueError: the configuration or the records cannot be read, or are no longer there.
+    """
+    if not (run / "config.yaml").is_file():
+        return []
+    config = load_config(run / "config.yaml")
+    records = open_records(config, "validation", skipped_records(config, "validation", listed=False))
+    order = list(range(len(records)))
+    random.Random(seed).shuffle(order)
+    found: dict[str, Example] = {}
+    for i in order:
+        record = records[i]
+        path = Path(record["image"]["path"] or "")
+        if len(found) < count and path.is_file():
+            found[record["image_id"]] = example(path, record["question"], record["prefix"], config.data.prompt)
+    return list(found.values())
+
+
+def example(image: Path, question: str, prefix: str, prompt: str) -> Example:
+    """Question and prompt apart where the prefix is made of them, else the prefix as the question."""
+    if question and prompt.replace(QUESTION, question) == prefix:
+        return Example(image, question, prompt)
+    return Example(image, prefix, QUESTION)
+
+
+def write_examples(examples: Sequence[Example], directory: Path) -> None:
+    """Copy the images, and list the questions, in a new directory."""
+    directory.mkdir()
+    lines = []
+    for number, one in enumerate(examples):
+        name = f"{number}{one.image.suffix.lower()}"
+        shutil.copyfile(one.image, directory / name)
+        lines.append({"image": name, "question": one.question, "prompt": one.prompt})
+    (directory / FILE).write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_examples(directory: Path) -> list[Example]:
+    """What `write_examples` wrote. ValueError where it cannot be read."""
+    file = directory / FILE
+    try:
+        lines = json.loads(file.read_text(encoding="utf-8"))
+        return [Example(directory / line["image"], line["question"], line["prompt"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read ({error!r}): export the page again") from error

@@ -1,0 +1,161 @@
+"""A folder that can be hosted as it is, such as a Hugging Face Space: the page, the adapters, and this package's code.
+
+The base is named by its Hub id, for the host to download; a small one from a directory is copied along.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.adapters.locate import CHECKOUT
+from finetune.adapters.metadata import CONFIG_FILE, WEIGHTS_FILE
+from finetune.demo.examples import Example, write_examples
+from finetune.demo.networks import Sources
+from finetune.system.atomic import occupied, recover, temporary_paths
+
+PACKAGES = ("model", "data", "finetune")
+SMALL_BASE = 200_000_000  # bytes of a base that is copied along
+
+APP = '''"""The page of this Space."""
+
+from pathlib import Path
+
+from finetune.demo.app import serve
+from finetune.demo.examples import read_examples
+from finetune.demo.networks import find_sources, open_networks
+
+HERE = Path(__file__).parent
+
+if __name__ == "__main__":
+    opened = open_networks(find_sources(sorted((HERE / "adapters").iterdir())), dtype={dtype!r})
+    serve(opened, read_examples(HERE / "examples"), host="0.0.0.0")
+'''
+
+README = """---
+title: {title}
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.11"
+app_file: app.py
+{models}---
+
+# {title}
+
+Ask a question about an image: the base answers, and so {does} {names}, with each token's probability and a map of what
+the answer depends on.
+
+{base}
+
+To try it here: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
+"""
+
+GATED = """The base, `{base}`, is downloaded when the Space starts. If it is gated, as Google's PaliGemma is, accept its
+licence at https://huggingface.co/{base} and give the Space a secret `HF_TOKEN` with a token that may read it
+(Settings, Variables and secrets)."""
+COPIED = "The base is in the folder `base`; no token is needed."
+
+
+def export(sources: Sources, examples: Sequence[Example], directory: Path, dtype: str = "bfloat16") -> list[str]:
+    """Write the folder, whole or not at all; returns what to tell the person.
+
+    Raises:
+        ValueError: there is something at `directory`, or the base is a directory too large to copy along.
+    """
+    if occupied(directory):
+        raise ValueError(f"{directory} exists already, and is not empty: name a new folder, or delete it first")
+    base = Path(sources.base)
+    copied = base.is_dir()
+    if copied and (size := size_of(base)) > SMALL_BASE:
+        raise ValueError(
+            f"the base is a directory here, {base}, of {size / 1e9:.1f} GB, which the host would not have: name the "
+            "same checkpoint on the Hub, with --model google/paligemma-3b-pt-224 (or what it is)"
+        )
+    recover(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, _ = temporary_paths(directory)
+    unfinished.mkdir()
+    try:
+        fill(unfinished, sources, examples, dtype)
+        if directory.exists():
+            directory.rmdir()  # empty
+        unfinished.rename(directory)
+    except BaseException:
+        recover(directory)
+        raise
+    return told(directory, sources, examples)
+
+
+def fill(directory: Path, sources: Sources, examples: Sequence[Example], dtype: str) -> None:
+    """Everything that the folder holds."""
+    copied = Path(sources.base).is_dir()
+    for package in PACKAGES:
+        shutil.copytree(CHECKOUT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copyfile(CHECKOUT / "LICENSE", directory / "LICENSE")
+    if copied:
+        shutil.copytree(sources.base, directory / "base")
+    for name, adapter in sources.adapters.items():
+        copy_adapter(adapter, directory / "adapters" / name, "base" if copied else sources.base, sources.revision)
+    write_examples(examples, directory / "examples")
+    (directory / "app.py").write_text(APP.format(dtype=dtype), encoding="utf-8")
+    (directory / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(readme(sources), encoding="utf-8")
+
+
+def copy_adapter(adapter: Path, directory: Path, base: str, revision: str | None) -> None:
+    """An adapter's two files, its base named as the host finds it; no manifest, for that lists the old file."""
+    directory.mkdir(parents=True)
+    shutil.copyfile(adapter / WEIGHTS_FILE, directory / WEIGHTS_FILE)
+    config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": base, "revision": revision}
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def requirements() -> list[str]:
+    """What the package needs, as pyproject.toml has it; gradio itself comes with the Space."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [str(line) for line in project["dependencies"]]
+
+
+def gradio_version() -> str:
+    """The version that the page was tested with, by constraints.txt."""
+    lines = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return next(line.split()[0].removeprefix("gradio==") for line in lines if line.startswith("gradio=="))
+
+
+def readme(sources: Sources) -> str:
+    """README.md with the header that a Space reads."""
+    names = list(sources.adapters)
+    copied = Path(sources.base).is_dir()
+    return README.format(
+        title=json.dumps(" and ".join(names), ensure_ascii=False)[1:-1],
+        gradio=gradio_version(),
+        models="" if copied else f"models:\n- {sources.base}\n",
+        names=" and ".join(names),
+        does="does" if len(names) == 1 else "do",
+        base=COPIED if copied else GATED.format(base=sources.base),
+    )
+
+
+def told(directory: Path, sources: Sources, examples: Sequence[Example]) -> list[str]:
+    """What was written, and what the person still has to do."""
+    adapters = f"{len(sources.adapters)} adapter{'s' if len(sources.adapters) > 1 else ''}"
+    lines = [
+        f"{directory}: app.py, requirements.txt, README.md with the header of a Space, {adapters}, {len(examples)} "
+        f"example images and the code ({size_of(directory) / 1e6:.1f} MB)",
+        f"to host it: hf upload OWNER/NAME {directory} . --repo-type space",
+    ]
+    if Path(sources.base).is_dir():
+        return [*lines, f"the base, {sources.base}, was copied along"]
+    return [
+        *lines,
+        f"the Space downloads the base, {sources.base}; if that is gated, as Google's PaliGemma is, the Space needs a "
+        "secret HF_TOKEN with a token that may read it",
+    ]
+
+
+def size_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,388 @@
+"""The model card of an adapter or a checkpoint, README.md in the form of the Hugging Face Hub (an adapter's as PEFT
+writes them): what was trained on what, its scores, how to open it.
+
+A card is made from what is on the disk: the directory itself and the run that it belongs to. It contains no absolute
+path, and texts of a person's data mean nothing in its YAML header, its Markdown and its code but themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from finetune.adapters.card_file import CARD_FILE, write_card
+from finetune.adapters.generation_config import DEFAULT_NEW_TOKENS, stored_max_new_tokens
+from finetune.adapters.locate import find_base
+from finetune.adapters.metadata import (
+    BASE_FINGERPRINT,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    TrainingFacts,
+    metadata_of,
+    trained_on,
+    training_facts,
+)
+from finetune.adapters.network import changes_in
+from finetune.config.strict_yaml import dump
+from finetune.evaluation.evaluate import METRICS_FILE
+from finetune.evaluation.inputs import INPUTS_KEY
+from finetune.report.result_page import public, shortened
+from finetune.report.run_data import Arm, RunData, read_run
+from finetune.system.console import show
+from finetune.system.terminal import one_line
+from model import PaliGemmaConfig
+
+TOOLKIT = "paligemma-lora"
+GEMMA_VOCABULARY = 257_152  # tokens of the published checkpoints, without their padding
+NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+IN_PEFT = """\
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+
+base = PaliGemmaForConditionalGeneration.from_pretrained({base}, dtype=torch.{dtype})
+model = PeftModel.from_pretrained(base, {name}).eval()
+processor = AutoProcessor.from_pretrained({base})
+"""
+IN_TRANSFORMERS = """\
+import torch
+from PIL import Image
+from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+
+model = PaliGemmaForConditionalGeneration.from_pretrained({name}, dtype="auto").eval()
+processor = AutoProcessor.from_pretrained({name})
+"""
+ASKING = """
+inputs = processor(images=Image.open("image.jpg"), text={text}, return_tensors="pt").to(model.dtype)
+with torch.inference_mode():
+    tokens = model.generate(**inputs, max_new_tokens={new_tokens}, do_sample=False)
+print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        directory: the adapter, or the checkpoint.
+        adapter: the adapter itself, or the one that was merged into the checkpoint; None where all was trained.
+        run: where it was trained, if that is known.
+        name: what opens it, a path or an id on the Hub.
+        named_base: the adapter's base on the Hub, where the adapter itself names a directory.
+    """
+
+    directory: Path
+    adapter: Path | None
+    run: RunData | None
+    name: str
+    named_base: str | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.directory == self.adapter
+
+    @property
+    def base(self) -> tuple[str | None, str | None]:
+        """The base checkpoint and its revision: a directory or a Hub id; None where it is not known."""
+        if self.named_base:
+            return self.named_base, None
+        if self.adapter is None:
+            return (self.run.config.model.path, self.run.config.model.revision) if self.run else (None, None)
+        try:
+            return find_base(self.adapter)
+        except ValueError:
+            return None, None
+
+    @property
+    def hub_base(self) -> str | None:
+        """The base, if it is one on the Hub."""
+        base, _ = self.base
+        return base if base and HUB_ID.fullmatch(base) and not Path(base).is_dir() else None
+
+    @property
+    def shown_base(self) -> str:
+        """The base's name without the path to it."""
+        base, _ = self.base
+        output = str(self.run.directory) if self.run else str(self.directory)
+        return shortened(base, output) if base else "a checkpoint that is not named"
+
+    @property
+    def facts(self) -> TrainingFacts:
+        return training_facts(self.adapter) if self.adapter else TrainingFacts()
+
+    @property
+    def opens_elsewhere(self) -> bool:
+        """Whether PEFT opens the adapter, or transformers the checkpoint, as the network that was trained."""
+        if self.is_adapter:
+            return not changes_in(self.directory)
+        return PaliGemmaConfig.from_directory(self.directory).is_published
+
+    @property
+    def has_gemma_weights(self) -> bool:
+        """Whether the base has the published checkpoints' vocabulary, or is on the Hub."""
+        base, _ = self.base
+        directory = Path(base or "unknown") if self.is_adapter else self.directory
+        if self.is_adapter and not (directory / "config.json").is_file():
+            return True
+        return PaliGemmaConfig.from_directory(directory).text.vocab_size >= GEMMA_VOCABULARY
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """Its own scores, and the base's on the same questions; none where it was not evaluated as it is now."""
+        arms = self.run.arms if self.run else {}
+        arm, weights = arms.get(self.directory.name), self.directory / self.weights_file
+        if self.run is None or arm is None or self.directory.resolve().parent != self.run.directory.resolve():
+            return {}
+        figures = self.run.directory / "eval" / arm.name / METRICS_FILE
+        if figures.stat().st_mtime < weights.stat().st_mtime:
+            return {}
+        base = arms.get("base")
+        comparable = base is not None and base.metrics.get(INPUTS_KEY) == arm.metrics.get(INPUTS_KEY)
+        return {arm.name: arm} | ({"base": base} if base and comparable else {})
+
+    @property
+    def weights_file(self) -> str:
+        return WEIGHTS_FILE if self.is_adapter else "model.safetensors"
+
+
+def subject_of(directory: Path, adapter: Path | None = None, name: str | None = None) -> Subject:
+    """What is in a directory, an adapter's or a checkpoint's, and the run that it belongs to.
+
+    Args:
+        adapter: the one that was merged into a checkpoint; by default that of its run.
+        name: its id on the Hub; by default its path.
+
+    Raises:
+        ValueError: there is neither; or what is there cannot be read.
+    """
+    if (directory / CONFIG_FILE).is_file():
+        adapter = directory
+    elif not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{directory} holds neither {CONFIG_FILE} nor config.json: expected a run, an adapter or a checkpoint"
+        )
+    elif adapter is None and directory.name == "merged" and (directory.parent / "adapter" / CONFIG_FILE).is_file():
+        adapter = directory.parent / "adapter"
+    place = (adapter or directory).absolute().parent
+    run = read_run(place) if (place / "config.yaml").is_file() else None
+    return Subject(directory, adapter, run, name or shortened(str(directory), os.getcwd()))
+
+
+def show_card(directory: Path, adapter: Path | None = None) -> None:
+    """Write the card of a directory. Its weights stand, whatever happens here: what goes wrong is said."""
+    try:
+        if not write_card(directory, card(subject_of(directory, adapter))):
+            show(f"{directory / CARD_FILE} was edited: it stays as it is")
+    except Exception as error:  # of any kind: a night of training is worth more than its card
+        show(f"{directory / CARD_FILE} could not be written ({type(error).__name__}: {error})")
+
+
+def show_cards(output: Path) -> None:
+    """Write the cards of what is in a run's directory."""
+    for name in ("adapter", "model", "merged"):
+        if (output / name).is_dir():
+            show_card(output / name)
+
+
+def card(subject: Subject) -> str:
+    """The text of a card."""
+    sections = {
+        "Scores": scores(subject),
+        "How to open it": opening(subject),
+        "How it was trained": training(subject),
+        "Base": about_base(subject),
+        "Licence": licence(subject),
+    }
+    body = [f"# {plain(title(subject))}", about(subject)]
+    body += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    return f"---\n{header(subject).to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n\n"
+
+
+def header(subject: Subject) -> ModelCardData:
+    """The metadata that the Hub reads."""
+    hub_base = subject.hub_base
+    library = ("peft" if subject.is_adapter else "transformers") if subject.opens_elsewhere else TOOLKIT
+    tags = ["paligemma", TOOLKIT]
+    if subject.is_adapter:
+        tags += ["lora", *(["transformers"] if library == "peft" else [])]
+        tags += [f"base_model:adapter:{hub_base}"] if hub_base else []
+    relation = "adapter" if subject.is_adapter else "finetune"
+    results = evaluation_results(subject)
+    return ModelCardData(
+        base_model=hub_base,
+        library_name=library,
+        license="gemma" if subject.has_gemma_weights else None,
+        pipeline_tag="image-text-to-text",
+        tags=sorted(tags),
+        model_name=one_line(title(subject)) if results else None,
+        eval_results=results or None,
+        base_model_relation=relation if hub_base else None,
+    )
+
+
+def evaluation_results(subject: Subject) -> list[EvalResult]:
+    """The subject's own score, for `model-index`."""
+    found = [arm for name, arm in subject.arms.items() if name != "base"]
+    return [
+        EvalResult(
+            task_type="visual-question-answering",
+            dataset_type="custom",
+            dataset_name=one_line(validation_name(subject)),
+            metric_type="accuracy",
+            metric_name="VQA accuracy, percent",
+            metric_value=arm.metrics["overall"],
+            metric_args={"interval_95": list(arm.interval), "questions": arm.metrics["questions"]},
+        )
+        for arm in found
+    ]
+
+
+def title(subject: Subject) -> str:
+    if HUB_ID.fullmatch(subject.name):
+        return subject.name.split("/")[1]
+    return f"{subject.run.name}: {subject.directory.name}" if subject.run else subject.directory.absolute().name
+
+
+def about(subject: Subject) -> str:
+    """What this is, what it was trained on, and which step was kept."""
+    base = code(subject.shown_base)
+    if subject.is_adapter:
+        said = f"A LoRA adapter for PaliGemma ({base}), which answers questions about images."
+    else:
+        merged = "with a LoRA adapter merged into it" if subject.adapter else "fine-tuned in full"
+        said = f"PaliGemma ({base}) {merged}. It answers questions about images."
+    if subject.run:
+        source = subject.run.config.data.train
+        said += f" Trained on {code(Path(source.jsonl or source.questions or '').name)}"
+        said += f", in steps of {subject.run.config.train.batch_size:,} examples."
+    step, value = subject.facts.step, subject.facts.metric_value
+    if step is not None:
+        judged = (
+            f", with {plain(subject.facts.metric)} {value:.4g} in training" if subject.facts.metric and value else ""
+        )
+        said += f" These are the weights of step {step:,}{judged}."
+    return said
+
+
+def scores(subject: Subject) -> str:
+    """A table with intervals; "" where it was not evaluated."""
+    arms = subject.arms
+    if not arms:
+        return ""
+    first = next(iter(arms.values())).metrics
+    types = sorted(first["by_answer_type"])
+    rows = [["VQA accuracy, percent", "overall", "95% interval", *map(plain, types)], ["---"] * (3 + len(types))]
+    for name, arm in arms.items():
+        by_type = (f"{arm.metrics['by_answer_type'].get(kind, 0.0):.2f}" for kind in types)
+        rows.append([name, f"{arm.metrics['overall']:.2f}", "{:.2f} to {:.2f}".format(*arm.interval), *by_type])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    asked = f"{first['questions']:,} questions about {first['images']:,} images"
+    return f"{table}\n\nOn {asked} of {code(validation_name(subject))}, answered greedily."
+
+
+def validation_name(subject: Subject) -> str:
+    source = subject.run.config.data.validation if subject.run else None
+    return Path((source.jsonl or source.questions or "") if source else "").name or "not named"
+
+
+def opening(subject: Subject) -> str:
+    """Code for transformers, with PEFT for an adapter, where they have this network; and the toolkit's command."""
+    base, revision = subject.base
+    model = f" --model {code_word(subject.shown_base)}" if subject.is_adapter and base != subject.hub_base else ""
+    option = "--adapter" if subject.is_adapter else "--model"
+    prompt = code_word(example_prompt(subject))
+    command = f"python predict.py {option} DIRECTORY{model} --image image.jpg --prompt {prompt}"
+    here = f"In {TOOLKIT}, from a directory:\n\n{fenced('', command)}"
+    if not subject.opens_elsewhere:
+        return (
+            f"It opens in {TOOLKIT} alone: its connector, resolution, tiles or padding are not those of the published "
+            f"network, which PEFT and transformers build. {here}"
+        )
+    values = {
+        "name": json.dumps(one_line(subject.name)),
+        "base": json.dumps(one_line(subject.shown_base)) + (f", revision={json.dumps(revision)}" if revision else ""),
+        "dtype": subject.run.config.model.dtype if subject.run else "bfloat16",
+    }
+    asking = ASKING.format(
+        text=json.dumps("<image>" + example_prompt(subject), ensure_ascii=False), new_tokens=new_tokens(subject)
+    )
+    loading = (IN_PEFT if subject.is_adapter else IN_TRANSFORMERS).format(**values)
+    return fenced("python", loading + asking) + f"\n\n{here}"
+
+
+def example_prompt(subject: Subject) -> str:
+    """A prompt worded as in training, where that is known."""
+    return (subject.facts.prompt or "answer en {question}").replace("{question}", "what is this?")
+
+
+def new_tokens(subject: Subject) -> int:
+    return subject.facts.max_new_tokens or stored_max_new_tokens(subject.directory) or DEFAULT_NEW_TOKENS
+
+
+def training(subject: Subject) -> str:
+    """The prompt, the base's quantization, and the configuration."""
+    said = []
+    if subject.facts.prompt:
+        said.append(f"The prompt of a question: {code(subject.facts.prompt)}.")
+    elif subject.run and subject.run.config.data.train.jsonl:
+        said.append("The prompts stand in the lines of the training file.")
+    if subject.adapter and (quantized := trained_on(subject.adapter)):
+        said.append(f"The decoder's weights were kept in {quantized.upper()} while it was trained.")
+    if subject.run:
+        said.append(f"The configuration:\n\n{fenced('yaml', dump(public(subject.run.config)))}")
+    return "\n\n".join(said)
+
+
+def about_base(subject: Subject) -> str:
+    """Which checkpoint it belongs to."""
+    _, revision = subject.base
+    said = code(subject.shown_base) + (f", revision {code(revision)}" if revision else "")
+    if not subject.hub_base:
+        said += ", a directory on the machine where it was trained"
+    stored = metadata_of(subject.adapter).get(BASE_FINGERPRINT) if subject.adapter else None
+    return f"{said}." + (f" Fingerprint of its weights: {code(stored)}." if stored else "")
+
+
+def licence(subject: Subject) -> str:
+    if not subject.has_gemma_weights:
+        return "That of the base."
+    return (
+        f"{NOTICE}. They bind whoever uses this or passes it on, with the restrictions of their section 3.2: "
+        "[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms)."
+    )
+
+
+# Texts that are not ours.
+
+
+def plain(text: Any) -> str:
+    """A text that Markdown takes for itself, on one line."""
+    return re.sub(r"([\\`*_\[\]<>&|#~$])", r"\\\1", one_line(str(text)))
+
+
+def code(text: str) -> str:
+    """A code span, which nothing in the text ends."""
+    text = one_line(text)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{padding}{text}{padding}{ticks}"
+
+
+def code_word(text: str) -> str:
+    """An argument of a command line, in double quotes that hold whatever it is, for sh."""
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", one_line(text)) + '"'
+
+
+def fenced(language: str, text: str) -> str:
+    """A block of code, which nothing in the text ends."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
