@@ -245,7 +245,6 @@ class Bases:
             tensors["lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
             tensors["vision_tower.vision_model.head.probe"] = torch.ones(1, 1, 24)
             self.shard(tensors)
-        (directory / "README.md").unlink(missing_ok=True)  # of another network, for people
         if not listed:
             (directory / MANIFEST).unlink()
 

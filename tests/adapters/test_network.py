@@ -235,13 +235,10 @@ def test_merged_it_opens_here_with_the_logits_of_base_and_adapter(
     stored = json.loads((tmp_path / "merged/config.json").read_text())
     is_own = name not in ("size", "linear, random")
     assert ("opens_in" in stored, stored["model_type"] == "paligemma-lora") == (is_own, is_own)
-    assert (tmp_path / "merged/README.md").exists() == is_own
-    if is_own:
-        assert "opens in this toolkit alone" in (tmp_path / "merged/README.md").read_text()
 
 
 @pytest.mark.parametrize(("name", "is_own"), [("dense_dci", True), ("aspect", True), ("size", False)])
-def test_the_console_says_where_a_merged_checkpoint_opens(
+def test_console_and_card_say_where_a_merged_checkpoint_opens(
     base: Path,
     saved: dict[str, tuple[Path, Tensor]],
     tmp_path: Path,
@@ -255,6 +252,7 @@ def test_the_console_says_where_a_merged_checkpoint_opens(
     assert (
         "merged opens in this toolkit alone: transformers has no such connector, tiles or padding" in shown
     ) == is_own
+    assert ("It opens in paligemma-lora alone" in (tmp_path / "merged/README.md").read_text()) == is_own
 
 
 def test_at_another_resolution_transformers_opens_it_with_its_processor(tmp_path: Path) -> None:
