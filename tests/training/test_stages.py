@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -264,9 +265,20 @@ def test_a_stages_network_is_gone_before_the_next_is_opened(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    opened = counted(monkeypatch)
-    train.main(arguments(base, tmp_path / "run", "train.max_steps=1", "stages.0.max_steps=1"))
+    """And what it took is given back to the device, for the run's plan counts what is free there."""
+    opened, given_back = counted(monkeypatch), []
+
+    def noted(device: torch.device) -> None:
+        given_back.append((device.type, [reference() for reference in opened]))
+
+    monkeypatch.setattr("finetune.run.free_memory", noted)
+    gc.disable()  # not when Python happens to collect it
+    try:
+        train.main(arguments(base, tmp_path / "run", "train.max_steps=1", "stages.0.max_steps=1"))
+    finally:
+        gc.enable()
     assert len(opened) == 2
+    assert given_back == [("cpu", [None])]
 
 
 @pytest.mark.parametrize(
