@@ -235,9 +235,6 @@ def test_merged_it_opens_here_with_the_logits_of_base_and_adapter(
     stored = json.loads((tmp_path / "merged/config.json").read_text())
     is_own = name not in ("size", "linear, random")
     assert ("opens_in" in stored, stored["model_type"] == "paligemma-lora") == (is_own, is_own)
-    assert (tmp_path / "merged/README.md").exists() == is_own
-    if is_own:
-        assert "opens in this toolkit alone" in (tmp_path / "merged/README.md").read_text()
 
 
 @pytest.mark.parametrize(("name", "is_own"), [("dense_dci", True), ("aspect", True), ("size", False)])
