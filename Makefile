@@ -71,7 +71,7 @@ tiny-base: .venv/.installed
 	cp $(TINY)/model/model.safetensors assets/tiny-base/
 
 # Which connector: seven of them, five seeds each, on hard scenes; writes the table in docs/connectors.md and
-# docs/connectors.png. 42 minutes on two cores of a shared machine. Interrupted, the same command resumes.
+# docs/connectors.png. About 45 minutes on two cores. Interrupted, the same command resumes.
 connectors: .venv/.installed
 	$(BIN)/python -m data.synthetic.scenes --output $(STUDY)/pretraining --split train2014 --scenes 10000 --seed 11 --level hard
 	$(BIN)/python -m data.synthetic.scenes --output $(STUDY)/data --split train2014 --scenes 1500 --seed 12 --level hard

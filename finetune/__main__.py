@@ -17,6 +17,7 @@ from finetune import cli
 MODULES = {  # of the commands that are no scripts
     "push": "finetune.report.push",
     "report": "finetune.report.__main__",
+    "demo": "finetune.demo.__main__",
     "runs": "finetune.report.runs",
     "config": "finetune.config.__main__",
 }

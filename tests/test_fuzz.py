@@ -19,5 +19,5 @@ def test_corrupted_files_are_refused_or_load_as_what_they_say(tmp_path: Path) ->
 
 def test_a_manifest_that_nobody_looks_at_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "damage", lambda directory: None)
-    _, violations = fuzz(tmp_path, files=120, seed=0)
+    _, violations = fuzz(tmp_path, files=150, seed=0)
     assert any("the manifest does not list it like this" in violation for violation in violations)

@@ -134,7 +134,7 @@ def test_the_end_of_a_run_says_once_what_was_kept(
         shown = capsys.readouterr().out.splitlines()
         kept = [line for line in shown if line.startswith("kept ")]
         assert [line.removeprefix("kept ").split(",")[0] for line in kept] == times
-        assert shown.index(kept[-1]) > len(shown) - 4
+        assert shown.index(kept[-1]) > len(shown) - 5
 
 
 def test_a_run_directory_describes_itself(base: Path, run: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Dialog, Page
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -48,7 +48,12 @@ def tab(browser: Browser) -> Iterator[Page]:
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(f"a script failed: {error}"))
-    page.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))
+
+    def dismiss(dialog: Dialog) -> None:
+        wrong.append(f"a dialog: {dialog.message}")
+        dialog.dismiss()  # the page waits for that
+
+    page.on("dialog", dismiss)
     local = ("file:", "data:", "blob:", "http://127.0.0.1:")
     page.on("request", lambda asked: None if asked.url.startswith(local) else wrong.append(f"asked {asked.url}"))
     yield page

@@ -30,17 +30,17 @@ def test_the_folder_answers_by_itself(opened: Opened, adapters: list[Path], scen
     """Its code, base and adapters alone, in another process."""
     told = export(find_sources(adapters), [Example(scene, "what is it?", "answer en {question}")], tmp_path / "space")
     code = """
-import finetune
 from pathlib import Path
 from finetune.demo.answer import ask
 from finetune.demo.examples import read_examples
 from finetune.demo.networks import find_sources, open_networks
-assert Path(finetune.__file__).parent == Path("finetune").resolve()
 sources = find_sources(sorted(Path("adapters").iterdir()))
 assert Path(sources.base).resolve() == Path("base").resolve()
 (example,) = read_examples(Path("examples"))
 for network in open_networks(sources, "float32", "cpu").networks:
     print(network.name, ask(network, example.image, "answer en what is it?", 5).ids)
+for name in ("model", "data", "finetune"):
+    assert Path(sys.modules[name].__file__).parent == Path(name).resolve(), name
 """
     ran = subprocess.run(
         [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, '.')\n{code}"],

@@ -211,13 +211,13 @@ def test_each_image_of_a_step_passes_the_tower_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = PaliGemma.encode_images
+    encode = PaliGemma.vision_features
 
-    def counted(self: PaliGemma, pixel_values: Tensor) -> Tensor:
+    def counted(self: PaliGemma, pixel_values: Tensor) -> list[Tensor]:
         encoded.append(len(pixel_values))
         return encode(self, pixel_values)
 
-    monkeypatch.setattr(PaliGemma, "encode_images", counted)
+    monkeypatch.setattr(PaliGemma, "vision_features", counted)
     trainer = trainer_of(run_config(base, tmp_path, ADAPTERS, micro_batch=2))
     trainer._initial_global_step = 0
     examples = [trainer.train_dataset[(i, 0)] for i in range(20)]  # type: ignore[index]
