@@ -8,25 +8,22 @@ an example: <image> and <bos> at the start of a prefix (transformers' own form) 
 any case, and any other special token in a text is an error; newlines within a prefix become spaces, for one newline
 says where the answer begins; a text that is too long is an error, or loses the end of its answer where that was asked.
 <loc0000> and <seg000> are words of the vocabulary and stay what they are. Not here: opening images (data/images.py),
-how long the texts of a data set are (data/lengths.py).
+how they become numbers (data/image_form.py), how long the texts of a data set are (data/lengths.py).
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.collate import IGNORE_INDEX, collate
+from data.image_form import ImageForm, PixelForm, image_form_of, pixels_of, read_json, read_pixel_form
 from data.images import ImageSource, open_image
 
 ROWS, POSITIONS = 257216, 8192  # of the published network, whose config.json may leave them out
@@ -36,24 +33,6 @@ LEADING = re.compile(r"\s*((<image>|<bos>)\s*)+")  # what a prefix in transforme
 def single_line(text: str) -> str:
     """The text with a space for each run of newlines, none at its ends."""
     return re.sub(r"[\r\n]+", " ", text.strip("\r\n"))
-
-
-class PixelForm(NamedTuple):
-    """How 8-bit pixels become numbers: resized, times the factor, minus the mean, over the deviation."""
-
-    resample: int
-    factor: float
-    mean: tuple[float, ...]  # of red, green and blue, as std
-    std: tuple[float, ...]
-
-
-class ImageForm(NamedTuple):
-    """What the network sees of an image, where it is not what the checkpoint's files say."""
-
-    size: int  # height and width in pixels
-    tiles: int  # 1: the image whole; 4: its quarters and the whole
-    aspect: str  # squash, or pad with grey to a square first
-    num_image_tokens: int  # N, of a row
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +72,13 @@ class Processor:
         if max_text_tokens is not None and max_text_tokens < 3:
             raise ValueError(f"max_text_tokens is {max_text_tokens}; expected at least 3: newline, a token, <eos>")
         folder = Path(directory)
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         special_ids = {f"<{name}>": config.get(f"{name}_token_id", i) for i, name in enumerate(("pad", "eos", "bos"))}
         special_ids["<image>"] = config.get("image_token_id", config.get("image_token_index"))
-        stored_form = _image_form(config, folder)
+        stored_form = image_form_of(config, folder)
         text = config.get("text_config", {})
         tokenizer, digest = _read_tokenizer(folder / "tokenizer.json", text.get("vocab_size", ROWS))
-        pixel_form = _read_pixel_form(folder, stored_form)
+        pixel_form = read_pixel_form(folder, stored_form)
         special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         for token, expected in special_ids.items():
             if special.get(token) != expected:
@@ -207,23 +186,8 @@ class Processor:
         raise ValueError(f"its text needs {prompt + answer:,} tokens{of}; {said}")
 
     def pixels(self, image: ImageSource) -> Tensor:
-        """One image in the reference's order of roundings, f32[3, H, W]; with tiles f32[5, 3, H, W], the quarters row
-        by row and the whole. ValueError if it cannot be used.
-        """
-        opened = open_image(image)
-        if self.image_form.aspect == "pad":
-            opened = padded(opened, tuple(int(255 * mean) for mean in self.pixel_form.mean))
-        if self.image_form.tiles == 1:
-            return self._normalized(opened)
-        return torch.stack([self._normalized(view) for view in (*quarters(opened), opened)])
-
-    def _normalized(self, image: Image.Image) -> Tensor:
-        """Resized, as numbers: f32[3, H, W]."""
-        form, size = self.pixel_form, self.image_form.size
-        resized = image.resize((size, size), form.resample)  # u8[H, W, 3]
-        scaled = (np.asarray(resized, np.float64) * form.factor).astype(np.float32)
-        values = (scaled - np.array(form.mean, np.float32)) / np.array(form.std, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+        """One image, f32[3, H, W]; with tiles f32[5, 3, H, W]. ValueError if it cannot be used."""
+        return pixels_of(open_image(image), self.pixel_form, self.image_form)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """The text of new tokens up to <eos>, without special tokens and outer spaces; <loc0000> stays."""
@@ -245,41 +209,6 @@ class Processor:
         return ids
 
 
-def padded(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of this colour, as LLaVA 1.5 pads (arXiv 2310.03744)."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def quarters(image: Image.Image) -> list[Image.Image]:
-    """The four quarters, row by row, at least one pixel each: Idefics2's tiles (arXiv 2405.02246, section 4.3)."""
-    width, height = image.size
-    x, y = max(1, width // 2), max(1, height // 2)
-    left, top = min(x, width - 1), min(y, height - 1)  # where the right and lower ones begin
-    boxes = [(0, 0, x, y), (left, 0, width, y), (0, top, x, height), (left, top, width, height)]
-    return [image.crop(box) for box in boxes]
-
-
-def _image_form(config: dict[str, Any], folder: Path) -> ImageForm:
-    """What a config.json says of images. ValueError where it is no network's that this toolkit writes."""
-    vision = config.get("vision_config", {})  # the published one leaves the size out
-    size, tiles, aspect = vision.get("image_size", 224), config.get("tiles", 1), config.get("aspect", "squash")
-    if tiles not in (1, 4) or aspect not in ("squash", "pad"):
-        expected = "expected 1 or 4, squash or pad"
-        raise ValueError(f"{folder / 'config.json'}: tiles is {tiles!r} and aspect {aspect!r}; {expected}")
-    tokens = (size // vision.get("patch_size", 14)) ** 2
-    if config.get("connector") or tiles > 1:
-        tokens = config.get("text_config", {}).get("num_image_tokens")
-        if type(tokens) is not int or tokens < 1:
-            raise ValueError(
-                f"{folder / 'config.json'}: num_image_tokens at text_config is {tokens!r}; a network with a connector "
-                "of its own or with tiles has to say how many image tokens a row has: copy the file from the checkpoint"
-            )
-    return ImageForm(size, tiles, aspect, tokens)
-
-
 def _read_tokenizer(file: Path, rows: int) -> tuple[Tokenizer, str]:
     """The tokenizer and the sha256 of its file. ValueError where an id has no row in an embedding of so many."""
     try:
@@ -295,35 +224,3 @@ def _read_tokenizer(file: Path, rows: int) -> tuple[Tokenizer, str]:
             "embedding resized to them"
         )
     return tokenizer, hashlib.sha256(content).hexdigest()
-
-
-def _read_pixel_form(folder: Path, image: ImageForm) -> PixelForm:
-    """What the files say about pixels, SigLIP's values where they say nothing, checked against config.json."""
-    wanted = {"size": {"height": image.size, "width": image.size}, "image_seq_length": image.num_image_tokens}
-    wanted |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
-    forms = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        content = _read_json(folder / name) if (folder / name).exists() else {}
-        given = content.get("image_processor") if name == "processor_config.json" else content
-        if not given:
-            continue  # 4.x, too, writes a processor_config.json, but without pixels
-        for key, value in wanted.items():
-            if given.get(key, value) != value:
-                difference = f"{key} is {given[key]}, by config.json it should be {value}"
-                raise ValueError(f"{folder / name}: {difference}; copy both files from one PaliGemma checkpoint")
-        mean, std = (tuple(given.get(key, (0.5, 0.5, 0.5))) for key in ("image_mean", "image_std"))
-        if len(mean) != 3 or len(std) != 3 or 0 in std:
-            raise ValueError(f"{folder / name}: expected 3 channels and no std of 0, got mean {mean}, std {std}")
-        resample, factor = given.get("resample", Image.Resampling.BICUBIC), given.get("rescale_factor", 1 / 255)
-        forms[name] = PixelForm(resample, factor, mean, std)
-    if len(set(forms.values())) != 1:
-        files = "preprocessor_config.json or processor_config.json with an image_processor, or both alike"
-        raise ValueError(f"{folder}: expected {files}, found {forms}; copy one from the base checkpoint")
-    return next(iter(forms.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; give the directory of a PaliGemma checkpoint") from error

@@ -20,7 +20,7 @@ from finetune.config.stages import runs_of
 from finetune.evaluation.evaluate import evaluate, mean_loss
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
-from finetune.preflight.run_plan import plan_run, require_fit, spill_warning
+from finetune.preflight.run_plan import RunPlan, plan_run, require_fit, spill_warning
 from finetune.report.model_card import show_card
 from finetune.report.page import show_page
 from finetune.system import distributed
@@ -104,18 +104,15 @@ def learn_one(
     found, notes: as `find_checkpoint` returns them. after: shown at the end.
     """
     checkpoint = Path(found) if found else None
-    for note in notes:
-        show(note)
+    show(*notes)
     directory = fetch(config.model.path, config.model.revision)
     if checkpoint is None:
         require_starts(directory, config)
     processor = open_processor(directory, config)
     examples = open_examples(config, "train", processor)
-    if examples.skipped.reasons:
-        skipped = examples.skipped
-        show(f"{len(skipped.reasons):,} records cannot be used, others take their places: see {skipped.file}")
+    if reasons := examples.skipped.reasons:
+        show(f"{len(reasons):,} records cannot be used, others take their places: see {examples.skipped.file}")
     planned = plan_run(config, network_config(directory, config), examples.longest)
-    plan = planned.plan
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     require_fit(config, planned)
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
@@ -124,11 +121,7 @@ def learn_one(
         show(f"{config.output} is finished: nothing is left to train; kept {Result.read(Path(config.output))}")
         return False
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
-    show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
-    show_trained(model)
-    show(image_note(model.config))
-    if checkpoint is None and (advice := start_note(config)):
-        show(advice)
+    show_start(config, model, planned, checkpoint, batch_sampler.total)
     distributed.on_main(partial(start_run, config))
     evaluated, samples = planned_evaluation(config, planned, new_tokens), Samples()
     trainer = LoRATrainer(
@@ -136,14 +129,12 @@ def learn_one(
         model,
         dataset,
         batch_sampler,
-        plan.execution,
+        planned.plan.execution,
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config, examples.lengths, base_fingerprint),
         evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens, samples),
         callbacks=[*callbacks_for(config, batch_sampler, samples), stop := StopOnSignal()],
     )
-    if checkpoint and step_of(checkpoint) == batch_sampler.total:
-        show(f"{config.output}: all steps are trained, the result is left to be kept")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopping and trainer.state.global_step < batch_sampler.total:
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {resuming(words)}")
@@ -151,6 +142,20 @@ def learn_one(
     conclude(config, batch_sampler.total, after)
     distributed.on_main(partial(show_page, Path(config.output)))
     return distributed.total(stop.received is not None) > 0
+
+
+def show_start(config: RunConfig, model: PaliGemma, planned: RunPlan, checkpoint: Path | None, total: int) -> None:
+    """What begins, or resumes from a checkpoint: the plan, what is trained, what the decoder sees of an image, and what
+    to know of its connector. total: steps of the whole run.
+    """
+    plan = planned.plan
+    show(f"plan: {plan.execution}; {plan.total / GIB:.2f} of {plan.budget / GIB:.2f} GiB {planned.budget_source}")
+    show_trained(model)
+    show(image_note(model.config))
+    if checkpoint is None and (advice := start_note(config)):
+        show(advice)
+    if checkpoint and step_of(checkpoint) == total:
+        show(f"{config.output}: all steps are trained, the result is left to be kept")
 
 
 def resuming(words: Sequence[str]) -> str:

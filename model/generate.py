@@ -51,6 +51,14 @@ class Generation(NamedTuple):
     tokens: Tensor
     log_probs: Tensor
 
+    def rows(self, eos_token_id: int) -> list[tuple[list[int], list[float]]]:
+        """Of each row its tokens, the last one `eos` unless the row was cut off, and their log-probabilities."""
+        found = []
+        for ids, log_probs in zip(self.tokens.tolist(), self.log_probs.tolist(), strict=True):
+            length = ids.index(eos_token_id) + 1 if eos_token_id in ids else len(ids)
+            found.append((ids[:length], log_probs[:length]))
+        return found
+
 
 def require_right_padding(attention_mask: Tensor) -> None:
     """ValueError where a row of the mask [B, S] is not ones followed by zeros, with at least one 1."""

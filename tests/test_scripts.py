@@ -38,8 +38,11 @@ CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/connecto
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_with_scenes(tmp_path_factory.mktemp("base"))
+
+
+def base_with_scenes(directory: Path) -> Path:
     """The tiny base, and scenes to ask about."""
-    directory = tmp_path_factory.mktemp("base")
     shutil.copytree(ROOT / "assets/tiny-base", directory, dirs_exist_ok=True)
     for split, seed in (("train2014", 1), ("val2014", 2)):
         scenes.write(directory / "data", scenes=12, seed=seed, split=split)

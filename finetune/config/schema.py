@@ -7,6 +7,7 @@ whether a run fits.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -96,6 +97,11 @@ class Source(Section):
     """Take this many examples, drawn with train.seed."""
     sample_by: Literal["image", "question"] = "image"
     """Draw whole images with all their questions, or single questions (which touches many more images)."""
+
+    @property
+    def name(self) -> str:
+        """Of its file, without the path."""
+        return Path(self.jsonl or self.questions or "").name
 
     @field_validator("jsonl")
     @classmethod

@@ -8,6 +8,7 @@ which need a decoder of their own.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -71,12 +72,9 @@ def ask(
     new = network.model.generate_scored(
         **inputs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    ids = new.tokens[0].tolist()
-    finished = processor.eos_id in ids
-    ids = ids[: ids.index(processor.eos_id) + 1] if finished else ids
-    probabilities = new.log_probs[0].exp().tolist()
-    tokens = [Token(token_text(network, i), p) for i, p in zip(ids, probabilities, strict=False)]
-    return Answered(processor.decode(ids), ids, tokens, finished)
+    ((ids, log_probs),) = new.rows(processor.eos_id)
+    tokens = [Token(token_text(network, i), math.exp(p)) for i, p in zip(ids, log_probs, strict=True)]
+    return Answered(processor.decode(ids), ids, tokens, ids[-1] == processor.eos_id)
 
 
 def token_text(network: Network, token: int) -> str:

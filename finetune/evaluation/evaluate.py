@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,13 +139,11 @@ def generate_answers(
         inputs: dict[str, Any] = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
         settings = {"max_new_tokens": max_new_tokens, "is_done": sharding.every_process, **sampling}
         new = model.generate_scored(**inputs, image_features=features, **settings)
-        given = map(answer_of, new.tokens.tolist(), new.log_probs.tolist())
+        given = (
+            Answer(processor.decode(tokens), tokens[-1] == processor.eos_id, statistics.fmean(log_probs))
+            for tokens, log_probs in new.rows(processor.eos_id)
+        )
         return dict(zip((row["id"] for row in rows), given, strict=True))
-
-    def answer_of(tokens: list[int], log_probs: list[float]) -> Answer:
-        finished = processor.eos_id in tokens
-        count = tokens.index(processor.eos_id) + 1 if finished else len(tokens)
-        return Answer(processor.decode(tokens), finished, sum(log_probs[:count]) / count)
 
     answers: dict[str, Answer] = {}
     for answered in in_batches(model, processor, records, batch_size, answer, progress):

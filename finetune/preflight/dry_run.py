@@ -19,7 +19,15 @@ from finetune.system.console import new_table, show
 from finetune.system.device import pick_device
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import Examples, max_new_tokens, network_config, open_examples, open_processor
-from finetune.training.setup import adapt, plan_steps, random_model, require_starts, table_of_adapters
+from finetune.training.setup import (
+    adapt,
+    image_note,
+    plan_steps,
+    random_model,
+    require_starts,
+    start_note,
+    table_of_adapters,
+)
 from model import PaliGemmaConfig, fetch
 from model.safetensors_io import refuse_unreadable
 
@@ -53,6 +61,9 @@ def dry_run_one(
     planned = plan_run(config, dimensions, examples.longest if examples else assumed_lengths(config.data))
     planner, plan = planned.planner, planned.plan
     show(table_of_adapters(planner.model))
+    show(image_note(dimensions))
+    if note := start_note(config):
+        show(note)
     show(table_of_memory(planned))
     source = "the longest of the data" if examples else "assumed: the data cannot be read"
     show(f"rows of {planner.tokens} tokens, answers of {planner.supervised} ({source}); {plan.execution}")

@@ -7,41 +7,26 @@ path, and texts of a person's data mean nothing in its YAML header, its Markdown
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from finetune.adapters.card_file import CARD_FILE, write_card
 from finetune.adapters.generation_config import DEFAULT_NEW_TOKENS, stored_max_new_tokens
-from finetune.adapters.locate import find_base
 from finetune.adapters.metadata import (
     BASE_FINGERPRINT,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    TrainingFacts,
     metadata_of,
     trained_on,
-    training_facts,
 )
-from finetune.adapters.network import changes_in
 from finetune.config.strict_yaml import dump
-from finetune.evaluation.evaluate import METRICS_FILE
-from finetune.evaluation.inputs import INPUTS_KEY
-from finetune.report.result_page import public, shortened
-from finetune.report.run_data import Arm, RunData, read_run
+from finetune.report.markdown import code, code_word, fenced, plain
+from finetune.report.result_page import public
+from finetune.report.subject import HUB_ID, TOOLKIT, Subject, subject_of
 from finetune.system.console import show
 from finetune.system.terminal import one_line
-from model import PaliGemmaConfig
 
-TOOLKIT = "paligemma-lora"
-GEMMA_VOCABULARY = 257_152  # tokens of the published checkpoints, without their padding
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 IN_PEFT = """\
 import torch
 from peft import PeftModel
@@ -66,115 +51,6 @@ with torch.inference_mode():
     tokens = model.generate(**inputs, max_new_tokens={new_tokens}, do_sample=False)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What a card is about.
-
-    Attributes:
-        directory: the adapter, or the checkpoint.
-        adapter: the adapter itself, or the one that was merged into the checkpoint; None where all was trained.
-        run: where it was trained, if that is known.
-        name: what opens it, a path or an id on the Hub.
-        named_base: the adapter's base on the Hub, where the adapter itself names a directory.
-    """
-
-    directory: Path
-    adapter: Path | None
-    run: RunData | None
-    name: str
-    named_base: str | None = None
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.directory == self.adapter
-
-    @property
-    def base(self) -> tuple[str | None, str | None]:
-        """The base checkpoint and its revision: a directory or a Hub id; None where it is not known."""
-        if self.named_base:
-            return self.named_base, None
-        if self.adapter is None:
-            return (self.run.config.model.path, self.run.config.model.revision) if self.run else (None, None)
-        try:
-            return find_base(self.adapter)
-        except ValueError:
-            return None, None
-
-    @property
-    def hub_base(self) -> str | None:
-        """The base, if it is one on the Hub."""
-        base, _ = self.base
-        return base if base and HUB_ID.fullmatch(base) and not Path(base).is_dir() else None
-
-    @property
-    def shown_base(self) -> str:
-        """The base's name without the path to it."""
-        base, _ = self.base
-        output = str(self.run.directory) if self.run else str(self.directory)
-        return shortened(base, output) if base else "a checkpoint that is not named"
-
-    @property
-    def facts(self) -> TrainingFacts:
-        return training_facts(self.adapter) if self.adapter else TrainingFacts()
-
-    @property
-    def opens_elsewhere(self) -> bool:
-        """Whether PEFT opens the adapter, or transformers the checkpoint, as the network that was trained."""
-        if self.is_adapter:
-            return not changes_in(self.directory)
-        return PaliGemmaConfig.from_directory(self.directory).is_published
-
-    @property
-    def has_gemma_weights(self) -> bool:
-        """Whether the base has the published checkpoints' vocabulary, or is on the Hub."""
-        base, _ = self.base
-        directory = Path(base or "unknown") if self.is_adapter else self.directory
-        if self.is_adapter and not (directory / "config.json").is_file():
-            return True
-        return PaliGemmaConfig.from_directory(directory).text.vocab_size >= GEMMA_VOCABULARY
-
-    @property
-    def arms(self) -> dict[str, Arm]:
-        """Its own scores, and the base's on the same questions; none where it was not evaluated as it is now."""
-        arms = self.run.arms if self.run else {}
-        arm, weights = arms.get(self.directory.name), self.directory / self.weights_file
-        if self.run is None or arm is None or self.directory.resolve().parent != self.run.directory.resolve():
-            return {}
-        figures = self.run.directory / "eval" / arm.name / METRICS_FILE
-        if figures.stat().st_mtime < weights.stat().st_mtime:
-            return {}
-        base = arms.get("base")
-        comparable = base is not None and base.metrics.get(INPUTS_KEY) == arm.metrics.get(INPUTS_KEY)
-        return {arm.name: arm} | ({"base": base} if base and comparable else {})
-
-    @property
-    def weights_file(self) -> str:
-        return WEIGHTS_FILE if self.is_adapter else "model.safetensors"
-
-
-def subject_of(directory: Path, adapter: Path | None = None, name: str | None = None) -> Subject:
-    """What is in a directory, an adapter's or a checkpoint's, and the run that it belongs to.
-
-    Args:
-        adapter: the one that was merged into a checkpoint; by default that of its run.
-        name: its id on the Hub; by default its path.
-
-    Raises:
-        ValueError: there is neither; or what is there cannot be read.
-    """
-    if (directory / CONFIG_FILE).is_file():
-        adapter = directory
-    elif not (directory / "config.json").is_file():
-        raise ValueError(
-            f"{directory} holds neither {CONFIG_FILE} nor config.json: expected a run, an adapter or a checkpoint"
-        )
-    elif adapter is None and directory.name == "merged" and (directory.parent / "adapter" / CONFIG_FILE).is_file():
-        adapter = directory.parent / "adapter"
-    place = (adapter or directory).absolute().parent
-    run = read_run(place) if (place / "config.yaml").is_file() else None
-    return Subject(directory, adapter, run, name or shortened(str(directory), os.getcwd()))
 
 
 def show_card(directory: Path, adapter: Path | None = None) -> None:
@@ -261,8 +137,7 @@ def about(subject: Subject) -> str:
         merged = "with a LoRA adapter merged into it" if subject.adapter else "fine-tuned in full"
         said = f"PaliGemma ({base}) {merged}. It answers questions about images."
     if subject.run:
-        source = subject.run.config.data.train
-        said += f" Trained on {code(Path(source.jsonl or source.questions or '').name)}"
+        said += f" Trained on {code(subject.run.config.data.train.name)}"
         said += f", in steps of {subject.run.config.train.batch_size:,} examples."
     step, value = subject.facts.step, subject.facts.metric_value
     if step is not None:
@@ -291,7 +166,7 @@ def scores(subject: Subject) -> str:
 
 def validation_name(subject: Subject) -> str:
     source = subject.run.config.data.validation if subject.run else None
-    return Path((source.jsonl or source.questions or "") if source else "").name or "not named"
+    return source.name if source else "not named"
 
 
 def opening(subject: Subject) -> str:
@@ -359,30 +234,3 @@ def licence(subject: Subject) -> str:
         f"{NOTICE}. They bind whoever uses this or passes it on, with the restrictions of their section 3.2: "
         "[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms)."
     )
-
-
-# Texts that are not ours.
-
-
-def plain(text: Any) -> str:
-    """A text that Markdown takes for itself, on one line."""
-    return re.sub(r"([\\`*_\[\]<>&|#~$])", r"\\\1", one_line(str(text)))
-
-
-def code(text: str) -> str:
-    """A code span, which nothing in the text ends."""
-    text = one_line(text)
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    padding = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{ticks}{padding}{text}{padding}{ticks}"
-
-
-def code_word(text: str) -> str:
-    """An argument of a command line, in double quotes that hold whatever it is, for sh."""
-    return '"' + re.sub(r'([\\"$`])', r"\\\1", one_line(text)) + '"'
-
-
-def fenced(language: str, text: str) -> str:
-    """A block of code, which nothing in the text ends."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.strip()}\n{fence}"

@@ -54,8 +54,8 @@ def show_page(directory: Path) -> None:
     """Write the report of a run and say where it is. What was trained and evaluated stands, whatever happens here."""
     try:
         show(f"report: {write_page(directory)}")
-    except (ValueError, OSError) as error:
-        show(f"the report could not be written: {error}")
+    except Exception as error:  # of any kind: a night of training is worth more than its report
+        show(f"the report could not be written ({type(error).__name__}: {error})")
 
 
 def write_comparison(directories: Sequence[Path], output: Path) -> Path:
@@ -122,9 +122,8 @@ def of_several(runs: dict[str, RunData]) -> dict[str, Any]:
 
 def summary(run: RunData) -> str:
     """What was trained on what, and what came of it, in a sentence."""
-    model, train = public(run.config)["model"]["path"], run.config.data.train
-    source = Path(train.jsonl or train.questions or "").name
-    said = f"{model} was trained on {source}"
+    model = public(run.config)["model"]["path"]
+    said = f"{model} was trained on {run.config.data.train.name}"
     arm, base = run.trained, run.arms.get("base")
     if arm is None:
         return f"{said}. It has not been evaluated yet: evaluate.py does that, and writes this page again."
@@ -218,13 +217,10 @@ def adapted(run: RunData) -> list[tuple[str, str, int, int, int]]:
 def facts(run: RunData) -> dict[str, str]:
     """Steps, time and memory, in words."""
     found: dict[str, str] = {}
-    if run.lines:
-        seconds, steps = run.lines[-1]["seconds"], run.lines[-1]["step"]
-        found["steps"] = f"{steps:,}"
-        found["time"] = f"{seconds / 3600:.2f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
-        memory = [line["memory_gib"] for line in run.lines if "memory_gib" in line]
-        if memory:
-            found["most memory"] = f"{max(memory):.2f} GiB"
+    if run.duration:
+        found |= {"steps": f"{run.lines[-1]['step']:,}", "time": run.duration}
+    if run.most_memory is not None:
+        found["most memory"] = f"{run.most_memory:.2f} GiB"
     if run.result:
         found["kept"] = str(run.result)
     return found

@@ -21,7 +21,7 @@ from finetune.system.paths import path_argument
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from finetune.report.model_card import Subject
+    from finetune.report.subject import Subject
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHTS = ("adapter_config.json", "config.json", "*.safetensors", "*.safetensors.index.json")
@@ -124,7 +124,8 @@ def files_to_push(directory: Path, options: Options) -> tuple[Subject, dict[str,
     """
     from finetune.adapters.card_file import CARD_FILE, is_edited, signed
     from finetune.adapters.metadata import CONFIG_FILE
-    from finetune.report.model_card import NOTICE, card, subject_of
+    from finetune.report.model_card import NOTICE, card
+    from finetune.report.subject import subject_of
     from finetune.system.atomic import require_whole
     from model.hub import SIDE_FILES
 

@@ -23,6 +23,7 @@ from finetune.config.stages import stage_output
 from finetune.config.strict_yaml import dump
 from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
 from finetune.preflight.plan import GIB
+from finetune.report.run_data import read_lines
 from finetune.system.device import pick_device
 from finetune.training.examples import open_records, skipped_records
 from finetune.training.result import Result
@@ -98,10 +99,8 @@ def stages_of(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def last_line(output: Path) -> dict[str, Any]:
     """Steps and hours of a run so far; empty where nothing was logged."""
-    file = output / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    last = json.loads(lines[-1]) if lines else None
-    return {"steps": last["step"], "hours": round(last["seconds"] / 3600, 3)} if last else {}
+    lines = read_lines(output / "metrics.jsonl")
+    return {"steps": lines[-1]["step"], "hours": round(lines[-1]["seconds"] / 3600, 3)} if lines else {}
 
 
 def data_of(config: RunConfig) -> dict[str, dict[str, int]]:

@@ -68,6 +68,19 @@ class RunData:
         """The arm of what was trained, if it was evaluated."""
         return next((self.arms[name] for name in TRAINED if name in self.arms), None)
 
+    @property
+    def duration(self) -> str | None:
+        """How long it has trained so far, in hours or minutes; None where nothing was logged."""
+        if not self.lines:
+            return None
+        seconds = self.lines[-1]["seconds"]
+        return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+    @property
+    def most_memory(self) -> float | None:
+        """The most GiB that were in use; None where that was not logged."""
+        return max(self.series("memory_gib")[1], default=None)
+
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps at which a figure was logged, and its values."""
         found = [(line["step"], line[key]) for line in self.lines if isinstance(line.get(key), int | float)]

@@ -79,7 +79,8 @@ def table_of(runs: dict[str, RunData]) -> Table:
 
     table = new_table("run", "best", "at step", "accuracy", "time", "GiB", "state")
     for name, run in runs.items():
-        table.add_row(name, *best_of(run), accuracy_of(run), time_of(run), memory_of(run), state_of(run))
+        memory = "" if run.most_memory is None else f"{run.most_memory:.2f}"
+        table.add_row(name, *best_of(run), accuracy_of(run), run.duration or "", memory, state_of(run))
     table.caption = "best: in training, by which the step was chosen; accuracy: of evaluate.py; GiB: the most in use"
     return table
 
@@ -97,18 +98,6 @@ def best_of(run: RunData) -> tuple[str, str]:
 
 def accuracy_of(run: RunData) -> str:
     return f"{run.trained.metrics['overall']:.2f}" if run.trained else ""
-
-
-def time_of(run: RunData) -> str:
-    if not run.lines:
-        return ""
-    seconds = run.lines[-1]["seconds"]
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-def memory_of(run: RunData) -> str:
-    memory = [line["memory_gib"] for line in run.lines if "memory_gib" in line]
-    return f"{max(memory):.2f}" if memory else ""
 
 
 def state_of(run: RunData) -> str:

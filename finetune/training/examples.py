@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import Processor
+from data.image_form import ImageForm
 from data.invalid import SkippedRecords
 from data.lengths import Longest, TextLengths, measure
-from data.processor import ImageForm
 from data.records import load_records
 from finetune.config.schema import RunConfig
 from finetune.system.console import show

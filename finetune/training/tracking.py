@@ -145,7 +145,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 class ProgressBar(TrainerCallback):
-    """BatchSampler done and left, with rate and remaining time, the last loss and the last accuracy."""
+    """Steps done and left, with rate and remaining time, the last loss and the last accuracy."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None

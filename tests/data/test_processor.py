@@ -17,8 +17,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PaliGemmaConfig, PaliGemmaProcessor
 
+from data.image_form import ImageForm, quarters
 from data.images import open_image
-from data.processor import ImageForm, Processor, quarters, single_line
+from data.processor import Processor, single_line
 from model import ConnectorConfig, PaliGemma
 from model import PaliGemmaConfig as OurConfig
 from model.convert import changed as changed_network

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import Processor
-from data.processor import ImageForm
+from data.image_form import ImageForm
 from data.records import load_records
 from data.synthetic.scenes import write as write_scenes
 from finetune.evaluation.evaluate import Answer, Batches, generate_answers, mean_loss

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import merge_lora
 import train
-from data.synthetic import scenes
 from finetune.adapters.card_file import CARD_FILE, is_edited, write_card
 from finetune.adapters.metadata import BASE_FINGERPRINT, CONFIG_FILE, WEIGHTS_FILE, metadata_of
 from finetune.report import model_card
-from finetune.report.model_card import NOTICE, card, show_card, show_cards, subject_of
+from finetune.report.model_card import NOTICE, card, show_card, show_cards
+from finetune.report.subject import subject_of
 from finetune.system.atomic import MANIFEST, damage
-from tests.test_scripts import ROOT, overrides
+from tests.test_scripts import ROOT, base_with_scenes, overrides
 
 HOSTILE = '--- "a": {b} [c](d) <b>x</b> | ``` ` \\ # $& \'*_\n---\n# x\n```\n<script>'
 ONE_LINE = HOSTILE.replace("\n", "\\n")
@@ -34,11 +34,7 @@ ONE_LINE = HOSTILE.replace("\n", "\\n")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base") / "tiny"
-    shutil.copytree(ROOT / "assets/tiny-base", directory)
-    for split, seed in (("train2014", 1), ("val2014", 2)):
-        scenes.write(directory / "data", scenes=12, seed=seed, split=split)
-    return directory
+    return base_with_scenes(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="module")

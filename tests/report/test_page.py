@@ -13,23 +13,18 @@ import pytest
 
 import evaluate
 import train
-from data.synthetic import scenes
 from finetune import __main__ as console
 from finetune.report import charts, gallery
 from finetune.report.page import write_comparison, write_page
 from finetune.report.run_data import Arm, latest, read_run
-from tests.test_scripts import ROOT, overrides
+from tests.test_scripts import ROOT, base_with_scenes, overrides
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> &amp; \' "'
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    shutil.copytree(ROOT / "assets/tiny-base", directory, dirs_exist_ok=True)
-    for split, seed in (("train2014", 1), ("val2014", 2)):
-        scenes.write(directory / "data", scenes=12, seed=seed, split=split)
-    return directory
+    return base_with_scenes(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

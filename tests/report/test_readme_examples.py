@@ -15,8 +15,7 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 import merge_lora
 import train
-from data.synthetic import scenes
-from tests.test_scripts import ROOT, overrides
+from tests.test_scripts import ROOT, base_with_scenes, overrides
 
 BLOCKS = [
     pytest.param(block, id=f"{document}-{number}")
@@ -31,9 +30,7 @@ BLOCKS = [
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout as it is after the quickstart, with another image: what the examples name is there."""
     directory = tmp_path_factory.mktemp("checkout")
-    base = Path(shutil.copytree(ROOT / "assets/tiny-base", directory / "assets/tiny-base"))
-    for split, seed in (("train2014", 1), ("val2014", 2)):
-        scenes.write(base / "data", scenes=12, seed=seed, split=split)
+    base = base_with_scenes(directory / "assets/tiny-base")
     output = directory / "runs/quickstart"
     train.main([str(ROOT / "configs/quickstart.yaml"), *overrides(base, output, "train.max_steps=12")])
     merge_lora.main([str(output), "--output", str(output / "merged"), "--dtype", "float32"])

@@ -27,9 +27,15 @@ from tests.training.test_trainer import ADAPTERS, EVERYWHERE, run_config, traine
 TINY_BASE = Path(__file__).parents[2] / "assets/tiny-base"
 PLANS = [ExecutionPlan(4), ExecutionPlan(4, recompute_layers=2), ExecutionPlan(4, offload_vision=True)]
 DROPOUT = {**ADAPTERS, "dropout": 0.3}
+CONNECTOR = {**DROPOUT, "modules_to_save": ["connector.linear"]}  # behind a frozen vision encoder
 CASES = [
     pytest.param(lora, plan, id=f"{name}, {plan}")
-    for name, lora in (("language", ADAPTERS), ("dropout", DROPOUT), ("everywhere", EVERYWHERE))
+    for name, lora in (
+        ("language", ADAPTERS),
+        ("dropout", DROPOUT),
+        ("connector", CONNECTOR),
+        ("everywhere", EVERYWHERE),
+    )
     for plan in PLANS
     if not (lora is EVERYWHERE and plan.offload_vision)  # a vision encoder that is trained stays
 ]

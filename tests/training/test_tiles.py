@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import PaliGemmaDataset, Processor, collate
-from data.processor import ImageForm
+from data.image_form import ImageForm
 from finetune import LoRAConfig, inject_lora
 from finetune.config.schema import TrainConfig
 from finetune.lora.protocol import trained_parameters
