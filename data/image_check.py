@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.images import check_header, is_exhausted, open_image
+from data.progress import progress_bar
 
 AT_ONCE = 64  # images that a thread takes
 ValidImages = dict[str, list[int]]  # name -> size, time of change in ns, 1 if all of it was decoded
@@ -37,13 +36,13 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
     home = None if root is None else Path(os.path.realpath(root))
     reasons: dict[str, str] = {}
     count = sum(map(len, folders.values()))
-    with ThreadPoolExecutor() as pool, tqdm(total=count, desc="looking at images", leave=False, delay=3) as bar:
+    with ThreadPoolExecutor() as pool, progress_bar("looking at images", "image", total=count) as bar:
         for folder, names in folders.items():
             cached = cache_dir / f"images-{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
             check = ImageCheck(folder, home, decode, _read(cached))
             for found in pool.map(check, [names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE)]):
                 reasons |= found
-                bar.update(AT_ONCE)
+                bar.update(min(AT_ONCE, count - bar.n))
             if check.changed:
                 _write(cached, check.valid)
     return reasons

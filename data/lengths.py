@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from data.invalid import InvalidRecord
 from data.processor import LEADING, Processor
+from data.progress import progress_bar
 from data.records import File, cache_folder
 
 FORMAT = 1  # goes up when lengths are counted or written differently
@@ -177,7 +177,7 @@ def lengths_of(texts: pa.ChunkedArray | pa.Array, ids: Callable[[str], list[int]
             return REFUSED
 
     distinct = encoded.dictionary.to_pylist()
-    lengths = np.array([length(text) for text in tqdm(distinct, "tokenising texts", leave=False, delay=3)], np.int32)
+    lengths = np.array([length(text) for text in progress_bar("tokenising texts", "text", distinct)], np.int32)
     return lengths[encoded.indices.to_numpy(zero_copy_only=False)] if len(lengths) else lengths
 
 

@@ -25,7 +25,7 @@ from finetune.report.model_card import show_card
 from finetune.report.page import show_page
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
-from finetune.system.console import show
+from finetune.system.console import progress, show
 from finetune.system.device import free_memory, pick_device
 from finetune.training.checkpoints import step_of
 from finetune.training.examples import max_new_tokens, network_config, open_examples, open_processor
@@ -235,10 +235,11 @@ def evaluation_of(
     rows = config.evaluation.batch_size
 
     def measure() -> dict[str, float]:
-        evaluated = evaluate(model, processor, records, new_tokens, batch_size=rows)
+        answering, losing = progress("answering"), progress("loss of the answers")
+        evaluated = evaluate(model, processor, records, new_tokens, batch_size=rows, progress=answering)
         samples.keep(records, evaluated.answers)
         by_type = {f"accuracy_{name}": value for name, value in evaluated.score.by_answer_type.items()}
-        loss = mean_loss(model, processor, records, rows)
+        loss = mean_loss(model, processor, records, rows, losing)
         return {"loss": loss, "accuracy": evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
 
     return measure

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.hub import SIDE_FILES
+from model.progress import Progress, silent
 from model.safetensors_io import MappedFile, StoredTensor, stored_tensors
 
 TIED_HEAD = "lm_head.weight"
@@ -41,7 +42,7 @@ def canonical_name(name: str) -> str | None:
     return None if name.startswith("vision_tower.vision_model.head.") else name
 
 
-def load_weights(model: nn.Module, directory: Path, device: str | torch.device) -> None:
+def load_weights(model: nn.Module, directory: Path, device: str | torch.device, progress: Progress = silent) -> None:
     """Bring `model`, which takes no memory yet (meta), to `device` with every parameter from a checkpoint, strictly.
 
     Raises:
@@ -61,7 +62,7 @@ def load_weights(model: nn.Module, directory: Path, device: str | torch.device) 
         raise ValueError(f"{directory} does not fit its config.json:\n{problems}")
     model.to_empty(device=device)
     mapped = cache(MappedFile)
-    for name, parameter in model.named_parameters():
+    for name, parameter in progress(model.named_parameters(), len(parameters)):
         tensor = stored[name]
         unchanged = parameter.device.type == "cpu" and parameter.dtype == tensor.dtype
         if unchanged and tensor.offset % tensor.dtype.itemsize == 0:

@@ -28,6 +28,7 @@ from model.gemma import GemmaForCausalLM
 from model.generate import Generation, Sampling, generate, require_right_padding
 from model.hub import fetch
 from model.layers import prefix_lm_mask
+from model.progress import Progress, silent
 from model.siglip import SiglipVisionTower
 
 
@@ -63,6 +64,7 @@ class PaliGemma(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         revision: str | None = None,
+        progress: Progress = silent,
     ) -> PaliGemma:
         """Open a published checkpoint: a directory or a Hub id; safetensors, single or sharded, any known key layout.
 
@@ -73,7 +75,7 @@ class PaliGemma(nn.Module):
         """
         directory = fetch(path_or_hub_id, revision)
         model = cls.empty(PaliGemmaConfig.from_directory(directory), dtype, "meta")
-        checkpoint.load_weights(model, directory, device)
+        checkpoint.load_weights(model, directory, device, progress)
         model.source = directory
         return model.eval()
 

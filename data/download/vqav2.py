@@ -60,12 +60,14 @@ def fetch(files: Sequence[Member], output: Path, verify: bool, what: str) -> Non
         directory.mkdir(exist_ok=True)
     columns = (
         TextColumn(what, markup=False),
-        BarColumn(),
+        BarColumn(bar_width=None),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(CONNECTIONS) as pool:
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    with bar as progress, ThreadPoolExecutor(CONNECTIONS) as pool:
         advance = partial(progress.advance, progress.add_task(what, total=sum(one.end - one.begin for one in missing)))
         running = {pool.submit(file.fetch, advance): file for file in missing}
         try:

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.progress import progress_bar
 from data.synthetic import hard_scenes
 from data.synthetic.figures import COLORS, SHAPES, Figure, Question, Scene, draw_figure, render, rng_of
 
@@ -187,7 +188,7 @@ def write(output: Path, scenes: int, seed: int, split: str, level: str = "easy")
         raise ValueError(f"scenes={scenes}, seed={seed}: image ids have six digits for each; give {wanted}")
     (output / "images").mkdir(parents=True, exist_ok=True)
     questions, annotations, captions = [], [], []
-    for index in range(scenes):
+    for index in progress_bar("making scenes", "scene", range(scenes)):
         scene = make_scene(rng_of(split, seed, index, "scene"))
         image_id = seed * ID_SPAN + index + 1
         name = f"images/COCO_{split}_{image_id:012d}.jpg"

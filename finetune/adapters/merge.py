@@ -5,12 +5,15 @@ What a merge is verified by is in merge_report.py.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from data.progress import progress_bar
 from finetune.adapters.card_file import CARD_FILE, is_edited
 from finetune.adapters.generation_config import store_max_new_tokens
 from finetune.adapters.merge_report import MergeReport, Probes, distances, probe_logits
@@ -80,73 +83,82 @@ def merge_checkpoint(
     require_replaceable(output, directory)
     if into == "dequantized" and not trained_on(adapter):
         raise ValueError(f"{adapter} was not trained on NF4: there is no {into} base to merge it into, only the full")
-    merge = merged_into_full if into == "full" else merged_into_dequantized
-    model, report = merge(directory, adapter, dtype, device)
-    if problems := report.problems():
-        advice = "" if dtype == torch.float32 else "\n--dtype float32 rounds nothing away, at twice the size"
-        raise ValueError(
-            "the merge is not to be trusted, nothing was written:\n  " + "\n  ".join(problems) + f"\n{report}{advice}"
-        )
-    write_merged(model, output, training_facts(adapter).max_new_tokens, replace)
+    with progress_bar("", "step", delay=0, bar_format="{desc}") as bar:
+        merging = Merging(directory, Path(adapter), torch.device(device), bar.set_description_str)
+        model, report = merging.into_full(dtype) if into == "full" else merging.into_dequantized(dtype)
+        if problems := report.problems():
+            advice = "" if dtype == torch.float32 else "\n--dtype float32 rounds nothing away, at twice the size"
+            raise ValueError(
+                "the merge is not to be trusted, nothing was written:\n  "
+                + "\n  ".join(problems)
+                + f"\n{report}{advice}"
+            )
+        merging.tell(f"writing {output}")
+        write_merged(model, output, training_facts(adapter).max_new_tokens, replace)
     return report
 
 
-def merged_into_full(
-    directory: Path, adapter: str | Path, dtype: torch.dtype, device: str | torch.device
-) -> tuple[PaliGemma, MergeReport]:
-    """The published base with the adapter merged into it, and the verification."""
-    nf4 = None
-    if trained_on(adapter):
-        model, trained = open_dequantized(directory, adapter, dtype, device)
-        nf4 = trained, merge_and_probe(model, adapter).merged
-        del model  # before the next one is opened
-    model = open_for(adapter, directory, torch.float32, device)
-    exact = None if dtype == torch.float32 else probe_logits(model)
-    probes = merge_and_probe(model.to(dtype), adapter)
-    from_nf4 = distances(nf4[0], full=probes.merged, dequantized=nf4[1]) if nf4 else {}
-    return model, probes.report(dtype, exact, from_nf4)
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """A base and an adapter on it, opened as often as a merge needs; `tell` gets what is done at the moment."""
 
+    directory: Path
+    adapter: Path
+    device: torch.device
+    tell: Callable[[str], object]
 
-def merged_into_dequantized(
-    directory: Path, adapter: str | Path, dtype: torch.dtype, device: str | torch.device
-) -> tuple[PaliGemma, MergeReport]:
-    """The weights that NF4 stands for with the adapter merged into them, and the verification."""
-    full = merge_and_probe(open_for(adapter, directory, dtype, device), adapter).merged
-    exact = None
-    if dtype != torch.float32:
-        exact = probe_logits(dequantize(open_for(adapter, directory, torch.float32, device, trained_on(adapter))))
-    model, trained = open_dequantized(directory, adapter, dtype, device)
-    probes = merge_and_probe(model, adapter)
-    return model, probes.report(dtype, exact, distances(trained, full=full, dequantized=probes.merged))
+    def into_full(self, dtype: torch.dtype) -> tuple[PaliGemma, MergeReport]:
+        """The published base with the adapter merged into it, and the verification."""
+        nf4 = None
+        if trained_on(self.adapter):
+            model, trained = self.open_dequantized(dtype)
+            nf4 = trained, self.merge(model).merged
+            del model  # before the next one is opened
+        model = self.open(torch.float32)
+        exact = None if dtype == torch.float32 else self.probe(model, "of the base in fp32")
+        probes = self.merge(model.to(dtype))
+        from_nf4 = distances(nf4[0], full=probes.merged, dequantized=nf4[1]) if nf4 else {}
+        return model, probes.report(dtype, exact, from_nf4)
 
+    def into_dequantized(self, dtype: torch.dtype) -> tuple[PaliGemma, MergeReport]:
+        """The weights that NF4 stands for with the adapter merged into them, and the verification."""
+        full = self.merge(self.open(dtype)).merged
+        exact = None
+        if dtype != torch.float32:
+            dense = dequantize(self.open(torch.float32, trained_on(self.adapter)))
+            exact = self.probe(dense, "of the base in fp32")
+            del dense  # before the next one is opened
+        model, trained = self.open_dequantized(dtype)
+        probes = self.merge(model)
+        return model, probes.report(dtype, exact, distances(trained, full=full, dequantized=probes.merged))
 
-def open_for(
-    adapter: str | Path, directory: Path, dtype: torch.dtype, device: str | torch.device, quantize: str | None = None
-) -> PaliGemma:
-    """The base, with the connector, resolution and tiles that the adapter was trained with."""
-    model = open_base(directory, dtype, device, quantize)
-    convert(model, adapted_config(directory, Path(adapter)))
-    return model
+    def open(self, dtype: torch.dtype, quantize: str | None = None) -> PaliGemma:
+        """The base, with the connector, resolution and tiles that the adapter was trained with."""
+        self.tell(f"opening the base in {quantize or str(dtype).removeprefix('torch.')}")
+        model = open_base(self.directory, dtype, self.device, quantize)
+        convert(model, adapted_config(self.directory, self.adapter))
+        return model
 
+    def open_dequantized(self, dtype: torch.dtype) -> tuple[PaliGemma, Tensor]:
+        """The weights that NF4 stands for, and the logits of the NF4 base with the adapter, as it was trained."""
+        model = self.open(dtype, trained_on(self.adapter))
+        load_adapter(model, self.adapter)
+        trained = self.probe(model, "of the base in NF4 with the adapter")
+        remove_lora(model)
+        return dequantize(model), trained
 
-def open_dequantized(
-    directory: Path, adapter: str | Path, dtype: torch.dtype, device: str | torch.device
-) -> tuple[PaliGemma, Tensor]:
-    """The weights that NF4 stands for, and the logits of the NF4 base with the adapter, as it was trained."""
-    model = open_for(adapter, directory, dtype, device, trained_on(adapter))
-    load_adapter(model, adapter)
-    trained = probe_logits(model)
-    remove_lora(model)
-    return dequantize(model), trained
+    def merge(self, model: PaliGemma) -> Probes:
+        """Merge the adapter into a base, in place, with the logits before, with the adapter and after."""
+        plain = self.probe(model, "of the base")
+        load_adapter(model, self.adapter)
+        adapted = self.probe(model, "with the adapter")
+        self.tell("merging")
+        modules = len(merge_lora(model))
+        return Probes(modules, plain, adapted, self.probe(model, "of what was merged"))
 
-
-def merge_and_probe(model: PaliGemma, adapter: str | Path) -> Probes:
-    """Merge a saved adapter into a base, in place, with the logits before, with the adapter and after."""
-    plain = probe_logits(model)
-    load_adapter(model, adapter)
-    adapted = probe_logits(model)
-    modules = len(merge_lora(model))
-    return Probes(modules, plain, adapted, probe_logits(model))
+    def probe(self, model: PaliGemma, whose: str) -> Tensor:
+        self.tell(f"logits {whose}")
+        return probe_logits(model)
 
 
 def write_merged(model: PaliGemma, output: Path, max_new_tokens: int | None, replace: bool) -> None:

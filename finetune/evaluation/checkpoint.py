@@ -125,7 +125,7 @@ def open_and_evaluate(
     model = open_base(directory, dtype, device, quantize)
     if adapter:
         load_adapter(model, adapter)
-    return evaluate(model, processor, records, max_new_tokens, batch_size=batch_size, progress=progress)
+    return evaluate(model, processor, records, max_new_tokens, batch_size=batch_size, progress=progress("answering"))
 
 
 def show_unfinished(name: str, result: Evaluation, option: str) -> None:

@@ -24,11 +24,11 @@ from finetune.evaluation.vqa_accuracy import VQAScore, record_accuracy, score, w
 from finetune.system import distributed, sharding
 from finetune.system.device import first_line, free_memory, is_out_of_memory
 from model import IGNORE_INDEX, PaliGemma
+from model.progress import Progress, silent
 
 METRICS_FILE, ANSWERS_FILE = "metrics.json", "answers.jsonl"
 Record = Mapping[str, Any]
 Result = TypeVar("Result")
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (batches, how many) -> the same, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +110,6 @@ def unfinished_note(unfinished: int, answers: int, max_new_tokens: int, where: s
     )
 
 
-def silent(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    return batches
-
-
 def evaluate(
     model: PaliGemma, processor: Processor, records: Sequence[Record], max_new_tokens: int, **settings: Any
 ) -> Evaluation:
@@ -153,7 +149,13 @@ def generate_answers(
 
 
 @torch.inference_mode()
-def mean_loss(model: PaliGemma, processor: Processor, records: Sequence[Record], batch_size: int = 16) -> float:
+def mean_loss(
+    model: PaliGemma,
+    processor: Processor,
+    records: Sequence[Record],
+    batch_size: int = 16,
+    progress: Progress = silent,
+) -> float:
     """Cross-entropy of the majority answers, in nats per token; records without an answer are left out."""
     answered = [record for record in records if record["answers"]]
 
@@ -163,7 +165,7 @@ def mean_loss(model: PaliGemma, processor: Processor, records: Sequence[Record],
         loss = model(**inputs, image_features=features, num_items_in_batch=1).loss
         return float(loss), int((texts["labels"] != IGNORE_INDEX).sum())
 
-    losses = list(in_batches(model, processor, answered, batch_size, lose))
+    losses = list(in_batches(model, processor, answered, batch_size, lose, progress))
     total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
     total, tokens = distributed.total(total), int(distributed.total(tokens))
     return total / tokens if tokens else float("nan")

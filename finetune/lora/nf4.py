@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune.system.atomic import require_whole
+from finetune.system.console import progress
 from model import PaliGemma
 from model.ops import linear as linear_ops
+from model.progress import Progress, silent
 
 SAMPLE = 64  # values by which a weight is known again
 BLOCK = 64  # weights that share a scale
@@ -148,13 +150,14 @@ def decoder_linears(model: PaliGemma) -> dict[str, nn.Linear]:
     return {p: module for p, module in model.named_modules() if isinstance(module, nn.Linear) and p.startswith(layers)}
 
 
-def quantize(model: PaliGemma, device: str | torch.device) -> PaliGemma:
+def quantize(model: PaliGemma, device: str | torch.device, shown: Progress = silent) -> PaliGemma:
     """Pack the decoder's linears, one after the other, and bring all to `device`: it never holds the dense network.
 
     Raises:
         ValueError: bitsandbytes is not installed.
     """
-    for path, linear in decoder_linears(model).items():
+    linears = decoder_linears(model)
+    for path, linear in shown(linears.items(), len(linears)):
         model.set_submodule(path, NF4Linear(linear, torch.device(device)))
     return model.to(device)
 
@@ -177,9 +180,10 @@ def open_base(
     """
     require_whole(directory)
     if quantization is None:
-        return PaliGemma.from_pretrained(directory, dtype, device)
+        return PaliGemma.from_pretrained(directory, dtype, device, progress=progress("loading", "weight"))
     library()  # before minutes of reading
-    return quantize(PaliGemma.from_pretrained(directory, dtype), device)
+    model = PaliGemma.from_pretrained(directory, dtype, progress=progress("loading", "weight"))
+    return quantize(model, device, progress("packing", "weight"))
 
 
 def quantization_of(model: nn.Module) -> str | None:

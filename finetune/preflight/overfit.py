@@ -105,7 +105,7 @@ def show_outcome(config: RunConfig, found: Overfit) -> None:
     if not found.learned:
         raise ValueError(
             f"the examples were not learned: {outcome}. Look at train.learning_rate ({config.train.learning_rate}), "
-            "at lora.targets (what is trained is listed above), and with --inspect at the examples"
+            "at lora.targets (what is trained is said above), and with --inspect at the examples"
         )
     show(f"it learns: {outcome}")
 

@@ -6,7 +6,6 @@ Nothing is parsed (markup, highlighting and emoji codes are off), control charac
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,8 +14,10 @@ from rich.table import Column, Table
 from rich.text import Text
 from tqdm import tqdm
 
+from data.progress import progress_bar
 from finetune.system import distributed
 from finetune.system.terminal import visible
+from model.progress import Progress
 
 
 class PlainConsole(Console):
@@ -34,8 +35,9 @@ def show(*objects: str | Table) -> None:
     if not distributed.is_main():
         return
     console = PlainConsole()
-    for item in objects:
-        console.print(item, soft_wrap=isinstance(item, str))
+    with tqdm.external_write_mode():  # above any progress bar
+        for item in objects:
+            console.print(item, soft_wrap=isinstance(item, str))
 
 
 def new_table(*headers: str, title: str | None = None) -> Table:
@@ -43,7 +45,10 @@ def new_table(*headers: str, title: str | None = None) -> Table:
     return Table(*(Column(header, overflow="fold") for header in headers), title=title)
 
 
-def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """A progress bar over batches, on stderr; of several processes the first shows its share."""
-    hidden = not distributed.is_main()
-    return tqdm(batches, total=total, desc="answering", unit="batch", leave=False, file=sys.stderr, disable=hidden)
+def progress(doing: str, unit: str = "batch") -> Progress:
+    """A progress bar over what is done next; of several processes the first shows its share."""
+
+    def shown(items: Iterable[Any], total: int) -> Iterable[Any]:
+        return progress_bar(doing, unit, items, total) if distributed.is_main() else items
+
+    return shown

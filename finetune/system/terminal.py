@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import sys
 import warnings
@@ -64,8 +65,11 @@ def keep_all_output() -> None:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Within this, warnings of ours are shown as a sentence, without the line of code that they come from."""
+    """Within this, warnings of ours are shown as a sentence, without the line of code that they come from. What
+    libraries say that a person can do nothing about is not shown.
+    """
     before = warnings.showwarning
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels for this CPU, and goes on without
 
     def show(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
         if category is UserWarning and Path(filename).is_relative_to(CHECKOUT) and ".venv" not in filename:

@@ -142,11 +142,17 @@ def table_of_adapters(model: PaliGemma) -> Table:
 
 
 def show_trained(model: PaliGemma) -> None:
-    """What will be trained."""
-    table = table_of_adapters(model)
-    if table.row_count:
-        show(table)
+    """What will be trained, in a line; `--dry-run` has the table."""
+    counts: dict[tuple[str, int], int] = {}
+    for scope, _, count, rank, _ in adapter_table(model):
+        counts[scope, rank] = counts.get((scope, rank), 0) + count
+    where = [
+        f"{scope}, {count} {'module' if count == 1 else 'modules'} of rank {rank}" if rank else f"{scope} in full"
+        for (scope, rank), count in counts.items()
+    ]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # A byte of an NF4 weight holds two of its values.
     everything = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
-    show(f"{trained:,} of {everything:,} parameters are trained, on {model.device} in {model.dtype}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    where.append(f"{trained:,} of {everything:,} parameters, on {model.device} in {dtype}")
+    show(f"trained: {'; '.join(where)}")

@@ -1,24 +1,20 @@
-"""What watches a run: a line per log in `metrics.jsonl`, a progress bar, and if asked Weights & Biases or TensorBoard,
-which get the same figures, and with each evaluation a few images with their answers.
+"""What watches a run: its file of metrics, its progress, and if asked Weights & Biases or TensorBoard, which get the
+same figures, and with each evaluation a few images with their answers.
 
 Each is a Trainer callback. None of them can end a run: tracking that fails says so once and stays silent.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import secrets
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -31,6 +27,8 @@ from finetune.system import distributed
 from finetune.system.atomic import write_text_whole
 from finetune.system.terminal import visible
 from finetune.training.batch_sampler import BatchSampler
+from finetune.training.metrics_file import MetricsFile
+from finetune.training.progress import ProgressBar, ProgressLines
 
 MOST_SAMPLES, SIDE = 8, 224  # answers shown at an evaluation; pixels of the longer side of their images
 
@@ -76,104 +74,12 @@ def callbacks_for(config: RunConfig, steps: BatchSampler, samples: Samples | Non
     if not distributed.is_main():
         return []
     metrics, samples = MetricsFile(Path(config.output) / "metrics.jsonl", steps), samples or Samples()
-    made: list[TrainerCallback] = [metrics, ProgressBar()]
+    made: list[TrainerCallback] = [metrics, ProgressBar() if sys.stderr.isatty() else ProgressLines(metrics)]
     if config.tracking.wandb != "off":
         made.append(Tracker("wandb", Wandb(config), metrics, samples))
     if config.tracking.tensorboard:
         made.append(Tracker("tensorboard", TensorBoard(Path(config.output)), metrics, samples))
     return made
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every log and evaluation to a file of JSON lines, with step, epoch, the seconds that were trained (those
-    before an interruption included) and the GiB that are in use.
-    """
-
-    def __init__(self, path: Path, steps: BatchSampler) -> None:
-        self.path, self.steps, self.failed = path, steps, False
-        self.start = time.monotonic()
-        self.line: dict[str, Any] = {}  # the last one
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.start = time.monotonic() - seconds_until(self.path, state.global_step)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        self.line = {
-            "step": state.global_step,
-            "epoch": round(state.global_step * self.steps.batch_size / self.steps.num_records, 4),
-            "seconds": round(time.monotonic() - self.start, 1),
-            "memory_gib": round(memory_in_use() / 2**30, 3),
-            **{name: value for name, value in (logs or {}).items() if name != "epoch"},
-        }
-        try:
-            append_line(self.path, json.dumps(self.line))
-        except OSError as error:
-            if not self.failed:
-                said = f"{self.path}: lines are missing from step {state.global_step} on: {error}"
-                tqdm.write(visible(said), file=sys.stderr)
-            self.failed = True
-
-
-def seconds_until(path: Path, step: int) -> float:
-    """What a run had trained when it reached `step`, by its own lines; 0 where it has none."""
-    if not path.is_file():
-        return 0.0
-    found = 0.0
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            line = json.loads(text)
-            found = float(line["seconds"]) if line["step"] <= step else found
-    return found
-
-
-def memory_in_use() -> int:
-    """Bytes: the most that was reserved on the card so far; without a card what the process has in memory now."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_reserved()
-    return int(psutil.Process().memory_info().rss)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line whole or not at all: half of one, on a disk that is full, would spoil the next one too."""
-    with path.open("ab", buffering=0) as file:
-        size, content = file.tell(), line.encode() + b"\n"
-        if (written := file.write(content)) < len(content):
-            file.truncate(size)
-            raise OSError(f"{written} of {len(content)} bytes found room")
-
-
-class ProgressBar(TrainerCallback):
-    """Steps done and left, with rate and remaining time, the last loss and the last accuracy."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm[Any] | None = None
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", file=sys.stderr)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        for name, label, digits in (
-            ("loss", "loss", 4),
-            ("eval_loss", "val loss", 4),
-            ("eval_accuracy", "accuracy", 2),
-        ):
-            if name in (logs or {}):
-                self.shown[label] = f"{logs[name]:.{digits}f}"
-        if self.bar is not None:
-            self.bar.set_postfix(self.shown)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def wandb_id(output: Path) -> str:

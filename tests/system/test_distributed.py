@@ -90,7 +90,7 @@ def test_two_processes_train_a_connector_and_its_stage_as_one_does(runs: Path) -
 def test_one_process_writes_and_prints(runs: Path) -> None:
     names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (runs / "one", runs / "two")]
     assert names[0] == names[1]
-    assert re.search(r"parameters are trained(?s:.*)saved .*adapter; next: ", said(runs, "two", 0))
+    assert re.search(r"trained: (?s:.*)saved .*adapter; next: ", said(runs, "two", 0))
     assert said(runs, "two", 1) == ""
 
 
