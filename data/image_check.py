@@ -36,7 +36,7 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
     home = None if root is None else Path(os.path.realpath(root))
     reasons: dict[str, str] = {}
     count = sum(map(len, folders.values()))
-    with ThreadPoolExecutor() as pool, progress_bar("looking at images", "image", total=count) as bar:
+    with ThreadPoolExecutor() as pool, progress_bar(total=count, desc="looking at images", unit="image") as bar:
         for folder, names in folders.items():
             cached = cache_dir / f"images-{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
             check = ImageCheck(folder, home, decode, _read(cached))

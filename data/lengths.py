@@ -177,7 +177,7 @@ def lengths_of(texts: pa.ChunkedArray | pa.Array, ids: Callable[[str], list[int]
             return REFUSED
 
     distinct = encoded.dictionary.to_pylist()
-    lengths = np.array([length(text) for text in progress_bar("tokenising texts", "text", distinct)], np.int32)
+    lengths = np.array([length(text) for text in progress_bar(distinct, "tokenising texts", unit="text")], np.int32)
     return lengths[encoded.indices.to_numpy(zero_copy_only=False)] if len(lengths) else lengths
 
 

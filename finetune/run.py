@@ -25,10 +25,11 @@ from finetune.report.model_card import show_card
 from finetune.report.page import show_page
 from finetune.system import distributed
 from finetune.system.atomic import write_whole
-from finetune.system.console import progress, show
+from finetune.system.console import show
 from finetune.system.device import free_memory, pick_device
+from finetune.system.progress import progress
 from finetune.training.checkpoints import step_of
-from finetune.training.examples import max_new_tokens, network_config, open_examples, open_processor
+from finetune.training.examples import max_new_tokens, network_config, open_examples, open_processor, require_paths
 from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, is_complete, start_run
@@ -57,9 +58,10 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
     one of the run itself, before which all stages are finished.
 
     Raises:
-        ValueError: the network cannot be made of the checkpoint, or as `find_checkpoint` of the run and of each stage:
-            before weights are read, and before any stage is trained.
+        ValueError: a path of the examples does not exist, the network cannot be made of the checkpoint, or as
+            `find_checkpoint` of the run and of each stage: before weights are read, and before any stage is trained.
     """
+    require_paths(config, "train", "validation")
     network_config(fetch(config.model.path, config.model.revision, weights=False), config)
     *stages, run = runs_of(config)
     find = partial(find_checkpoint, resume=resume, accept_changes=accept_changes)

@@ -188,7 +188,7 @@ def write(output: Path, scenes: int, seed: int, split: str, level: str = "easy")
         raise ValueError(f"scenes={scenes}, seed={seed}: image ids have six digits for each; give {wanted}")
     (output / "images").mkdir(parents=True, exist_ok=True)
     questions, annotations, captions = [], [], []
-    for index in progress_bar("making scenes", "scene", range(scenes)):
+    for index in progress_bar(range(scenes), "making scenes", unit="scene"):
         scene = make_scene(rng_of(split, seed, index, "scene"))
         image_id = seed * ID_SPAN + index + 1
         name = f"images/COCO_{split}_{image_id:012d}.jpg"

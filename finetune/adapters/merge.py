@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from data.progress import progress_bar
 from finetune.adapters.card_file import CARD_FILE, is_edited
 from finetune.adapters.generation_config import store_max_new_tokens
 from finetune.adapters.merge_report import MergeReport, Probes, distances, probe_logits
@@ -24,6 +23,7 @@ from finetune.lora.linear import remove_lora
 from finetune.lora.nf4 import dequantize, forget_original, open_base, quantization_of
 from finetune.lora.protocol import adapters, merge_into
 from finetune.system.atomic import MANIFEST, files_of, occupied, write_whole
+from finetune.system.progress import progress_bar
 from model import PaliGemma, fetch
 from model.convert import convert
 

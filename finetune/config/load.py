@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         document = strict_yaml.Document(Path(path).read_bytes(), str(path), count_lines=True)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}{paths.did_you_mean(path)}") from error
     for override in overrides:
         try:
             document.override(*parse_override(override), f"override {override!r}")

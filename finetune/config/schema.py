@@ -80,6 +80,9 @@ class ImageOptions(Section):
     """4: the vision tower sees the four quarters of an image, and the whole, for five times as many image tokens."""
 
 
+SOURCE_PATHS = ("questions", "annotations", "images", "jsonl")  # keys of `Source`
+
+
 class Source(Section):
     """Examples: from the official VQA files (questions, annotations, images), or from a jsonl file (and images)."""
 
@@ -97,6 +100,11 @@ class Source(Section):
     """Take this many examples, drawn with train.seed."""
     sample_by: Literal["image", "question"] = "image"
     """Draw whole images with all their questions, or single questions (which touches many more images)."""
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The files and folders that are given, by their keys."""
+        return {key: path for key in SOURCE_PATHS if (path := getattr(self, key))}
 
     @property
     def name(self) -> str:

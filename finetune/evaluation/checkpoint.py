@@ -18,13 +18,15 @@ from finetune.adapters.locate import find_adapter, find_base
 from finetune.adapters.metadata import training_facts
 from finetune.adapters.network import adapted_config
 from finetune.adapters.storage import load_adapter
+from finetune.config.schema import SOURCE_PATHS
 from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
 from finetune.evaluation.vqa_accuracy import VQAScore
 from finetune.lora.nf4 import open_base
 from finetune.system import distributed
-from finetune.system.console import progress, show
+from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
+from finetune.system.progress import progress
 from finetune.training.examples import askable, processor_of
 from model import fetch
 
@@ -105,8 +107,7 @@ def choose_prompt(adapter: Path | None, given: str | None, default: str) -> str:
 
 def open_files(options: CheckpointOptions, prompt: str) -> Dataset:
     """The records to evaluate on: of official files, or of lines."""
-    names = ("questions", "annotations", "images", "jsonl")
-    files = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    files = {name: getattr(options, name) for name in SOURCE_PATHS if getattr(options, name) is not None}
     return decodable(first(load_records(**files, prompt=prompt), options.limit))
 
 

@@ -27,7 +27,14 @@ from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.system.lock import locked
-from finetune.training.examples import askable, open_processor, open_records, processor_of, skipped_records
+from finetune.training.examples import (
+    askable,
+    open_processor,
+    open_records,
+    processor_of,
+    require_paths,
+    skipped_records,
+)
 from model import fetch
 
 if TYPE_CHECKING:
@@ -61,6 +68,7 @@ def evaluate_run(
     """
     if config.data.validation is None:
         raise ValueError(f"{words[0]} has no data.validation: nothing to evaluate on")
+    require_paths(config, "validation")
     device = pick_device(config.model.device)
     distributed.init(device)
     arms = arms_of(config, words, names)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.system.atomic import require_whole
-from finetune.system.console import progress
+from finetune.system.progress import progress
 from model import PaliGemma
 from model.ops import linear as linear_ops
 from model.progress import Progress, silent

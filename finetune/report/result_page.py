@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from data.records import decodable
-from finetune.config.schema import RunConfig
+from finetune.config.schema import SOURCE_PATHS, RunConfig
 from finetune.config.stages import stage_output
 from finetune.config.strict_yaml import dump
 from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
@@ -30,7 +30,7 @@ from finetune.training.result import Result
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
-PATHS = {"path", "questions", "annotations", "images", "jsonl", "start_from", "output"}  # keys whose values are paths
+PATHS = {"path", *SOURCE_PATHS, "start_from", "output"}  # keys whose values are paths
 
 
 def write_report(config: RunConfig, steps: int) -> Path:

@@ -6,7 +6,6 @@ Nothing is parsed (markup, highlighting and emoji codes are off), control charac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -14,10 +13,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from tqdm import tqdm
 
-from data.progress import progress_bar
 from finetune.system import distributed
 from finetune.system.terminal import visible
-from model.progress import Progress
 
 
 class PlainConsole(Console):
@@ -43,12 +40,3 @@ def show(*objects: str | Table) -> None:
 def new_table(*headers: str, title: str | None = None) -> Table:
     """A table to fill and `show`; long words in a cell are wrapped, not cut."""
     return Table(*(Column(header, overflow="fold") for header in headers), title=title)
-
-
-def progress(doing: str, unit: str = "batch") -> Progress:
-    """A progress bar over what is done next; of several processes the first shows its share."""
-
-    def shown(items: Iterable[Any], total: int) -> Iterable[Any]:
-        return progress_bar(doing, unit, items, total) if distributed.is_main() else items
-
-    return shown

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,16 @@ def expand(text: str) -> str:
     if text and not path:
         raise ValueError(f"{text!r} stands for an empty path: its variables are set to nothing")
     return path
+
+
+def did_you_mean(path: str | Path) -> str:
+    """`; did you mean X?` where something of nearly that name is there, else nothing: for messages."""
+    wanted = Path(path)
+    for above in (wanted, *wanted.parents):
+        if above.parent.is_dir() and not above.exists():
+            close = difflib.get_close_matches(above.name, os.listdir(above.parent), 1)
+            return f"; did you mean {above.with_name(close[0])}?" if close else ""
+    return ""
 
 
 def written(path: str) -> str:

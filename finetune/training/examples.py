@@ -15,6 +15,7 @@ from data.lengths import Longest, TextLengths, measure
 from data.records import load_records
 from finetune.config.schema import RunConfig
 from finetune.system.console import show
+from finetune.system.paths import did_you_mean
 from model import ConnectorConfig, PaliGemmaConfig
 from model.convert import changed
 
@@ -39,6 +40,23 @@ class Examples:
     def valid(self) -> Dataset:
         """The records that are not skipped."""
         return valid(self.records, self.skipped)
+
+
+def require_paths(config: RunConfig, *splits: str) -> None:
+    """The files and folders of data.train or data.validation (`splits`) are there.
+
+    Raises:
+        ValueError: names all that are missing, by their keys.
+    """
+    sources = {split: getattr(config.data, split) for split in splits}
+    missing = [
+        f"data.{split}.{key}: {path} does not exist{did_you_mean(path)}"
+        for split, source in sources.items()
+        for key, path in (source.paths if source else {}).items()
+        if not Path(path).exists()
+    ]
+    if missing:
+        raise ValueError("\n".join(missing))
 
 
 def open_records(config: RunConfig, split: str, skipped: SkippedRecords | None = None) -> Dataset:

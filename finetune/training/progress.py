@@ -8,8 +8,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from data.progress import progress_bar
 from finetune.system.console import show
+from finetune.system.progress import progress_bar
 from finetune.training.metrics_file import MetricsFile
 
 FIGURES = {"loss": ("loss", 4), "eval_loss": ("val loss", 4), "eval_accuracy": ("accuracy", 2)}  # -> label, digits

@@ -117,8 +117,8 @@ def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
     return ({name: describe(weights)} if weights and weights.is_file() else {}) | {
         f"data.{split}.{name}": describe(Path(file))
         for split, source in splits.items()
-        for name in ("questions", "annotations", "jsonl")
-        if source is not None and (file := getattr(source, name)) and Path(file).is_file()
+        for name, file in (source.paths if source else {}).items()
+        if Path(file).is_file()
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PaliGemmaForConditionalGeneration
 
 from finetune import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
-from finetune.adapters.merge import merge_checkpoint
+from finetune.adapters.merge import Merging, merge_checkpoint
 from finetune.adapters.merge_report import MergeReport
 from finetune.lora.linear import LoRALinear
 from finetune.lora.protocol import AdapterSettings, adapters, trained_parameters
@@ -56,6 +56,19 @@ def test_a_merged_checkpoint_is_plain_and_verified(
     plain = PaliGemma.from_pretrained(base, dtype=dtype)
     assert opened.state_dict().keys() == plain.state_dict().keys()
     assert not torch.equal(opened.get_parameter(BIAS), plain.get_parameter(BIAS))
+
+
+def test_what_a_merge_does_at_the_moment_is_told(base: Path, adapter: Path) -> None:
+    told: list[str] = []
+    Merging(base, adapter, torch.device("cpu"), told.append).into_full(torch.bfloat16)
+    assert told == [
+        "opening the base in float32",
+        "logits of the base in fp32",
+        "logits of the base",
+        "logits with the adapter",
+        "merging",
+        "logits of what was merged",
+    ]
 
 
 def test_merged_in_transformers_answers_as_base_and_adapter_here(base: Path, adapter: Path, tmp_path: Path) -> None:

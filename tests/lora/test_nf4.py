@@ -191,8 +191,8 @@ def test_without_the_library_one_is_told_what_to_install(checkpoint: Path, monke
 def counted(opening: Callable[..., PaliGemma], opened: list[torch.dtype]) -> Callable[..., PaliGemma]:
     """The same, and what it opens is listed."""
 
-    def open_and_count(*arguments: Any) -> PaliGemma:
-        opened.append((model := opening(*arguments)).dtype)
+    def open_and_count(*arguments: Any, **options: Any) -> PaliGemma:
+        opened.append((model := opening(*arguments, **options)).dtype)
         return model
 
     return open_and_count

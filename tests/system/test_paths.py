@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetune.config.load import ConfigError, dump_config, load_config
 from finetune.config.schema import RunConfig
-from finetune.system.paths import expand, written
+from finetune.system.paths import did_you_mean, expand, written
 from finetune.training.resume import find_checkpoint, start_run
 
 CONFIG = "{{model: {{path: {base}}}, data: {{train: {{jsonl: {data}}}}}, train: {{max_steps: 1}}, output: {output}}}"
@@ -100,3 +100,18 @@ def test_a_run_goes_on_whichever_way_its_paths_are_written(tmp_path: Path, monke
     assert again == read
     assert dump_config(again) == (Path(read.output) / "config.yaml").read_text()
     assert find_checkpoint(again, "auto")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("data/question.json", "; did you mean {}/data/questions.json?"),
+        ("dat/questions.json", "; did you mean {}/data?"),  # the first part that is not there
+        ("data/elsewhere", ""),
+        ("data/questions.json", ""),
+    ],
+)
+def test_a_typo_in_a_path_is_answered_with_what_is_there(tmp_path: Path, path: str, said: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/questions.json").touch()
+    assert did_you_mean(tmp_path / path) == said.format(tmp_path)

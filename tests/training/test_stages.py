@@ -250,9 +250,9 @@ def counted(patch: pytest.MonkeyPatch) -> list[Any]:
     opened: list[weakref.ref[PaliGemma]] = []
     load = PaliGemma.from_pretrained
 
-    def noted(*given: Any) -> PaliGemma:
+    def noted(*given: Any, **options: Any) -> PaliGemma:
         assert not any(reference() for reference in opened), "the network of the stage before is still in memory"
-        model = load(*given)
+        model = load(*given, **options)
         opened.append(weakref.ref(model))
         return model
 
