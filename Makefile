@@ -8,7 +8,7 @@ STUDY := runs/connectors
 NUMERICAL := adapters/test_storage adapters/test_merge evaluation/test_evaluate lora/test_linear lora/test_nf4 model \
 	preflight system/test_distributed training/test_trainer test_benchmarks
 
-.PHONY: quickstart test test-browser test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base connectors clean
+.PHONY: quickstart test test-browser pictures test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base connectors clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 # Interrupted, the same command resumes; `make clean` deletes the run.
@@ -39,6 +39,10 @@ test: .venv/.installed-dev
 # finds one, but for the demo: gradio asks for an older pillow than the tests were run with, hence an environment apart.
 test-browser: .venv-browser/.installed
 	BROWSER_TESTS=required .venv-browser/bin/python -m pytest tests/browser tests/demo
+
+# The pictures of the README, from the quickstart's result.
+pictures: .venv-browser/.installed
+	.venv-browser/bin/python -m docs.pictures
 
 # What depends on rounding, as on other machines: with 1, 2 and 4 threads, each with the kernels that this CPU has, those
 # of an x86 CPU with AVX2, and those of one without. Others ignore what names x86.

@@ -26,14 +26,18 @@ def leave_out(reason: str) -> None:
     pytest.skip(f"browser tests: {reason}")
 
 
+def chromium() -> str | None:
+    """The program, if one is installed."""
+    return next(filter(None, map(shutil.which, PROGRAMS)), None)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         leave_out("playwright is not installed; make test-browser installs it")
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    if program is None:
+    if (program := chromium()) is None:
         leave_out(f"there is no Chromium ({', '.join(PROGRAMS)}); on Debian: apt install chromium")
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=program, args=FLAGS)
