@@ -78,6 +78,7 @@ def complete(document: strict_yaml.Document, lora: dict[str, JsonValue]) -> None
                     (name, key),
                     f"got {given}, and the adapter in {adapter}, which lora.start_from names, was trained with "
                     f"{there}: leave it out, and it is taken from the adapter",
+                    [("lora", "start_from")],
                 )
 
 
@@ -86,14 +87,25 @@ def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails])
     explained: set[Keys] = set()
     misspelled = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
     for details in errors:
-        above = details["loc"][:-1]
-        if details["type"] == "value_error" and above in misspelled and details["loc"] not in document.origins:
+        place, others = places_of(details)
+        of_a_validator = details["type"] in ("error_at", "value_error")
+        if of_a_validator and place[:-1] in misspelled and place not in document.origins:
             continue  # of a key that is not there, in a section with one that is not known: perhaps the same key
-        within = tuple(details["ctx"]["key"].split(".")) if details["type"] == "error_at" else ()
-        place = without_alternative(details["loc"] + within)
         if place not in explained:
-            document.add_problem(place, explain(place, details))
+            document.add_problem(place, explain(place, details), others)
         explained.add(place)
+
+
+def places_of(details: ErrorDetails) -> tuple[Keys, list[Keys]]:
+    """The key that one of pydantic's errors is about, and those beside which it is wrong (`error_at`)."""
+    if details["type"] != "error_at":
+        return without_alternative(details["loc"]), []
+    section = details["loc"][:-1]  # pydantic's place is the field, whose validator names keys of the section
+    place, *others = [
+        (*section, *(int(key) if key.isdecimal() else key for key in name.split(".")))
+        for name in (details["ctx"]["key"], *details["ctx"]["others"])
+    ]
+    return place, others
 
 
 def parse_override(override: str) -> tuple[tuple[str, ...], JsonValue]:

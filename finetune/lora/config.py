@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 SCOPES = {
     "language": "language_model.model.",
@@ -12,6 +15,25 @@ SCOPES = {
     "connector": "multi_modal_projector.",
 }
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def known_method(method: str) -> str:
+    """The method, if there is one of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if method != "lora":
+        # Only now, for it imports torch, and by name, because it imports this file.
+        methods = importlib.import_module("finetune.lora.linear").METHODS
+        if method not in methods:
+            raise ValueError(f"got {method!r}; expected {' or '.join(methods)}")
+    return method
+
+
+# Pydantic checks these limits key by key where a configuration is read, and LoRAConfig itself where Python makes one.
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(gt=0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,21 +45,21 @@ class LoRAConfig:
 
     __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012 (pydantic reads it)
 
-    rank: int = 16
+    rank: Rank = 16
     """Rank r of the update B A."""
-    alpha: float = 16.0
+    alpha: Alpha = 16.0
     """Scale of the update: alpha / rank, or alpha / sqrt(rank) with rslora."""
     targets: tuple[str, ...] = tuple(f"language.{name}" for name in LANGUAGE_LINEARS)
     """Linears to adapt, each SCOPE.COMPONENT such as language.q_proj or vision.*; scopes: language, vision,
     connector.
     """
-    dropout: float = 0.0
-    """Probability with which an input element of the low-rank branch is dropped in training, in [0, 1)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which an input element of the low-rank branch is dropped in training."""
     rslora: bool = False
     """Rank-stabilised scaling alpha / sqrt(rank)."""
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rank_pattern: Mapping[str, Rank] = dataclasses.field(default_factory=dict)
     """Another rank for some of the targets, keyed as targets are; the last match counts."""
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, Alpha] = dataclasses.field(default_factory=dict)
     """Another alpha for some of the targets, keyed as targets are; the last match counts."""
     modules_to_save: tuple[str, ...] = ()
     """Modules to train in full, in fp32, without a low-rank form, named as targets are, such as connector.linear. The
@@ -48,17 +70,16 @@ class LoRAConfig:
     adapter's. null: a new one.
     """
 
-    method: str = "lora"
+    method: Annotated[str, AfterValidator(known_method)] = "lora"
     """How targets are adapted: lora, or another method that was registered."""
 
     def __post_init__(self) -> None:
-        if self.method != "lora":
-            # Only now, for it imports torch, and by name, because it imports this file.
-            methods = importlib.import_module("finetune.lora.linear").METHODS
-            if self.method not in methods:
-                raise ValueError(f"method {self.method!r}: expected {' or '.join(methods)}")
-        ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())
-        if min(ranks) < 1 or min(alphas) <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"rank {ranks}, alpha {alphas}, dropout {self.dropout}: expected rank >= 1, alpha > 0, 0 <= dropout < 1"
-            )
+        known_method(self.method)
+        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise ValueError(f"{name}: got {rank}; expected rank >= 1")
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not alpha > 0:
+                raise ValueError(f"{name}: got {alpha}; expected alpha > 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout}; expected 0 <= dropout < 1")

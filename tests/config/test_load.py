@@ -179,7 +179,7 @@ def test_float16_is_refused_with_the_reason(path: Path, name: str) -> None:
         ("train=3", "train: got 3; expected section"),
         ("data.train.fraction=0", "data.train.fraction: got 0; expected number > 0, <= 1 or null"),
         ("data.train.jsonl=x.jsonl", "data.train.jsonl: expected either questions and images"),
-        ("data.train.images=null", "data.train.jsonl: expected either questions and images"),
+        ("data.train.images=null", "data.train.images: expected either questions and images"),
         ("data.train={}", "data.train.jsonl: expected either questions and images"),
         ("data.train.annotations=null", "data.train.annotations: training needs the answers"),
         ("data.train.sample_by=images", "expected image | question; did you mean image?"),
@@ -192,7 +192,11 @@ def test_float16_is_refused_with_the_reason(path: Path, name: str) -> None:
         ("model.path=''", 'model.path: got ""; expected text'),
         ("model=null", "model: got null; expected section"),
         ("lora.rank=true", "lora.rank: got true; expected whole number"),
-        ("lora.rank=0", "lora: rank (0,)"),
+        ("lora.rank=0", "lora.rank: got 0; expected whole number >= 1"),
+        ("lora.alpha=0", "lora.alpha: got 0; expected number > 0"),
+        ("lora.dropout=1", "lora.dropout: got 1; expected number >= 0, < 1"),
+        ("lora.rank_pattern={language.q_proj: 0}", "lora.rank_pattern.language.q_proj: got 0; expected greater than"),
+        ("lora.method=dora", "lora.method: got 'dora'; expected lora"),
         ("lora.alpha=text", 'lora.alpha: got "text"; expected number'),
         ("lora.targets=[1]", "lora.targets.0: got 1; expected a valid string"),
         ("lora=16", "lora: got 16; expected section or null"),
@@ -205,8 +209,119 @@ def test_float16_is_refused_with_the_reason(path: Path, name: str) -> None:
 def test_nothing_is_converted_or_guessed(path: Path, override: str, complaint: str) -> None:
     found = problems(path, override)
     assert len(found) == 1
-    assert found[0].startswith(f"override {override!r}: ") or found[0].startswith("run.yaml:")
+    assert found[0].startswith(f"override {override!r}: ")
     assert complaint in found[0]
+
+
+OFFICIAL = "data: {train: {questions: q.json, annotations: a.json, images: coco}}"
+JSONL = "data: {train: {jsonl: t.jsonl}, validation: {jsonl: v.jsonl}}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "override", "key", "complaint"),
+    [
+        ([JSONL, "train: {max_steps: 9}"], "train.epochs=1", "train.max_steps", "got 9 with epochs 1.0"),
+        (
+            [JSONL, "train: {epochs: 1}"],
+            "train.epochs=null",
+            "train.max_steps",
+            "neither epochs nor max_steps is given",
+        ),
+        (
+            [JSONL, "train: {epochs: 1, batch_size: 64, micro_batch: 64}"],
+            "train.batch_size=32",
+            "train.micro_batch",
+            "micro_batch (64) must not exceed batch_size (32)",
+        ),
+        (
+            [JSONL, "train: {epochs: 1, eval_every: 5}"],
+            "data.validation=null",
+            "train.eval_every",
+            "evaluating needs data.validation",
+        ),
+        (
+            ["data: {train: {jsonl: t.jsonl, count: 5}}", "train: {epochs: 1}"],
+            "data.train.fraction=0.5",
+            "data.train.count",
+            "count (5) excludes fraction (0.5)",
+        ),
+        ([OFFICIAL, "train: {epochs: 1}"], "data.train.images=null", "data.train.images", "expected either questions"),
+        ([JSONL, "train: {epochs: 1}"], "data.train.questions=q.json", "data.train.jsonl", "expected either questions"),
+        (
+            [OFFICIAL, "train: {epochs: 1}"],
+            "data.train.annotations=null",
+            "data.train.annotations",
+            "needs the answers",
+        ),
+        (
+            ["data: {train: {jsonl: t.jsonl}, truncate_answers: true, max_text_tokens: 9}", "train: {epochs: 1}"],
+            "data.max_text_tokens=auto",
+            "data.truncate_answers",
+            "cut at max_text_tokens, which is auto",
+        ),
+        (
+            [JSONL, "train: {epochs: 1}", "connector: {latents: 3}"],
+            "model.connector=null",
+            "connector.latents",
+            "got 3, which is how a connector is made",
+        ),
+        (
+            [JSONL, "train: {epochs: 1}", "connector: {learning_rate: 1e-3}", "lora: {targets: [connector.*]}"],
+            "lora.targets=[language.*]",
+            "connector.learning_rate",
+            "got 0.001, and nothing of the connector is trained",
+        ),
+        (
+            [JSONL, "train: {epochs: 1}", "lora: null"],
+            "model.quantize=nf4",
+            "lora",
+            "null trains the base weights themselves",
+        ),
+        (
+            [JSONL, "train: {epochs: 1}", "stages: [{name: a, epochs: 1}]"],
+            "model.connector=null",
+            "stages",
+            "model.connector names none",
+        ),
+        (
+            [JSONL, "train: {epochs: 1}", "model: {path: x, connector: mlp}", "stages: [{name: a, epochs: 1}]"],
+            "lora=null",
+            "stages",
+            "lora: null trains all of it",
+        ),
+        (
+            [JSONL, "train: {epochs: 1}", "stages: [{name: a, epochs: 1}]"],
+            "stages.0.epochs=null",
+            "stages.0.max_steps",
+            "expected either max_steps or epochs",
+        ),
+        (
+            [
+                *(JSONL, "train: {epochs: 1}", "model: {path: x, connector: mlp}"),
+                "stages: [{name: a, epochs: 1}, {name: b, epochs: 1}]",
+            ],
+            "stages.0.name=b",
+            "stages.1.name",
+            "got b, which stages.0 is called; expected a name of its own",
+        ),
+    ],
+)
+def test_what_an_override_makes_wrong_elsewhere_is_blamed_on_the_override(
+    path: Path, lines: list[str], override: str, key: str, complaint: str
+) -> None:
+    """The key at fault stands in the file, as it did when the file was right."""
+    model = [] if any(line.startswith("model:") for line in lines) else ["model: {path: x}"]
+    found = problems(path, override, text="\n".join([*model, *lines, "output: o", ""]))
+    assert len(found) == 1
+    assert found[0].startswith(f"override {override!r}: {key}: ")
+    assert complaint in found[0]
+
+
+def test_without_an_override_the_same_is_blamed_on_the_line(path: Path) -> None:
+    text = MINIMAL.replace("{max_steps: 100}", "\n  max_steps: 100\n  batch_size: 8\n  micro_batch: 9")
+    assert problems(path, "train.seed=1", text=text) == [
+        "run.yaml:7: train.micro_batch: micro_batch (9) must not exceed batch_size (8)"
+    ]
 
 
 def test_count_and_fraction_exclude_each_other(path: Path) -> None:
