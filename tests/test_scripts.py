@@ -631,6 +631,8 @@ def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_
     [
         ("train.py", ["no-such.yaml"], "no-such.yaml"),
         ("train.py", ["configs/quickstart.yaml", "trian.seed=1"], "did you mean"),
+        ("train.py", ["configs/quickstart.yaml", "lora.r=8"], "lora.r: unknown key; did you mean lora.rank?"),
+        ("train.py", ["configs/quickstart.yaml", "lora.rank=0"], "override 'lora.rank=0': lora.rank: got 0; expected"),
         ("train.py", ["configs/quickstart.yaml", "model.dtype=float16"], "overflow in fp16"),
         (
             "train.py",

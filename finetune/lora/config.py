@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from typing import Annotated
-
-from pydantic import AfterValidator, Field
 
 SCOPES = {
     "language": "language_model.model.",
@@ -17,23 +14,12 @@ SCOPES = {
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def known_method(method: str) -> str:
-    """The method, if there is one of that name.
+class SettingError(ValueError):
+    """A value that a key of `LoRAConfig` cannot have. keys: its name, and below a pattern the target."""
 
-    Raises:
-        ValueError: there is none.
-    """
-    if method != "lora":
-        # Only now, for it imports torch, and by name, because it imports this file.
-        methods = importlib.import_module("finetune.lora.linear").METHODS
-        if method not in methods:
-            raise ValueError(f"got {method!r}; expected {' or '.join(methods)}")
-    return method
-
-
-# Pydantic checks these limits key by key where a configuration is read, and LoRAConfig itself where Python makes one.
-Rank = Annotated[int, Field(ge=1)]
-Alpha = Annotated[float, Field(gt=0)]
+    def __init__(self, keys: tuple[str, ...], message: str) -> None:
+        super().__init__(f"{'.'.join(keys)}: {message}")
+        self.keys, self.message = keys, message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +31,21 @@ class LoRAConfig:
 
     __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012 (pydantic reads it)
 
-    rank: Rank = 16
+    rank: int = 16
     """Rank r of the update B A."""
-    alpha: Alpha = 16.0
+    alpha: float = 16.0
     """Scale of the update: alpha / rank, or alpha / sqrt(rank) with rslora."""
     targets: tuple[str, ...] = tuple(f"language.{name}" for name in LANGUAGE_LINEARS)
     """Linears to adapt, each SCOPE.COMPONENT such as language.q_proj or vision.*; scopes: language, vision,
     connector.
     """
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which an input element of the low-rank branch is dropped in training."""
+    dropout: float = 0.0
+    """Probability with which an input element of the low-rank branch is dropped in training, in [0, 1)."""
     rslora: bool = False
     """Rank-stabilised scaling alpha / sqrt(rank)."""
-    rank_pattern: Mapping[str, Rank] = dataclasses.field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Another rank for some of the targets, keyed as targets are; the last match counts."""
-    alpha_pattern: Mapping[str, Alpha] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Another alpha for some of the targets, keyed as targets are; the last match counts."""
     modules_to_save: tuple[str, ...] = ()
     """Modules to train in full, in fp32, without a low-rank form, named as targets are, such as connector.linear. The
@@ -70,16 +56,25 @@ class LoRAConfig:
     adapter's. null: a new one.
     """
 
-    method: Annotated[str, AfterValidator(known_method)] = "lora"
+    method: str = "lora"
     """How targets are adapted: lora, or another method that was registered."""
 
     def __post_init__(self) -> None:
-        known_method(self.method)
-        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+        if self.method != "lora":
+            # Only now, for it imports torch, and by name, because it imports this file.
+            methods = importlib.import_module("finetune.lora.linear").METHODS
+            if self.method not in methods:
+                raise SettingError(("method",), f"got {self.method!r}; expected {' or '.join(methods)}")
+        for keys, rank in with_pattern("rank", self.rank, self.rank_pattern).items():
             if rank < 1:
-                raise ValueError(f"{name}: got {rank}; expected rank >= 1")
-        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+                raise SettingError(keys, f"got {rank}; expected whole number >= 1")
+        for keys, alpha in with_pattern("alpha", self.alpha, self.alpha_pattern).items():
             if not alpha > 0:
-                raise ValueError(f"{name}: got {alpha}; expected alpha > 0")
+                raise SettingError(keys, f"got {alpha:g}; expected number > 0")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: got {self.dropout}; expected 0 <= dropout < 1")
+            raise SettingError(("dropout",), f"got {self.dropout:g}; expected number >= 0, < 1")
+
+
+def with_pattern(key: str, value: float, pattern: Mapping[str, float]) -> dict[tuple[str, ...], float]:
+    """Every value that a key and its pattern give, by where it stands."""
+    return {(key,): value, **{(f"{key}_pattern", target): other for target, other in pattern.items()}}

@@ -26,7 +26,7 @@ def test_the_help_names_every_key_with_type_default_and_meaning(path: Path, caps
     assert "data.validation.count: whole number >= 1 or null = null\n" in printed
     assert "stages.N.max_steps: whole number >= 1 or null = null\n    Steps; this or epochs." in printed
     assert "stages.N.name: text matching ^[A-Za-z0-9_-]+$ (required)\n    Of its directory" in printed
-    assert "lora.rank: whole number >= 1 = 16\n    Rank" in printed
+    assert "lora.rank: whole number = 16\n    Rank" in printed
     assert "lora: section or null\n    The adapter; null: all parameters" in printed
 
 

@@ -105,6 +105,7 @@ train:
   batch_size: 4
   learning_rate: "1e-4"
   lr: 3
+  zzz: 3
   seed: -1
   warmup:
 rank: 8
@@ -120,26 +121,27 @@ tracking: {wandb: yes, name: yes}
 
 def test_all_problems_are_listed_at_once_with_line_value_and_expectation(path: Path) -> None:
     assert problems(path, "train.batch=3", "x", text=ALL_WRONG) == [
-        "run.yaml:12: train.warmup: nothing given (null would say: none)",
-        "run.yaml:19: output: the key occurs a second time",
+        "run.yaml:13: train.warmup: nothing given (null would say: none)",
+        "run.yaml:20: output: the key occurs a second time",
         "override 'x': expected section.key=value, such as train.max_steps=100",
         'run.yaml:1: model.dtype: got "bf16"; expected bfloat16 | float32; did you mean bfloat16?',
         "run.yaml:1: model.devise: unknown key; did you mean device?",
         "run.yaml:3: data.train.annotations: training needs the answers: give the annotations of questions",
         "run.yaml:4: data.promt: unknown key; did you mean prompt?",
-        'run.yaml:16: lora.targets: got "language.q_proj"; expected list of text',
-        "run.yaml:17: lora.rank_pattern.language.q_proj: got 1.5; expected a valid integer",
-        "run.yaml:15: lora.rnk: unknown key; did you mean rank?",
+        'run.yaml:17: lora.targets: got "language.q_proj"; expected list of text',
+        "run.yaml:18: lora.rank_pattern.language.q_proj: got 1.5; expected a valid integer",
+        "run.yaml:16: lora.rnk: unknown key; did you mean rank?",
         "run.yaml:7: train.max_steps: got 100000 with epochs 1.0; expected one of the two, null the other",
         'run.yaml:9: train.learning_rate: got "1e-4"; expected number > 0',
-        "run.yaml:11: train.seed: got -1; expected whole number >= 0, < 4294967296",
-        "run.yaml:10: train.lr: unknown key; expected epochs, max_steps, batch_size, micro_batch, recompute, "
+        "run.yaml:12: train.seed: got -1; expected whole number >= 0, < 4294967296",
+        "run.yaml:10: train.lr: unknown key; did you mean train.learning_rate?",
+        "run.yaml:11: train.zzz: unknown key; expected epochs, max_steps, batch_size, micro_batch, recompute, "
         "learning_rate, schedule, warmup, weight_decay, beta1, beta2, max_grad_norm, seed, log_every, save_every, "
         "eval_every, keep_checkpoints, on_full_disk",
         "override 'train.batch=3': train.batch: unknown key; did you mean batch_size?",
-        "run.yaml:19: output: got 3; expected text, in quotes",
-        'run.yaml:20: tracking.wandb: got "yes"; expected off | offline | online',
-        "run.yaml:13: rank: unknown key; did you mean lora.rank?",
+        "run.yaml:20: output: got 3; expected text, in quotes",
+        'run.yaml:21: tracking.wandb: got "yes"; expected off | offline | online',
+        "run.yaml:14: rank: unknown key; did you mean lora.rank?",
     ]
 
 
@@ -195,7 +197,11 @@ def test_float16_is_refused_with_the_reason(path: Path, name: str) -> None:
         ("lora.rank=0", "lora.rank: got 0; expected whole number >= 1"),
         ("lora.alpha=0", "lora.alpha: got 0; expected number > 0"),
         ("lora.dropout=1", "lora.dropout: got 1; expected number >= 0, < 1"),
-        ("lora.rank_pattern={language.q_proj: 0}", "lora.rank_pattern.language.q_proj: got 0; expected greater than"),
+        (
+            "lora.rank_pattern={language.q_proj: 0}",
+            "lora.rank_pattern.language.q_proj: got 0; expected whole number >= 1",
+        ),
+        ("lora.alpha_pattern={language.q_proj: -1}", "lora.alpha_pattern.language.q_proj: got -1; expected number > 0"),
         ("lora.method=dora", "lora.method: got 'dora'; expected lora"),
         ("lora.alpha=text", 'lora.alpha: got "text"; expected number'),
         ("lora.targets=[1]", "lora.targets.0: got 1; expected a valid string"),

@@ -85,7 +85,8 @@ def test_differences_name_the_stage_and_its_key(path: Path) -> None:
             ["stages.0.max_step=3"],
             r"override 'stages\.0\.max_step=3': stages\.0\.max_step: .* did you mean max_steps\?",
         ),
-        (["stages.1.lr=3"], r"stages\.1\.lr: unknown key; expected name, epochs, max_steps, learning_rate"),
+        (["stages.1.zzz=3"], r"stages\.1\.zzz: unknown key; expected name, epochs, max_steps, learning_rate"),
+        (["stages.1.lr=3"], r"stages\.1\.lr: unknown key; did you mean stages\.1\.learning_rate\?"),
         (
             ["stages.0.max_steps=0"],
             r"override 'stages\.0\.max_steps=0': stages\.0\.max_steps: got 0; expected whole number >=",

@@ -246,11 +246,14 @@ def test_injecting_twice_is_refused(model: PaliGemma) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"rank": 0}, "rank: got 0; expected rank >= 1"),
-        ({"alpha": 0.0}, r"alpha: got 0\.0; expected alpha > 0"),
-        ({"dropout": 1.0}, r"dropout: got 1\.0; expected 0 <= dropout < 1"),
-        ({"rank_pattern": {"language.q_proj": 0}}, r"language\.q_proj: got 0; expected rank >= 1"),
-        ({"alpha_pattern": {"language.q_proj": -1.0}}, r"language\.q_proj: got -1\.0; expected alpha > 0"),
+        ({"rank": 0}, "rank: got 0; expected whole number >= 1"),
+        ({"alpha": 0.0}, "alpha: got 0; expected number > 0"),
+        ({"dropout": 1.0}, "dropout: got 1; expected number >= 0, < 1"),
+        (
+            {"rank_pattern": {"language.q_proj": 0}},
+            r"rank_pattern\.language\.q_proj: got 0; expected whole number >= 1",
+        ),
+        ({"alpha_pattern": {"language.q_proj": -1.0}}, r"alpha_pattern\.language\.q_proj: got -1; expected number > 0"),
     ],
 )
 def test_impossible_numbers_are_refused(bad: dict[str, Any], message: str) -> None:
