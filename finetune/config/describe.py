@@ -1,6 +1,7 @@
 """The keys of a configuration in words: help, the JSON schema for editors, and what is wrong with a value.
 
-All of it is read from the JSON schema that pydantic makes of the models: `python -m finetune.config [--schema]`.
+All of it is read from the JSON schema that pydantic makes of the models: `python -m finetune.config [--schema]`. How
+other projects name our keys is in `peer_names.py`.
 """
 
 import dataclasses
@@ -91,12 +92,12 @@ def without_alternative(keys: Keys) -> Keys:
 
 
 def unknown_keys(keys: Keys, value: object) -> list[Keys]:
-    """The places to explain of an unknown key: itself; or, where its value is a section, the keys in it that something
-    here answers to, and itself unless that is so for all of them.
+    """Where an unknown key is explained: at itself; or, if its value is a section of other projects, at each key in it
+    that we have an answer to, and at itself only if there are other keys in it, too.
     """
     key = str(keys[-1])
-    misspelled = key not in PEER_NAMES and difflib.get_close_matches(key, _siblings(keys), 1)
-    if not isinstance(value, dict) or not value or misspelled:
+    ours = _elsewhere(key) or (key not in PEER_NAMES and difflib.get_close_matches(key, _siblings(keys), 1))
+    if not isinstance(value, dict) or not value or ours:
         return [keys]
     below = {name: unknown_keys((*keys, name), inner) for name, inner in value.items()}
     answered = {name: [place for place in places if _meant(place)] for name, places in below.items()}
@@ -107,6 +108,12 @@ def _siblings(keys: Keys) -> list[str]:
     """The names of all keys in the section where a key stands."""
     section = _name(keys).rpartition(".")[0]
     return [key.rpartition(".")[2] for key in _fields() if key.rpartition(".")[0] == section]
+
+
+def _elsewhere(key: str) -> list[str]:
+    """Dotted names of our keys with this name; those of stages, which repeat others, only where there are no others."""
+    found = [name for name in _fields() if name.rpartition(".")[2] == key]
+    return [name for name in found if not name.startswith("stages.")] or found
 
 
 def _meant(keys: Keys) -> str:
@@ -121,9 +128,7 @@ def _meant(keys: Keys) -> str:
         if len(own) == 1 and own[0] in siblings and own[0] != peer.keys[0] and len(keys) > 1:
             peer = dataclasses.replace(peer, keys=(".".join(map(str, (*keys[:-1], *own))),))
         return str(peer)
-    elsewhere = [one for one in _fields() if one.rpartition(".")[2] == key]
-    elsewhere = [one for one in elsewhere if not one.startswith("stages.")] or elsewhere
-    meant = elsewhere or difflib.get_close_matches(key, siblings, 1)
+    meant = _elsewhere(key) or difflib.get_close_matches(key, siblings, 1)
     return str(Counterpart(tuple(meant))) if meant else ""
 
 
