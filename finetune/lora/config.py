@@ -15,10 +15,12 @@ LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 
 
 class SettingError(ValueError):
-    """A value that a key of `LoRAConfig` cannot have. keys: its name, and below a pattern the target."""
+    """A value that a key of `LoRAConfig` cannot have. keys: its name, then the position in a list or the target that a
+    pattern has.
+    """
 
-    def __init__(self, keys: tuple[str, ...], message: str) -> None:
-        super().__init__(f"{'.'.join(keys)}: {message}")
+    def __init__(self, keys: tuple[str | int, ...], message: str) -> None:
+        super().__init__(f"{'.'.join(map(str, keys))}: {message}")
         self.keys, self.message = keys, message
 
 
@@ -73,6 +75,25 @@ class LoRAConfig:
                 raise SettingError(keys, f"got {alpha:g}; expected number > 0")
         if not 0 <= self.dropout < 1:
             raise SettingError(("dropout",), f"got {self.dropout:g}; expected number >= 0, < 1")
+        for key, targets in (("targets", self.targets), ("modules_to_save", self.modules_to_save)):
+            for number, target in enumerate(targets):
+                require_scope((key, number), target)
+        for key, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for target in pattern:
+                require_scope((key, target), target)
+
+
+def require_scope(keys: tuple[str | int, ...], target: str) -> None:
+    """That a target begins with a scope. Which modules there are only the network knows (`select` in linear.py).
+
+    Raises:
+        SettingError: it does not.
+    """
+    scope, _, component = target.partition(".")
+    if scope not in SCOPES or not component:
+        meant = f"; did you mean language.{target}?" if target in LANGUAGE_LINEARS else ", such as language.q_proj"
+        expected = f"expected SCOPE.COMPONENT with scope {', '.join(SCOPES)}"
+        raise SettingError(keys, f"got {target!r}; {expected}{meant}")
 
 
 def with_pattern(key: str, value: float, pattern: Mapping[str, float]) -> dict[tuple[str, ...], float]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import string
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +201,12 @@ def test_float16_is_refused_with_the_reason(path: Path, name: str) -> None:
             "lora.rank_pattern.language.q_proj: got 0; expected whole number >= 1",
         ),
         ("lora.alpha_pattern={language.q_proj: -1}", "lora.alpha_pattern.language.q_proj: got -1; expected number > 0"),
+        (
+            "lora.targets=[q_proj, v_proj]",
+            "lora.targets.0: got 'q_proj'; expected SCOPE.COMPONENT with scope language, vision, connector; "
+            "did you mean language.q_proj?",
+        ),
+        ("lora.targets=[all-linear]", "lora.targets.0: got 'all-linear'; expected SCOPE.COMPONENT with scope"),
         ("lora.method=dora", "lora.method: got 'dora'; expected lora"),
         ("lora.alpha=text", 'lora.alpha: got "text"; expected number'),
         ("lora.targets=[1]", "lora.targets.0: got 1; expected a valid string"),
@@ -330,6 +335,11 @@ def test_without_an_override_the_same_is_blamed_on_the_line(path: Path) -> None:
     ]
 
 
+def test_a_target_without_scope_is_named_with_its_own_line(path: Path) -> None:
+    text = MINIMAL + "lora:\n  targets:\n  - language.q_proj\n  - v_proj\n"
+    assert problems(path, text=text)[0].startswith("run.yaml:9: lora.targets.1: got 'v_proj'; expected SCOPE.COMPONENT")
+
+
 def test_count_and_fraction_exclude_each_other(path: Path) -> None:
     found = problems(path, "data.train.count=5", "data.train.fraction=0.5")
     assert found == [
@@ -381,7 +391,7 @@ def test_a_misspelled_key_is_named_and_what_it_should_have_set_is_not(tmp_path: 
 
 TEXT = st.text(min_size=1)
 PATHS = TEXT.map(written).map(lambda text: f"./{text}" if text.startswith("~") else text)
-NAMES = st.text(alphabet=string.ascii_letters + "._*", min_size=1)
+NAMES = st.text(min_size=1).map(lambda text: f"language.{text}")
 
 
 @settings(deadline=None)
@@ -393,7 +403,7 @@ NAMES = st.text(alphabet=string.ascii_letters + "._*", min_size=1)
             "lora": st.none()
             | st.fixed_dictionaries(
                 {"rank": st.integers(1, 64), "alpha": st.floats(1e-300, 1e300)},
-                optional={"targets": st.lists(TEXT), "rank_pattern": st.dictionaries(NAMES, st.integers(1, 64))},
+                optional={"targets": st.lists(NAMES), "rank_pattern": st.dictionaries(NAMES, st.integers(1, 64))},
             ),
             "train": st.fixed_dictionaries(
                 {"epochs": st.floats(0, 1e300, exclude_min=True)},
