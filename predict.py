@@ -2,17 +2,22 @@
 
     python predict.py --adapter runs/quickstart --image scene.jpg --prompt "answer en how many circles are there?"
     python predict.py --model assets/tiny-base --image *.jpg --prompt "caption en" --format jsonl
+    python predict.py --adapter runs/quickstart --image photos/ other.png --prompt "caption en"
 
-The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. An image that
-cannot be used is named, the others are answered, and the exit code is 2; with --format jsonl its lines have "error"
-instead of "answer" and "finished".
+The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. A folder stands
+for the image files in it, sorted by name: .jpg, .png, .webp and the other formats that can be opened; hidden files and
+folders within are left out. An image that is given twice is asked about once. An image that cannot be used is named,
+the others are answered, and the exit code is 2; with --format jsonl its lines have "error" instead of "answer" and
+"finished".
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import cli
@@ -25,16 +30,17 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
+    arguments.image = image_files(arguments.image)
     broken = broken_images(arguments.image)
     for reason in broken.values():
         print(visible(f"error: {reason}"), file=sys.stderr)
-    if len(broken) == len(set(arguments.image)):
+    if len(broken) == len(arguments.image):
         for line in lines(pairs_of(arguments), {}, broken, arguments.format):
             print(line)
         raise ValueError("no image is left to ask about")
     ask(arguments, broken)
     if broken:
-        raise ValueError(f"{len(broken)} of {len(set(arguments.image))} images could not be used, see above")
+        raise ValueError(f"{len(broken)} of {len(arguments.image)} images could not be used, see above")
 
 
 def ask(arguments: argparse.Namespace, broken: dict[str, str]) -> None:
@@ -86,12 +92,27 @@ def ask(arguments: argparse.Namespace, broken: dict[str, str]) -> None:
             print(note, file=sys.stderr)
 
 
+def image_files(paths: Sequence[str]) -> list[str]:
+    """The image files that files and folders stand for, in this order and each once.
+
+    Raises:
+        ValueError: a folder has no image.
+    """
+    from data.images import images_in
+
+    files: dict[str, str] = {}
+    for path in paths:
+        for file in map(str, images_in(Path(path))) if Path(path).is_dir() else [path]:
+            files.setdefault(os.path.abspath(file), file)
+    return list(files.values())
+
+
 def broken_images(paths: Sequence[str]) -> dict[str, str]:
     """The images that cannot be used, and why, before minutes are spent on opening a network."""
     from data.images import open_image
 
     broken = {}
-    for path in dict.fromkeys(paths):
+    for path in paths:
         try:
             open_image(path)
         except ValueError as error:
@@ -103,7 +124,7 @@ def pairs_of(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """Every image with every prompt, as records to answer, those of broken images too."""
     return [
         {"id": f"{image}\n{prompt}", "image": image, "image_id": image, "prefix": prompt}
-        for image in dict.fromkeys(arguments.image)
+        for image in arguments.image
         for prompt in dict.fromkeys(arguments.prompt)
     ]
 
@@ -148,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--model", "checkpoint: a directory or a Hub id; without it, the base that the adapter names", type=argument)
     option("--revision", "branch, tag or commit of that Hub id")
     option("--adapter", "directory of an adapter on that checkpoint, or of a run", type=path_argument)
-    option("--image", "image files", nargs="+", required=True, type=argument)
+    option("--image", "image files, and folders of them", nargs="+", required=True, type=argument)
     option("--prompt", "prompts, each asked of every image", nargs="+", required=True)
     option("--max-new-tokens", cli.NEW_TOKENS_HELP, type=cli.positive)
     option("--temperature", "0 takes the most likely token, higher values sample", type=float, default=0.0)

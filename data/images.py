@@ -60,6 +60,27 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
         raise ValueError(f"{name} cannot be used: {error}; {fix}") from error
 
 
+def images_in(directory: Path) -> list[Path]:
+    """The image files in a directory, sorted by name: those with a suffix of FORMATS, such as .jpg, .JPG or .png.
+    Hidden files, other files and directories within are left out.
+
+    Raises:
+        ValueError: there is none, or the directory cannot be read.
+    """
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    try:
+        files = sorted(path for path in directory.iterdir() if path.suffix.lower() in known and path.is_file())
+    except OSError as error:
+        raise ValueError(f"the folder {directory} cannot be read: {error.strerror}") from error
+    found = [path for path in files if not path.name.startswith(".")]
+    if not found:
+        raise ValueError(
+            f"the folder {directory} has no image: looked for files with the suffix {', '.join(sorted(known))}, not in "
+            "folders within; give a folder that has some, or image files"
+        )
+    return found
+
+
 def is_exhausted(error: Exception) -> bool:
     """Whether an error says that the machine has run out of memory or file handles: nothing is wrong with the image."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in EXHAUSTED)

@@ -492,6 +492,38 @@ def test_predict_asks_every_prompt_of_every_image(
         assert predictions(capsys, *common, "--image", row["image"], "--prompt", row["prompt"]) == [row["answer"]]
 
 
+def test_a_folder_stands_for_the_images_in_it(
+    base: Path,
+    image_paths: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By name, beside files in the order given, each once; other files, hidden ones and folders within are left out."""
+    photos = tmp_path / "photos"
+    (photos / "within").mkdir(parents=True)
+    for name in ("b.PNG", "a.jpg", "c.jpeg", "._a.jpg", "within/d.jpg"):
+        with Image.open(image_paths[0]) as image:
+            image.save(photos / name, format="PNG")
+    (photos / "notes.txt").write_text("no image")
+    (photos / "folder.jpg").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = [image_paths[1], "photos/c.jpeg", "photos/", image_paths[1], "./photos/a.jpg", image_paths[2]]
+    rows = predictions(capsys, "--model", str(base), "--prompt", "caption en", "--format", "jsonl", "--image", *given)
+    expected = [image_paths[1], "photos/c.jpeg", "photos/a.jpg", "photos/b.PNG", image_paths[2]]
+    assert [json.loads(row)["image"] for row in rows] == expected
+
+
+def test_a_folder_without_images_is_named_with_what_was_looked_for(
+    base: Path, image_paths: list[str], tmp_path: Path
+) -> None:
+    """Before anything is answered."""
+    (tmp_path / "notes.txt").write_text("no image")
+    asked = ["--model", str(base), "--prompt", "caption en", "--image", image_paths[0], str(tmp_path)]
+    with pytest.raises(ValueError, match=rf"^the folder {tmp_path} has no image: looked for .*\.jpg, .*\.png, "):
+        predict.main(asked)
+
+
 def test_an_adapter_finds_its_base(
     base: Path,
     run: Path,
@@ -631,6 +663,8 @@ def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_
     [
         ("train.py", ["no-such.yaml"], "no-such.yaml"),
         ("train.py", ["configs/quickstart.yaml", "trian.seed=1"], "did you mean"),
+        ("train.py", ["configs/quickstart.yaml", "lora.r=8"], "lora.r: unknown key; did you mean lora.rank?"),
+        ("train.py", ["configs/quickstart.yaml", "lora.rank=0"], "override 'lora.rank=0': lora.rank: got 0; expected"),
         ("train.py", ["configs/quickstart.yaml", "model.dtype=float16"], "overflow in fp16"),
         (
             "train.py",

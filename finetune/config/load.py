@@ -15,8 +15,9 @@ from pydantic_core import ErrorDetails
 from finetune.adapters import start_from
 from finetune.adapters.locate import find_adapter
 from finetune.config import strict_yaml
-from finetune.config.describe import Keys, explain, without_alternative
+from finetune.config.describe import UNKNOWN, Keys, explain, unknown_keys, without_alternative
 from finetune.config.schema import RunConfig
+from finetune.lora.config import SettingError
 from finetune.system import paths
 
 
@@ -78,6 +79,7 @@ def complete(document: strict_yaml.Document, lora: dict[str, JsonValue]) -> None
                     (name, key),
                     f"got {given}, and the adapter in {adapter}, which lora.start_from names, was trained with "
                     f"{there}: leave it out, and it is taken from the adapter",
+                    [("lora", "start_from")],
                 )
 
 
@@ -86,14 +88,29 @@ def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails])
     explained: set[Keys] = set()
     misspelled = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
     for details in errors:
-        above = details["loc"][:-1]
-        if details["type"] == "value_error" and above in misspelled and details["loc"] not in document.origins:
+        place, others = places_of(details)
+        of_a_validator = details["type"] in ("error_at", "value_error")
+        if of_a_validator and place[:-1] in misspelled and place not in document.origins:
             continue  # of a key that is not there, in a section with one that is not known: perhaps the same key
-        within = tuple(details["ctx"]["key"].split(".")) if details["type"] == "error_at" else ()
-        place = without_alternative(details["loc"] + within)
-        if place not in explained:
-            document.add_problem(place, explain(place, details))
-        explained.add(place)
+        places = unknown_keys(place, details["input"]) if details["type"] in UNKNOWN else [place]
+        for one in places:
+            if one not in explained:
+                document.add_problem(one, explain(one, details), others)
+            explained.add(one)
+
+
+def places_of(details: ErrorDetails) -> tuple[Keys, list[Keys]]:
+    """The key that one of pydantic's errors is about, and those beside which it is wrong."""
+    if details["type"] == "value_error" and isinstance(error := details["ctx"]["error"], SettingError):
+        return details["loc"] + error.keys, []
+    if details["type"] != "error_at":
+        return without_alternative(details["loc"]), []
+    section = details["loc"][:-1]  # pydantic's place is the field, whose validator names keys of the section
+    place, *others = [
+        (*section, *(int(key) if key.isdecimal() else key for key in name.split(".")))
+        for name in (details["ctx"]["key"], *details["ctx"]["others"])
+    ]
+    return place, others
 
 
 def parse_override(override: str) -> tuple[tuple[str, ...], JsonValue]:

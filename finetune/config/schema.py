@@ -114,17 +114,21 @@ class Source(Section):
     @field_validator("jsonl")
     @classmethod
     def _one_kind(cls, jsonl: str | None, info: ValidationInfo) -> str | None:
-        if info.data.keys() >= {"questions", "annotations", "images"}:
-            questions, annotations, images = info.data["questions"], info.data["annotations"], info.data["images"]
+        official = ("questions", "annotations", "images")
+        if info.data.keys() >= set(official):
+            questions, annotations, images = (info.data[key] for key in official)
             if (jsonl and (questions or annotations)) or not (jsonl or (questions and images)):
-                raise ValueError("expected either questions and images (and annotations), or jsonl (and images)")
+                key = "images" if questions and not (jsonl or images) else "jsonl"
+                expected = "expected either questions and images (and annotations), or jsonl (and images)"
+                raise error_at(key, expected, "jsonl", *official)
         return jsonl
 
     @field_validator("count")
     @classmethod
     def _one_limit(cls, count: int | None, info: ValidationInfo) -> int | None:
         if count is not None and info.data.get("fraction") is not None:
-            raise ValueError(f"count ({count}) excludes fraction ({info.data['fraction']}): give one of them")
+            excluded = f"count ({count}) excludes fraction ({info.data['fraction']}): give one of them"
+            raise error_at("count", excluded, "fraction")
         return count
 
 
@@ -157,14 +161,20 @@ class DataConfig(Section):
     @classmethod
     def _answered(cls, train: Source) -> Source:
         if train.questions and not train.annotations:
-            raise error_at("annotations", "training needs the answers: give the annotations of questions")
+            raise error_at(
+                "train.annotations", "training needs the answers: give the annotations of questions", "train.questions"
+            )
         return train
 
     @field_validator("truncate_answers")
     @classmethod
     def _cuts_somewhere(cls, truncate_answers: bool, info: ValidationInfo) -> bool:
         if truncate_answers and info.data.get("max_text_tokens") == "auto":
-            raise ValueError("answers are cut at max_text_tokens, which is auto: give it a number, such as 128")
+            raise error_at(
+                "truncate_answers",
+                "answers are cut at max_text_tokens, which is auto: give it a number, such as 128",
+                "max_text_tokens",
+            )
         return truncate_answers
 
     @field_validator("prompt")
@@ -221,10 +231,16 @@ class TrainConfig(Section):
     @classmethod
     def _one_length(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
         if "epochs" in info.data and info.data["epochs"] is None and max_steps is None:
-            raise ValueError("neither epochs nor max_steps is given: how long is the run? Give one, such as epochs: 3")
+            raise error_at(
+                "max_steps",
+                "neither epochs nor max_steps is given: how long is the run? Give one, such as epochs: 3",
+                "epochs",
+            )
         if "epochs" in info.data and info.data["epochs"] is not None and max_steps is not None:
-            raise ValueError(
-                f"got {max_steps} with epochs {info.data['epochs']}; expected one of the two, null the other"
+            raise error_at(
+                "max_steps",
+                f"got {max_steps} with epochs {info.data['epochs']}; expected one of the two, null the other",
+                "epochs",
             )
         return max_steps
 
@@ -232,7 +248,8 @@ class TrainConfig(Section):
     @classmethod
     def _part_of_batch(cls, micro_batch: int | Literal["auto"], info: ValidationInfo) -> int | Literal["auto"]:
         if micro_batch != "auto" and micro_batch > info.data.get("batch_size", micro_batch):
-            raise ValueError(f"micro_batch ({micro_batch}) must not exceed batch_size ({info.data['batch_size']})")
+            exceeded = f"micro_batch ({micro_batch}) must not exceed batch_size ({info.data['batch_size']})"
+            raise error_at("micro_batch", exceeded, "batch_size")
         return micro_batch
 
 
@@ -255,7 +272,8 @@ class Stage(Section):
     def _one_length(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
         if (max_steps is None) == (info.data.get("epochs") is None):
             given = f"got {max_steps} with epochs {info.data['epochs']}; " if max_steps else ""
-            raise ValueError(f"{given}expected either max_steps or epochs, which say how long the stage is")
+            expected = "expected either max_steps or epochs, which say how long the stage is"
+            raise error_at("max_steps", given + expected, "epochs")
         return max_steps
 
 
@@ -312,7 +330,11 @@ class RunConfig(Section):
     @classmethod
     def _can_train(cls, lora: LoRAConfig | None, info: ValidationInfo) -> LoRAConfig | None:
         if lora is None and "model" in info.data and info.data["model"].quantize:
-            raise ValueError("null trains the base weights themselves, and packed ones (model.quantize) cannot be")
+            raise error_at(
+                "lora",
+                "null trains the base weights themselves, and packed ones (model.quantize) cannot be",
+                "model.quantize",
+            )
         if lora and "model" in info.data and info.data["model"].connector and CONNECTOR not in lora.modules_to_save:
             return dataclasses.replace(lora, modules_to_save=(*lora.modules_to_save, CONNECTOR))
         return lora
@@ -324,9 +346,10 @@ class RunConfig(Section):
         if given and "model" in info.data and info.data["model"].connector is None:
             key = min(given)
             raise error_at(
-                key,
+                f"connector.{key}",
                 f"got {given[key]}, which is how a connector is made, and model.connector names none: name it, or "
                 "leave this out",
+                "model.connector",
             )
         return connector
 
@@ -335,23 +358,34 @@ class RunConfig(Section):
     def _trains_a_connector(cls, stages: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
         names = [stage.name for stage in stages]
         if stages and "model" in info.data and info.data["model"].connector is None:
-            raise ValueError(
+            raise error_at(
+                "stages",
                 f"got {', '.join(names)}; stages train the connector alone, and model.connector names none: name it, "
-                "or leave stages out"
+                "or leave stages out",
+                "model.connector",
             )
         if stages and "lora" in info.data and info.data["lora"] is None:
-            raise ValueError(
+            raise error_at(
+                "stages",
                 f"got {', '.join(names)}; stages train the connector beside a frozen base, and lora: null trains all "
-                "of it: leave stages out, or train an adapter"
+                "of it: leave stages out, or train an adapter",
+                "lora",
             )
         lora = info.data.get("lora")
         if stages and lora and lora.start_from:
-            raise ValueError(
+            raise error_at(
+                "stages",
                 f"got {', '.join(names)}; stages train a new connector, and the adapter that lora.start_from names has "
-                "one: leave stages out, or lora.start_from"
+                "one: leave stages out, or lora.start_from",
+                "lora.start_from",
             )
-        if len(set(names)) < len(names):
-            raise ValueError(f"got {', '.join(names)}; expected a name of its own for every stage")
+        for number, name in enumerate(names):
+            if (first := names.index(name)) < number:
+                raise error_at(
+                    f"stages.{number}.name",
+                    f"got {name}, which stages.{first} is called; expected a name of its own for every stage",
+                    f"stages.{first}.name",
+                )
         return stages
 
     @field_validator("train")
@@ -361,7 +395,11 @@ class RunConfig(Section):
             validation = info.data["data"].validation
             if validation is None or (validation.questions and not validation.annotations):
                 raise error_at(
-                    "eval_every", "evaluating needs data.validation, with annotations where it has questions"
+                    "train.eval_every",
+                    "evaluating needs data.validation, with annotations where it has questions",
+                    "data.validation",
+                    "data.validation.annotations",
+                    "data.validation.questions",
                 )
         return train
 
@@ -374,5 +412,8 @@ class RunConfig(Section):
                 "connector.learning_rate",
                 f"got {rate:g}, and nothing of the connector is trained: name it (model.connector), adapt it "
                 "(lora.targets), or leave the rate out",
+                "model.connector",
+                "lora.targets",
+                "lora.modules_to_save",
             )
         return self

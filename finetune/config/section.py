@@ -55,6 +55,8 @@ class Section(BaseModel):
         return next((effect for effect in said if isinstance(effect, Effect)), Effect.RESULT)
 
 
-def error_at(key: str, message: str) -> PydanticCustomError:
-    """An error at a key within the section that is being checked."""
-    return PydanticCustomError("error_at", "{message}", {"key": key, "message": message})
+def error_at(key: str, message: str, *others: str) -> PydanticCustomError:
+    """An error at a key that is wrong beside `others`: another value of one of them would make it right. All are dotted
+    names in the section whose validator raises it, that of a field or of the whole configuration.
+    """
+    return PydanticCustomError("error_at", "{message}", {"key": key, "message": message, "others": others})

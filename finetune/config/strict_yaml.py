@@ -9,6 +9,7 @@ ruamel.yaml, which follows 1.2 and knows lines, ends at the first problem of a f
 
 import math
 import re
+from collections.abc import Sequence
 
 import yaml
 from pydantic import JsonValue
@@ -62,6 +63,7 @@ class Document:
         self.origins: dict[Path, str] = {(): self._origin(0)}
         self.problems: list[str] = []
         self._unread: set[Path] = set()
+        self._overrides: set[str] = set()
         self._seen: set[int] = set()
         self.data: JsonValue = None
         try:
@@ -80,11 +82,15 @@ class Document:
         else:
             self.data = self._refuse((), _NOTHING) if root is None else self._plain(root, ())
 
-    def add_problem(self, path: Path, message: str) -> None:
-        """Note what is wrong with the value at a path, or with its absence, unless it could not be read at all."""
-        above = [path[:length] for length in range(len(path), -1, -1)]
-        if not self._unread.intersection(above):
-            origin = next(self.origins[near] for near in above if near in self.origins)
+    def add_problem(self, path: Path, message: str, others: Sequence[Path] = ()) -> None:
+        """Note what is wrong with the value at a path, or with its absence, unless it could not be read at all.
+
+        others: paths of values beside which it is wrong. Where one of them is from an override, and the value itself is
+        not, the override is named as the place of the problem.
+        """
+        if not any(path[:length] in self._unread for length in range(len(path) + 1)):
+            origins = [self._nearest_origin(one) for one in (path, *others)]
+            origin = next((one for one in origins if one in self._overrides), origins[0])
             name = ".".join(map(str, path))
             name = name if name.isprintable() else repr(name)  # a problem is one line
             self.problems.append(f"{origin}: {name}{': ' if path else ''}{message}")
@@ -109,7 +115,13 @@ class Document:
             section = inner
         at, _ = within(section, path[-1], at)
         put(section, at[-1], value)
+        self._overrides.add(origin)
         self.origins = {old: where for old, where in self.origins.items() if old[: len(at)] != at} | {at: origin}
+
+    def _nearest_origin(self, path: Path) -> str:
+        """Where a value is from, or that which it would be in."""
+        above = (path[:length] for length in range(len(path), -1, -1))
+        return next(self.origins[near] for near in above if near in self.origins)
 
     def _origin(self, line: int) -> str:
         return f"{self._source}:{line + 1}" if self._count_lines else self._source

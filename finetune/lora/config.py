@@ -14,6 +14,16 @@ SCOPES = {
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class SettingError(ValueError):
+    """A value that a key of `LoRAConfig` cannot have. keys: its name, then the position in a list or the target that a
+    pattern has.
+    """
+
+    def __init__(self, keys: tuple[str | int, ...], message: str) -> None:
+        super().__init__(f"{'.'.join(map(str, keys))}: {message}")
+        self.keys, self.message = keys, message
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """What to adapt and how. A target is SCOPE.COMPONENT...: a scope (language, vision or connector), then whole
@@ -56,9 +66,36 @@ class LoRAConfig:
             # Only now, for it imports torch, and by name, because it imports this file.
             methods = importlib.import_module("finetune.lora.linear").METHODS
             if self.method not in methods:
-                raise ValueError(f"method {self.method!r}: expected {' or '.join(methods)}")
-        ranks, alphas = (self.rank, *self.rank_pattern.values()), (self.alpha, *self.alpha_pattern.values())
-        if min(ranks) < 1 or min(alphas) <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"rank {ranks}, alpha {alphas}, dropout {self.dropout}: expected rank >= 1, alpha > 0, 0 <= dropout < 1"
-            )
+                raise SettingError(("method",), f"got {self.method!r}; expected {' or '.join(methods)}")
+        for keys, rank in with_pattern("rank", self.rank, self.rank_pattern).items():
+            if rank < 1:
+                raise SettingError(keys, f"got {rank}; expected whole number >= 1")
+        for keys, alpha in with_pattern("alpha", self.alpha, self.alpha_pattern).items():
+            if not alpha > 0:
+                raise SettingError(keys, f"got {alpha:g}; expected number > 0")
+        if not 0 <= self.dropout < 1:
+            raise SettingError(("dropout",), f"got {self.dropout:g}; expected number >= 0, < 1")
+        for key, targets in (("targets", self.targets), ("modules_to_save", self.modules_to_save)):
+            for number, target in enumerate(targets):
+                require_scope((key, number), target)
+        for key, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for target in pattern:
+                require_scope((key, target), target)
+
+
+def require_scope(keys: tuple[str | int, ...], target: str) -> None:
+    """That a target begins with a scope. Which modules there are only the network knows (`select` in linear.py).
+
+    Raises:
+        SettingError: it does not.
+    """
+    scope, _, component = target.partition(".")
+    if scope not in SCOPES or not component:
+        meant = f"; did you mean language.{target}?" if target in LANGUAGE_LINEARS else ", such as language.q_proj"
+        expected = f"expected SCOPE.COMPONENT with scope {', '.join(SCOPES)}"
+        raise SettingError(keys, f"got {target!r}; {expected}{meant}")
+
+
+def with_pattern(key: str, value: float, pattern: Mapping[str, float]) -> dict[tuple[str, ...], float]:
+    """Every value that a key and its pattern give, by where it stands."""
+    return {(key,): value, **{(f"{key}_pattern", target): other for target, other in pattern.items()}}

@@ -85,7 +85,8 @@ def test_differences_name_the_stage_and_its_key(path: Path) -> None:
             ["stages.0.max_step=3"],
             r"override 'stages\.0\.max_step=3': stages\.0\.max_step: .* did you mean max_steps\?",
         ),
-        (["stages.1.lr=3"], r"stages\.1\.lr: unknown key; expected name, epochs, max_steps, learning_rate"),
+        (["stages.1.zzz=3"], r"stages\.1\.zzz: unknown key; expected name, epochs, max_steps, learning_rate"),
+        (["stages.1.lr=3"], r"stages\.1\.lr: unknown key; did you mean stages\.1\.learning_rate\?"),
         (
             ["stages.0.max_steps=0"],
             r"override 'stages\.0\.max_steps=0': stages\.0\.max_steps: got 0; expected whole number >=",
@@ -93,7 +94,7 @@ def test_differences_name_the_stage_and_its_key(path: Path) -> None:
         (["stages.0.epochs=1"], r"stages\.0\.max_steps: got 5 with epochs 1\.0; expected either max_steps or epochs"),
         (["stages.1.epochs=null"], r"stages\.1\.max_steps: expected either max_steps or epochs, which say how long"),
         (["stages.1.name=a b"], r"stages\.1\.name: got \"a b\"; expected text matching"),
-        (["stages.1.name=align"], r"stages: got align, align; expected a name of its own for every stage"),
+        (["stages.1.name=align"], r"stages\.1\.name: got align, which stages\.0 is called; expected a name of its own"),
         (["stages=[{max_steps: 3}]"], r"stages\.0\.name: required, but not given: Of its directory"),
         (["stages=align"], r"stages: got \"align\"; expected list of section"),
         (
@@ -245,6 +246,14 @@ def test_what_contradicts_its_network_is_named_before_weights_are_read(
     with pytest.raises(ValueError, match=message):
         train.main(words)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_an_override_names_is_what_a_line_contradicts(path: Path, adapters: Path) -> None:
+    path.write_text(path.read_text() + "image: {tiles: 1}\n")
+    override = f"lora.start_from={adapters}/resampler"
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert str(caught.value).startswith(f"override {override!r}: image.tiles: got 1, and the adapter in ")
 
 
 def without_weights(base: Path, directory: Path) -> Path:  # noqa: F811

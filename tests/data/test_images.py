@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from data.image_check import unusable
-from data.images import FORMATS, MAX_PIXELS, check_header, open_image
+from data.images import FORMATS, MAX_PIXELS, check_header, images_in, open_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -246,3 +246,14 @@ def test_a_machine_without_handles_or_memory_is_not_an_invalid_image(
     look = {"header": check_header, "pixels": open_image, "data set": lambda p: unusable([str(p)], tmp_path)}[kind]
     with pytest.raises(OSError, match="Too many open files"):
         look(path)
+
+
+def test_the_images_of_a_directory_are_known_by_their_suffix(tmp_path: Path) -> None:
+    """Of every kind that is opened, and of no other that Pillow knows."""
+    suffixes = ["jpg", "JPEG", "png", "gif", "webp", "tif", "tiff", "bmp", "ppm", "jp2", "eps", "pdf", "wmf", "txt", ""]
+    for suffix in suffixes:
+        (tmp_path / f"image.{suffix}").touch()
+    found = [path.name.removeprefix("image.") for path in images_in(tmp_path)]
+    assert found == sorted(suffixes[:10])
+    with pytest.raises(ValueError, match=r"/nowhere cannot be read: No such file"):
+        images_in(tmp_path / "nowhere")

@@ -277,7 +277,7 @@ def test_another_method_is_trained_saved_loaded_and_merged(
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="method 'loar': expected lora"):
+    with pytest.raises(ValueError, match=r"^method: got 'loar'; expected lora"):
         LoRAConfig(method="loar")
 
 
@@ -285,7 +285,7 @@ def test_the_known_methods_are_known_before_any_is_used() -> None:
     """In a process of its own: nothing has imported the files that register them."""
     code = "from finetune import LoRAConfig; LoRAConfig(method='loar')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.stderr.endswith("ValueError: method 'loar': expected lora\n")
+    assert ran.stderr.endswith("SettingError: method: got 'loar'; expected lora\n")
 
 
 MODULES: list[Callable[[], AdapterModule]] = [
