@@ -29,7 +29,14 @@ from finetune.system.console import show
 from finetune.system.device import free_memory, pick_device
 from finetune.system.progress import progress
 from finetune.training.checkpoints import step_of
-from finetune.training.examples import max_new_tokens, network_config, open_examples, open_processor, require_paths
+from finetune.training.examples import (
+    max_new_tokens,
+    network_config,
+    open_examples,
+    open_processor,
+    require_paths,
+    shared_images_note,
+)
 from finetune.training.interrupt import StopOnSignal
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, is_complete, start_run
@@ -118,6 +125,8 @@ def learn_one(
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     require_fit(config, planned)
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
+    if asked and (note := shared_images_note(examples.records, asked)):
+        show(f"warning: {note}")
     batch_sampler = plan_steps(config, len(dataset))
     if checkpoint and is_finished(config, checkpoint, batch_sampler.total, accept_changes):
         show(f"{config.output} is finished: nothing is left to train; kept {Result.read(Path(config.output))}")

@@ -8,7 +8,7 @@ from data.invalid import SkippedRecords
 from data.records import decodable
 from finetune.config.schema import RunConfig
 from finetune.system.console import show
-from finetune.training.examples import open_examples, open_processor, skipped_records, valid
+from finetune.training.examples import open_examples, open_processor, shared_images_note, skipped_records, valid
 from model import fetch
 
 
@@ -20,12 +20,13 @@ def check(config: RunConfig) -> None:
         ValueError: more cannot be used than the configuration lets be skipped; all of them are listed in any case.
     """
     processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config)
-    refused = []
+    refused, opened = [], []
     for part in ("train", "validation") if config.data.validation else ("train",):
         skipped, total, usable = SkippedRecords(share=math.inf), 0, 0
         try:
             examples = open_examples(config, part, processor, skipped)
             records, longest = examples.records, examples.longest
+            opened.append(records)
             total, usable = len(records), len(valid(decodable(records, skipped), skipped))
             show(f"data.{part}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
         except ValueError:
@@ -39,5 +40,7 @@ def check(config: RunConfig) -> None:
             refused.append(f"{count:,} records of data.{part} cannot be used; {allowed.advice(count, usable + count)}")
         elif count:
             show(f"  that is within data.skip_at_most ({config.data.skip_at_most:.1%}): a run skips them")
+    if len(opened) == 2 and (note := shared_images_note(*opened)):
+        show(f"warning: {note}")
     if refused:
         raise ValueError("\n".join(refused))

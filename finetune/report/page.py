@@ -127,7 +127,7 @@ def summary(run: RunData) -> str:
     arm, base = run.trained, run.arms.get("base")
     if arm is None:
         return f"{said}. It has not been evaluated yet: evaluate.py does that, and writes this page again."
-    said += f". Of {arm.metrics['questions']:,} questions about images that it has not seen it answers "
+    said += f". Of {arm.metrics['questions']:,} validation questions it answers "
     said += f"{arm.metrics['overall']:.2f}% rightly (95% confidence: {arm.interval[0]:.2f} to {arm.interval[1]:.2f})"
     return said + (f"; the base answers {base.metrics['overall']:.2f}%." if base else ".")
 

@@ -8,6 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.compute as pc
+
 from data import Processor
 from data.image_form import ImageForm
 from data.invalid import SkippedRecords
@@ -126,6 +128,23 @@ def open_examples(
     for note in lengths.notes():
         show(f"data.{split}: {note}")
     return Examples(records, lengths, skipped)
+
+
+def shared_images_note(train: Dataset, validation: Dataset) -> str | None:
+    """What a person should know where files of images are in both, or None."""
+    seen, asked = image_paths(train), image_paths(validation)
+    if not (shared := len(seen & asked)):
+        return None
+    return (
+        f"{shared:,} of the {len(asked):,} images of data.validation are in data.train too: what is answered about "
+        "those may be memorised, and says nothing about new images"
+    )
+
+
+def image_paths(records: Dataset) -> set[str]:
+    """The files of the records' images."""
+    images = records.select_columns("image").with_format("arrow")[:].column("image").combine_chunks()
+    return set(pc.struct_field(images, "path").unique().to_pylist())
 
 
 def askable(records: Dataset, processor: Processor, skipped: SkippedRecords) -> Dataset:

@@ -1,15 +1,21 @@
-"""A path of the examples that is wrong is said before anything else: at once, by its key."""
+"""What a run learns from: wrong paths are said at once, and images that it is scored on, too."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import concatenate_datasets
 
+from data.records import load_records
 from finetune.config.load import load_config
 from finetune.evaluation.run import evaluate_run
 from finetune.run import learn
+from finetune.training.examples import shared_images_note
 from tests.test_scripts import base_with_scenes, files, overrides
+from train import main
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -28,3 +34,31 @@ def test_a_wrong_path_is_said_before_a_run_is_compared_with_the_one_that_began(t
     ]
     with pytest.raises(ValueError, match=r"^data\.validation\.images: .* does not exist; did you mean .*\?$"):
         evaluate_run(load_config(CONFIG, wrong), [CONFIG])
+
+
+def test_images_that_a_run_is_also_scored_on_are_counted(tmp_path: Path) -> None:
+    """Each image once, however many questions it has, and of a selection those that are in it."""
+    base = base_with_scenes(tmp_path / "base")
+    places: Any = [files(base, split) for split in ("train2014", "val2014")]
+    train, validation = (load_records(**place) for place in places)
+    assert shared_images_note(train, validation) is None
+    images = list(dict.fromkeys(train["image_id"][:]))
+    few = train.filter(lambda image: image in images[:3], input_columns="image_id")
+    said = shared_images_note(train, concatenate_datasets([few, validation]).shuffle(seed=1))
+    assert said is not None
+    assert said.startswith("3 of the 15 images of data.validation are in data.train too: ")
+    without = train.filter(lambda image: image not in images[:3], input_columns="image_id")
+    assert shared_images_note(without, few) is None
+
+
+def test_a_run_that_is_scored_on_its_own_images_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = base_with_scenes(tmp_path / "base")
+    words = overrides(base, tmp_path / "run")
+    said = "warning: 12 of the 12 images of data.validation are in data.train too"
+    main([CONFIG, *words, "--check"])
+    assert said not in capsys.readouterr().out
+    words.append(f"data.validation={json.dumps(files(base, 'train2014'))}")
+    main([CONFIG, *words, "--check"])
+    assert said in capsys.readouterr().out
+    main([CONFIG, *words, "evaluation.count=null"])
+    assert said in capsys.readouterr().out
