@@ -126,15 +126,20 @@ def read_arm(directory: Path) -> Arm | None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """JSON lines; none where there is no file."""
+    """JSON lines; none where there is no file.
+
+    Raises:
+        ValueError: a line is no JSON; names it.
+    """
     if not file.is_file():
         return []
     found = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            found.append(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}, is no JSON: {error}") from error
+    with file.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028 within an answer
+        for number, text in enumerate(lines, start=1):
+            try:
+                found.append(json.loads(text))
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}, is no JSON ({error}): delete that line") from error
     return found
 
 
