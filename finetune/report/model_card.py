@@ -22,9 +22,9 @@ from finetune.adapters.metadata import (
 from finetune.config.strict_yaml import dump
 from finetune.report.markdown import code, code_word, fenced, plain
 from finetune.report.result_page import public
-from finetune.report.subject import HUB_ID, TOOLKIT, Subject, subject_of
+from finetune.report.subject import TOOLKIT, Subject, subject_of
 from finetune.system.console import show
-from finetune.system.terminal import one_line
+from finetune.system.terminal import UNSAFE, one_line
 
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 IN_PEFT = """\
@@ -123,8 +123,8 @@ def evaluation_results(subject: Subject) -> list[EvalResult]:
 
 
 def title(subject: Subject) -> str:
-    if HUB_ID.fullmatch(subject.name):
-        return subject.name.split("/")[1]
+    if subject.repo:
+        return subject.repo.split("/")[1]
     return f"{subject.run.name}: {subject.directory.name}" if subject.run else subject.directory.absolute().name
 
 
@@ -141,10 +141,10 @@ def about(subject: Subject) -> str:
         said += f", in steps of {subject.run.config.train.batch_size:,} examples."
     step, value = subject.facts.step, subject.facts.metric_value
     if step is not None:
-        judged = (
-            f", with {plain(subject.facts.metric)} {value:.4g} in training" if subject.facts.metric and value else ""
-        )
-        said += f" These are the weights of step {step:,}{judged}."
+        said += f" These are the weights of step {step:,}"
+        if subject.facts.metric and value is not None:
+            said += f", with {plain(subject.facts.metric)} {value:.4g} in training"
+        said += "."
     return said
 
 
@@ -183,15 +183,20 @@ def opening(subject: Subject) -> str:
             f"network, which PEFT and transformers build. {here}"
         )
     values = {
-        "name": json.dumps(one_line(subject.name)),
-        "base": json.dumps(one_line(subject.shown_base)) + (f", revision={json.dumps(revision)}" if revision else ""),
+        "name": in_python(subject.name),
+        "base": in_python(subject.shown_base) + (f", revision={in_python(revision)}" if revision else ""),
         "dtype": subject.run.config.model.dtype if subject.run else "bfloat16",
     }
-    asking = ASKING.format(
-        text=json.dumps("<image>" + example_prompt(subject), ensure_ascii=False), new_tokens=new_tokens(subject)
-    )
+    asking = ASKING.format(text=in_python("<image>" + example_prompt(subject)), new_tokens=new_tokens(subject))
     loading = (IN_PEFT if subject.is_adapter else IN_TRANSFORMERS).format(**values)
     return fenced("python", loading + asking) + f"\n\n{here}"
+
+
+def in_python(text: str) -> str:
+    """A literal of Python for a text, on one line and with nothing hidden in it. json.dumps alone would write a
+    character beyond U+FFFF as two halves, which Python does not join.
+    """
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def example_prompt(subject: Subject) -> str:

@@ -129,7 +129,7 @@ def files_to_push(directory: Path, options: Options) -> tuple[Subject, dict[str,
     from finetune.system.atomic import require_whole
     from model.hub import SIDE_FILES
 
-    subject = dataclasses.replace(subject_of(directory, name=options.repo), named_base=options.base)
+    subject = dataclasses.replace(subject_of(directory, repo=options.repo), named_base=options.base)
     if options.base and not subject.is_adapter:
         raise ValueError(f"--base is of adapters: {directory} is a checkpoint, which needs no other")
     require_whole(directory)

@@ -156,12 +156,12 @@ def public(config: RunConfig) -> dict[str, Any]:
 
 
 def shortened(path: str, output: str) -> str:
-    """Relative to the run or to the working directory; elsewhere the last component only. Hub ids stay."""
-    absolute = os.path.abspath(path)
-    for above in (output, os.getcwd()):
-        if Path(absolute).is_relative_to(above):
-            return Path(absolute).relative_to(above).as_posix()
-    return Path(absolute).name
+    """Relative to the run or to the working directory, if below it; elsewhere the last component only. Hub ids stay."""
+    absolute = Path(os.path.abspath(path))
+    for above in (Path(output), Path.cwd()):
+        if above in absolute.parents and (above.name or not Path(path).is_absolute()):  # below / the whole path is told
+            return absolute.relative_to(above).as_posix()
+    return absolute.name
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from model import PaliGemmaConfig
 
 TOOLKIT = "paligemma-lora"
 GEMMA_VOCABULARY = 257_152  # tokens of the published checkpoints, without their padding
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +29,24 @@ class Subject:
         directory: the adapter, or the checkpoint.
         adapter: the adapter itself, or the one that was merged into the checkpoint; None where all was trained.
         run: where it was trained, if that is known.
-        name: what opens it, a path or an id on the Hub.
+        repo: its id on the Hub, where it is pushed.
         named_base: the adapter's base on the Hub, where the adapter itself names a directory.
     """
 
     directory: Path
     adapter: Path | None
     run: RunData | None
-    name: str
+    repo: str | None = None
     named_base: str | None = None
 
     @property
     def is_adapter(self) -> bool:
         return self.directory == self.adapter
+
+    @property
+    def name(self) -> str:
+        """What opens it: its id on the Hub, or a path that is relative."""
+        return self.repo or shortened(str(self.directory), os.getcwd())
 
     @property
     def base(self) -> tuple[str | None, str | None]:
@@ -111,12 +116,12 @@ class Subject:
         return WEIGHTS_FILE if self.is_adapter else "model.safetensors"
 
 
-def subject_of(directory: Path, adapter: Path | None = None, name: str | None = None) -> Subject:
+def subject_of(directory: Path, adapter: Path | None = None, repo: str | None = None) -> Subject:
     """What is in a directory, an adapter's or a checkpoint's, and the run that it belongs to.
 
     Args:
         adapter: the one that was merged into a checkpoint; by default that of its run.
-        name: its id on the Hub; by default its path.
+        repo: its id on the Hub, where it is pushed.
 
     Raises:
         ValueError: there is neither; or what is there cannot be read.
@@ -131,4 +136,4 @@ def subject_of(directory: Path, adapter: Path | None = None, name: str | None = 
         adapter = directory.parent / "adapter"
     place = (adapter or directory).absolute().parent
     run = read_run(place) if (place / "config.yaml").is_file() else None
-    return Subject(directory, adapter, run, name or shortened(str(directory), os.getcwd()))
+    return Subject(directory, adapter, run, repo)

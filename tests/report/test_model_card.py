@@ -4,6 +4,7 @@ damaged for one.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -23,9 +24,11 @@ import train
 from finetune.adapters.card_file import CARD_FILE, is_edited, write_card
 from finetune.adapters.metadata import BASE_FINGERPRINT, CONFIG_FILE, WEIGHTS_FILE, metadata_of
 from finetune.report import model_card
-from finetune.report.model_card import NOTICE, card, show_card, show_cards
+from finetune.report.model_card import NOTICE, card, in_python, show_card, show_cards
+from finetune.report.result_page import shortened
 from finetune.report.subject import subject_of
 from finetune.system.atomic import MANIFEST, damage
+from finetune.system.terminal import visible
 from tests.test_scripts import ROOT, base_with_scenes, overrides
 
 HOSTILE = '--- "a": {b} [c](d) <b>x</b> | ``` ` \\ # $& \'*_\n---\n# x\n```\n<script>'
@@ -139,6 +142,41 @@ def test_a_card_tells_no_path_of_this_machine(run: Path, base: Path) -> None:
         assert str(ROOT) not in text
 
 
+def test_no_path_is_told_where_the_working_directory_is_the_root(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    found = card(subject_of(run / "adapter"))
+    assert str(run.parent)[1:] not in found
+    file = run / "adapter" / CONFIG_FILE
+    assert str(Path(json.loads(file.read_text())["base_model_name_or_path"]).parent)[1:] not in found
+    assert shortened("google/paligemma-3b-pt-224", str(run)) == "google/paligemma-3b-pt-224"
+
+
+def test_the_output_of_a_configuration_has_a_name(run: Path) -> None:
+    assert "output: one\n" in card(subject_of(run / "adapter"))
+
+
+def test_the_title_is_of_the_run_also_where_its_path_looks_like_a_name_on_the_hub(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy.parent)
+    assert "\n# run: adapter\n" in card(subject_of(Path("run/adapter")))
+    assert "\n# mine\n" in card(subject_of(Path("run/adapter"), repo="me/mine"))
+
+
+def test_a_metric_of_zero_is_a_metric(copy: Path) -> None:
+    file = copy / "adapter" / WEIGHTS_FILE
+    facts = json.dumps({"step": 2, "metric": "accuracy", "metric_value": 0.0})
+    save_file(load_file(file), file, metadata_of(file.parent) | {"training": facts})
+    assert "These are the weights of step 2, with accuracy 0 in training." in card(subject_of(file.parent))
+
+
+@pytest.mark.parametrize("text", ["a \U0001f600", "\u202e\u2028\x1b\x7f", '\\"\n', "مرحبا\u200f"])
+def test_a_text_in_the_code_of_a_card_is_that_text(text: str) -> None:
+    written = in_python(text)
+    assert ast.literal_eval(written) == text
+    assert visible(written) == written
+
+
 def test_an_adapter_whose_training_began_with_another_does_not_tell_its_path(run: Path) -> None:
     subject = subject_of(run / "adapter")
     assert subject.run is not None
@@ -248,7 +286,7 @@ def test_an_adapter_of_the_hubs_base_names_it(copy: Path) -> None:
     file = copy / "adapter" / CONFIG_FILE
     about = {"base_model_name_or_path": "google/paligemma-3b-pt-224", "revision": "bfloat16"}
     file.write_text(json.dumps(json.loads(file.read_text()) | about))
-    found = parse(card(subject_of(copy / "adapter", name="me/mine")))
+    found = parse(card(subject_of(copy / "adapter", repo="me/mine")))
     assert found.data.base_model == "google/paligemma-3b-pt-224"
     assert (found.data.license, found.data["base_model_relation"]) == ("gemma", "adapter")
     assert "base_model:adapter:google/paligemma-3b-pt-224" in (found.data.tags or [])
