@@ -151,8 +151,10 @@ def files_to_push(directory: Path, options: Options) -> tuple[Subject, dict[str,
 
 
 def require_nameable_base(subject: Subject, stored: str | None) -> None:
-    """ValueError where an adapter would tell a path of this machine, which is of no use to whoever opens it."""
-    if subject.named_base is None and stored and (Path(stored).is_absolute() or ".." in Path(stored).parts):
+    """ValueError where an adapter names its base by a path: of no use to whoever opens it, and where it is relative
+    perhaps the name of another checkpoint on the Hub.
+    """
+    if subject.named_base is None and stored and subject.hub_base is None:
         raise ValueError(
             f"{subject.directory} names its base by a path of this machine, {stored}: give the base's name on the Hub, "
             "such as --base google/paligemma-3b-pt-224"
