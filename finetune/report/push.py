@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from finetune.report.subject import Subject
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WEIGHTS = ("adapter_config.json", "config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -127,13 +126,13 @@ def files_to_push(directory: Path, options: Options) -> tuple[Subject, dict[str,
     from finetune.report.model_card import NOTICE, card
     from finetune.report.subject import subject_of
     from finetune.system.atomic import require_whole
-    from model.hub import SIDE_FILES
+    from model.hub import CHECKPOINT_FILES
 
     subject = dataclasses.replace(subject_of(directory, repo=options.repo), named_base=options.base)
     if options.base and not subject.is_adapter:
         raise ValueError(f"--base is of adapters: {directory} is a checkpoint, which needs no other")
     require_whole(directory)
-    found = {path.name for pattern in (*WEIGHTS, *SIDE_FILES) for path in directory.glob(pattern)}
+    found = {path.name for pattern in (CONFIG_FILE, *CHECKPOINT_FILES) for path in directory.glob(pattern)}
     files: dict[str, Path | bytes] = {name: directory / name for name in sorted(found)}
     if subject.weights_file not in files and "model.safetensors.index.json" not in files:
         raise ValueError(f"{directory} holds no {subject.weights_file}: expected a run, an adapter or a checkpoint")
