@@ -36,6 +36,7 @@ def curves(lines: Mapping[str, Series], label: str) -> str:
             marker = "o" if len(steps) < 20 else ""
             axes.plot(steps, values, color=color_of(name, list(lines)), linewidth=1.6, marker=marker, markersize=3)
         axes.set_xlabel("step")
+        axes.locator_params("x", integer=True)
         axes.set_title(label, loc="left", fontsize=10)
         axes.grid(axis="y", alpha=0.2)
         if len(lines) > 1:

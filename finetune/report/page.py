@@ -134,6 +134,8 @@ def summary(run: RunData) -> str:
     model = public(run.config)["model"]["path"]
     said = f"{model} was trained on {run.config.data.train.name}"
     arm, base = run.trained, run.arms.get("base")
+    if arm is None and run.config.data.validation is None:
+        return f"{said}. The run has no data.validation, and so nothing to evaluate on."
     if arm is None:
         return f"{said}. It has not been evaluated yet: evaluate.py does that, and writes this page again."
     said += f". Of {arm.metrics['questions']:,} questions about images that it has not seen it answers "

@@ -75,7 +75,13 @@ class Subject:
 
     @property
     def facts(self) -> TrainingFacts:
-        return training_facts(self.adapter) if self.adapter else TrainingFacts()
+        """What is stored with the adapter; where all was trained, what the run says."""
+        if self.adapter:
+            return training_facts(self.adapter)
+        if self.run is None or self.run.result is None:
+            return TrainingFacts()
+        data = self.run.config.data
+        return dataclasses.replace(self.run.result.facts, prompt=data.prompt if data.train.questions else None)
 
     @property
     def opens_elsewhere(self) -> bool:

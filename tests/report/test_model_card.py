@@ -22,13 +22,14 @@ import evaluate
 import merge_lora
 import train
 from finetune.adapters.card_file import CARD_FILE, is_edited, write_card
-from finetune.adapters.metadata import BASE_FINGERPRINT, CONFIG_FILE, WEIGHTS_FILE, metadata_of
+from finetune.adapters.metadata import BASE_FINGERPRINT, BASE_QUANTIZATION, CONFIG_FILE, WEIGHTS_FILE, metadata_of
 from finetune.report import model_card
 from finetune.report.model_card import NOTICE, card, in_python, show_card, show_cards
 from finetune.report.result_page import shortened
 from finetune.report.subject import subject_of
 from finetune.system.atomic import MANIFEST, damage
 from finetune.system.terminal import visible
+from finetune.training.result import Result
 from tests.test_scripts import ROOT, base_with_scenes, overrides
 
 HOSTILE = '--- "a": {b} [c](d) <b>x</b> | ``` ` \\ # $& \'*_\n---\n# x\n```\n<script>'
@@ -320,10 +321,23 @@ def test_an_adapter_at_another_resolution_opens_in_peft_only_merged(base: Path, 
 
 def test_a_network_that_was_trained_in_full_has_a_card_too(base: Path, tmp_path: Path) -> None:
     words = [str(ROOT / "configs/quickstart.yaml"), *overrides(base, tmp_path / "run", "lora=null")]
-    train.main(words)
+    train.main([*words, "data.prompt=asked {question}"])
     found = read(tmp_path / "run/model")
     assert found.data.library_name == "transformers"
     assert "fine-tuned in full" in found.text
+    assert "`asked {question}`" in found.text
+    assert 'text="<image>asked what is this?"' in found.text
+    result = Result.read(tmp_path / "run")
+    assert result is not None
+    assert f"These are the weights of step {result.step:,}, with accuracy" in found.text
+
+
+def test_a_base_in_four_bits_is_told(copy: Path) -> None:
+    file = copy / "adapter" / WEIGHTS_FILE
+    said = "The decoder's weights were kept in NF4 while it was trained."
+    assert said not in card(subject_of(file.parent))
+    save_file(load_file(file), file, metadata_of(file.parent) | {BASE_QUANTIZATION: "nf4"})
+    assert said in card(subject_of(file.parent))
 
 
 def test_what_is_neither_an_adapter_nor_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -182,6 +182,10 @@ def test_a_run_without_validation_records_that_was_evaluated_on_others_has_a_pag
     page = Page(write_page(tmp_path / "run").read_text())
     assert "By type of answer" in page.text
     assert not page.of("img")
+    shutil.rmtree(tmp_path / "run/eval")
+    page = Page(write_page(tmp_path / "run").read_text())
+    assert "The run has no data.validation, and so nothing to evaluate on." in page.text
+    assert "evaluate.py" not in page.text
 
 
 def test_runs_beside_each_other(
