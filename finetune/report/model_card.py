@@ -22,6 +22,7 @@ from finetune.adapters.metadata import (
 from finetune.config.strict_yaml import dump
 from finetune.report.markdown import code, code_word, fenced, plain
 from finetune.report.result_page import public
+from finetune.report.run_data import Arm
 from finetune.report.subject import TOOLKIT, Subject, subject_of
 from finetune.system.console import show
 from finetune.system.terminal import UNSAFE, one_line
@@ -112,7 +113,7 @@ def evaluation_results(subject: Subject) -> list[EvalResult]:
         EvalResult(
             task_type="visual-question-answering",
             dataset_type="custom",
-            dataset_name=one_line(validation_name(subject)),
+            dataset_name=one_line(validation_name(subject, arm)),
             metric_type="accuracy",
             metric_name="VQA accuracy, percent",
             metric_value=arm.metrics["overall"],
@@ -153,7 +154,8 @@ def scores(subject: Subject) -> str:
     arms = subject.arms
     if not arms:
         return ""
-    first = next(iter(arms.values())).metrics
+    arm = next(iter(arms.values()))
+    first = arm.metrics
     types = sorted(first["by_answer_type"])
     rows = [["VQA accuracy, percent", "overall", "95% interval", *map(plain, types)], ["---"] * (3 + len(types))]
     for name, arm in arms.items():
@@ -161,12 +163,13 @@ def scores(subject: Subject) -> str:
         rows.append([name, f"{arm.metrics['overall']:.2f}", "{:.2f} to {:.2f}".format(*arm.interval), *by_type])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     asked = f"{first['questions']:,} questions about {first['images']:,} images"
-    return f"{table}\n\nOn {asked} of {code(validation_name(subject))}, answered greedily."
+    return f"{table}\n\nOn {asked} of {code(validation_name(subject, arm))}, answered greedily."
 
 
-def validation_name(subject: Subject) -> str:
+def validation_name(subject: Subject, arm: Arm) -> str:
+    """The file of questions that an arm answered; by the configuration where its figures do not say."""
     source = subject.run.config.data.validation if subject.run else None
-    return source.name if source else "not named"
+    return str(arm.metrics.get("validation") or (source.name if source else "not named"))
 
 
 def opening(subject: Subject) -> str:

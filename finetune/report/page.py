@@ -133,14 +133,18 @@ def summary(run: RunData) -> str:
     """What was trained on what, and what came of it, in a sentence."""
     model = public(run.config)["model"]["path"]
     said = f"{model} was trained on {run.config.data.train.name}"
-    arm, base = run.trained, run.arms.get("base")
+    arm = run.trained
     if arm is None and run.config.data.validation is None:
         return f"{said}. The run has no data.validation, and so nothing to evaluate on."
     if arm is None:
         return f"{said}. It has not been evaluated yet: evaluate.py does that, and writes this page again."
     said += f". Of {arm.metrics['questions']:,} questions about images that it has not seen it answers "
     said += f"{arm.metrics['overall']:.2f}% rightly (95% confidence: {arm.interval[0]:.2f} to {arm.interval[1]:.2f})"
-    return said + (f"; the base answers {base.metrics['overall']:.2f}%." if base else ".")
+    base = run.base_beside(arm)
+    said += f"; the base answers {base.metrics['overall']:.2f}%." if base else "."
+    if run.is_outdated(arm):
+        said += " The weights were written after that: evaluate.py measures them as they are now."
+    return said
 
 
 def scores_chart(arms: dict[str, Arm]) -> Markup | None:

@@ -10,8 +10,6 @@ from pathlib import Path
 from finetune.adapters.locate import find_base
 from finetune.adapters.metadata import CONFIG_FILE, WEIGHTS_FILE, TrainingFacts, training_facts
 from finetune.adapters.network import changes_in
-from finetune.evaluation.evaluate import METRICS_FILE
-from finetune.evaluation.inputs import INPUTS_KEY
 from finetune.report.result_page import shortened
 from finetune.report.run_data import Arm, RunData, read_run
 from model import PaliGemmaConfig
@@ -106,16 +104,13 @@ class Subject:
     @property
     def arms(self) -> dict[str, Arm]:
         """Its own scores, and the base's on the same questions; none where it was not evaluated as it is now."""
-        arms = self.run.arms if self.run else {}
-        arm, weights = arms.get(self.directory.name), self.directory / self.weights_file
-        if self.run is None or arm is None or self.directory.resolve().parent != self.run.directory.resolve():
+        if self.run is None or self.directory.resolve().parent != self.run.directory.resolve():
             return {}
-        figures = self.run.directory / "eval" / arm.name / METRICS_FILE
-        if figures.stat().st_mtime < weights.stat().st_mtime:
+        arm = self.run.arms.get(self.directory.name)
+        if arm is None or self.run.is_outdated(arm):
             return {}
-        base = arms.get("base")
-        comparable = base is not None and base.metrics.get(INPUTS_KEY) == arm.metrics.get(INPUTS_KEY)
-        return {arm.name: arm} | ({"base": base} if base and comparable else {})
+        base = self.run.base_beside(arm)
+        return {arm.name: arm} | ({"base": base} if base else {})
 
     @property
     def weights_file(self) -> str:

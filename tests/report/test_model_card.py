@@ -124,7 +124,10 @@ def test_scores_of_other_weights_are_not_in_the_card(copy: Path) -> None:
     metrics = json.loads(file.read_text())
     metrics["made_of"]["limit"] = 3
     file.write_text(json.dumps(metrics))
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("OpenEnded_mscoco_val2014", "changed_since"))
     found = card(subject_of(copy / "adapter"))
+    assert "changed_since" not in found.split("## How it was trained")[0]
     assert "| adapter |" in found
     assert "| base |" not in found
     tensors = load_file(copy / "adapter" / WEIGHTS_FILE)
@@ -243,7 +246,7 @@ def test_hostile_texts_stay_texts(copy: Path, tmp_path: Path) -> None:
     facts = json.dumps({"prompt": prompt, "step": 2, "metric": HOSTILE, "metric_value": 3.0})
     save_file(load_file(file), file, metadata_of(file.parent) | {"training": facts})
     metrics = json.loads((hostile_run / "eval/adapter/metrics.json").read_text())
-    metrics["by_answer_type"] = {HOSTILE: 1.0}
+    metrics |= {"by_answer_type": {HOSTILE: 1.0}, "validation": Path(HOSTILE).name}
     for arm in ("adapter", "base"):
         (hostile_run / "eval" / arm / "metrics.json").write_text(json.dumps(metrics))
     assert write_card(file.parent, card(subject_of(file.parent)))

@@ -150,6 +150,18 @@ def test_a_run_that_was_not_evaluated_has_a_page_too(run: Path, tmp_path: Path) 
     assert not page.of("img")
 
 
+def test_weights_that_are_newer_than_the_figures_are_told(run: Path, tmp_path: Path) -> None:
+    """Trained on after the evaluation; and a base that answered other questions is not compared."""
+    shutil.copytree(run, tmp_path / "run")
+    before = Page(write_page(tmp_path / "run").read_text()).text
+    (tmp_path / "run/adapter/adapter_model.safetensors").touch()
+    file = tmp_path / "run/eval/base/metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"made_of": {"limit": 3}}))
+    after = Page(write_page(tmp_path / "run").read_text()).text
+    for said, where in (("; the base answers", before), ("The weights were written after that: evaluate.py", after)):
+        assert (said in before, said in after) == (where is before, where is after)
+
+
 def test_images_that_are_gone_leave_the_figures(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run/config.yaml"
@@ -164,14 +176,18 @@ def test_images_that_can_no_longer_be_opened_are_left_out(run: Path, base: Path,
     shutil.copytree(base / "data", tmp_path / "data")
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run/config.yaml"
-    text = config.read_text().replace(f"{base}/data", f"{tmp_path}/data").replace(f"output: {run}", "output: elsewhere")
+    text = (
+        config.read_text()
+        .replace(f"{base}/data", f"{tmp_path}/data")
+        .replace(f"output: {run}", f"output: {tmp_path}/elsewhere")
+    )
     config.write_text(text.replace("on_error: fail", "on_error: skip"))
     before = len(Page((run / "report.html").read_text()).of("img"))
     gone, cut, *_ = sorted((tmp_path / "data/images").glob("*val2014*"))
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-100])
     assert len(Page(write_page(tmp_path / "run").read_text()).of("img")) == before - 2
-    assert not Path("elsewhere").exists()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_run_without_validation_records_that_was_evaluated_on_others_has_a_page(run: Path, tmp_path: Path) -> None:
@@ -241,14 +257,14 @@ def test_confusions() -> None:
 
 
 def test_a_page_is_full_at_its_limit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = sorted((base / "data/images").glob("*.jpg"))
+    paths = sorted((base / "data/images").glob("*.jpg"))
     line = {"question": "q", "answer_type": "", "expected": ["a"], "answer": "a", "score": 100.0}
-    answers = {str(i): line | {"id": str(i), "image_id": str(i)} for i in range(len(pictures))}
-    images = {str(i): str(path) for i, path in enumerate(pictures)}
+    answers = {str(i): line | {"id": str(i), "image_id": str(i)} for i in range(len(paths))}
+    images = {str(i): str(path) for i, path in enumerate(paths)}
     arms = {"adapter": Arm("adapter", {}, answers)}
-    assert len(gallery.cards_of(arms, images)) == len(pictures)
-    monkeypatch.setattr(gallery, "MOST_BYTES", 3 * max(len(gallery.thumbnail(path)) for path in pictures))
-    assert 3 <= len(gallery.cards_of(arms, images)) < len(pictures)
+    assert len(gallery.cards_of(arms, images)) == len(paths)
+    monkeypatch.setattr(gallery, "MOST_BYTES", 3 * max(len(gallery.thumbnail(path)) for path in paths))
+    assert 3 <= len(gallery.cards_of(arms, images)) < len(paths)
 
 
 def test_charts_are_the_same_bytes_for_the_same_data() -> None:
