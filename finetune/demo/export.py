@@ -19,7 +19,8 @@ from finetune.config.strict_yaml import dump
 from finetune.demo.examples import Example, write_examples
 from finetune.demo.networks import Sources
 from finetune.report.markdown import plain
-from finetune.report.subject import HUB_ID
+from finetune.report.model_card import NOTICE
+from finetune.report.subject import HUB_ID, Subject
 from finetune.system.atomic import occupied, recover, temporary_paths
 from finetune.system.terminal import one_line
 from model.hub import CHECKPOINT_FILES
@@ -103,6 +104,9 @@ def fill(directory: Path, sources: Sources, examples: Sequence[Example], dtype: 
     for package in PACKAGES:
         copy_files(CHECKOUT, directory, [path for suffix in CODE for path in (CHECKOUT / package).rglob(suffix)])
     shutil.copyfile(CHECKOUT / "LICENSE", directory / "LICENSE")
+    first = next(iter(sources.adapters.values()))  # all are of the same base
+    if Subject(first, first, None, named_base=sources.base).has_gemma_weights:
+        (directory / "NOTICE").write_text(f"{NOTICE}\n", encoding="utf-8")
     if copied:
         copy_files(Path(sources.base), directory / "base", checkpoint_files(Path(sources.base)))
     for name, adapter in sources.adapters.items():

@@ -18,6 +18,7 @@ from finetune.demo.answer import ask
 from finetune.demo.examples import Example
 from finetune.demo.export import export
 from finetune.demo.networks import Opened, Sources, find_sources
+from finetune.report.model_card import NOTICE
 from tests.demo.conftest import ROOT
 
 HUB = "google/paligemma-3b-pt-224"
@@ -56,6 +57,7 @@ for name in ("model", "data", "finetune"):
     expected = [f"{one.name} {ask(one, scene, 'answer en what is it?', 5).ids}" for one in opened.networks]
     assert ran.stdout.splitlines() == expected
     assert told[-1] == "the base, assets/tiny-base, was copied along"
+    assert not (tmp_path / "space/NOTICE").exists()  # the tiny base is none of Google's
     assert str(ROOT) not in "".join(path.read_text() for path in (tmp_path / "space").rglob("*.json"))
 
 
@@ -70,6 +72,7 @@ def test_what_a_space_reads(adapters: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "space" / str(said["app_file"])).is_file()
     config = json.loads((tmp_path / "space/adapters/one/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (HUB, "bfloat16")
+    assert (tmp_path / "space/NOTICE").read_text() == f"{NOTICE}\n"
     assert "HF_TOKEN" in told[-1]
     assert "HF_TOKEN" in (tmp_path / "space/README.md").read_text()
     assert not (tmp_path / "space/base").exists()
