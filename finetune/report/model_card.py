@@ -203,7 +203,9 @@ def in_python(text: str) -> str:
 
 
 def example_prompt(subject: Subject) -> str:
-    """A prompt worded as in training, where that is known."""
+    """A prompt worded as in training, where that is known; a placeholder where each example had its own."""
+    if subject.facts.prompt is None and subject.run and subject.run.config.data.train.jsonl:
+        return "a prompt like those of the training file"
     return (subject.facts.prompt or "answer en {question}").replace("{question}", "what is this?")
 
 

@@ -335,6 +335,19 @@ def test_a_network_that_was_trained_in_full_has_a_card_too(base: Path, tmp_path:
     assert f"These are the weights of step {result.step:,}, with accuracy" in found.text
 
 
+def test_prompts_that_the_examples_had_are_not_made_up(copy: Path) -> None:
+    text = (copy / "config.yaml").read_text()
+    text = re.sub(r"  train:.*?(?=  validation:)", "  train:\n    jsonl: mine.jsonl\n", text, flags=re.S, count=1)
+    (copy / "config.yaml").write_text(text)
+    file = copy / "adapter" / WEIGHTS_FILE
+    save_file(load_file(file), file, metadata_of(file.parent) | {"training": json.dumps({"step": 2})})
+    found = card(subject_of(file.parent))
+    assert "Trained on `mine.jsonl`" in found
+    assert "The prompts stand in the lines of the training file." in found
+    assert 'text="<image>a prompt like those of the training file"' in found
+    assert "what is this?" not in found
+
+
 def test_a_base_in_four_bits_is_told(copy: Path) -> None:
     file = copy / "adapter" / WEIGHTS_FILE
     said = "The decoder's weights were kept in NF4 while it was trained."
