@@ -9,6 +9,7 @@ from pathlib import Path
 
 SIDE_FILES = ["tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"]
 SIDE_FILES += ["*processor_config.json", "generation_config.json", "chat_template.json", "chat_template.jinja"]
+CHECKPOINT_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES]
 
 
 def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -30,9 +31,7 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{path_or_hub_id}"
-    wanted = ["config.json", *SIDE_FILES]
-    if weights:
-        wanted += ["*.safetensors", "*.safetensors.index.json"]
+    wanted = CHECKPOINT_FILES if weights else ["config.json", *SIDE_FILES]
     try:
         return Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=wanted))
     except errors.GatedRepoError:

@@ -157,7 +157,7 @@ def test_the_report_names_neither_the_user_nor_the_machine(finished: Finished) -
             assert secret not in text, (file, secret)
         assert not re.search(r"[\"' ]/\w", text), "an absolute path"
     report = json.loads((finished.directory / "run/report.json").read_text())["configuration"]
-    assert report["output"] == "."
+    assert report["output"] == "run"
     assert report["model"]["path"] == "assets/tiny-base"
     assert report["data"]["train"]["images"] == "train2014"
     assert "tracking" not in report

@@ -27,18 +27,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sources = find_sources(arguments.runs, arguments.model, arguments.revision)
     if arguments.export is not None:
-        for line in export(sources, examples_or_none(arguments.runs), arguments.export, arguments.dtype):
+        for line in export(sources, examples_of_first(arguments.runs), arguments.export, arguments.dtype):
             print(visible(line))
         return
     from finetune.demo.app import library, serve
 
     library()  # before minutes are spent on opening a network
     opened = open_networks(sources, arguments.dtype, arguments.device, arguments.quantize)
-    serve(opened, examples_or_none(arguments.runs), arguments.host, arguments.port, arguments.batch_size)
+    serve(opened, examples_of_first(arguments.runs), arguments.host, arguments.port, arguments.batch_size)
 
 
-def examples_or_none(runs: Sequence[Path]) -> list[Example]:
-    """Examples of the first run that has any; a page does without them, and a line says why."""
+def examples_of_first(runs: Sequence[Path]) -> list[Example]:
+    """Examples of the first run that has any; where those of a run cannot be read, a line says why."""
     from finetune.demo.examples import examples_of
 
     for run in runs:

@@ -62,8 +62,8 @@ def ask(
     """The answer to a whole prompt, such as `answer en what is this?`; sampling as in `PaliGemma.generate_scored`.
 
     Raises:
-        ValueError: the image cannot be used, the prompt is too long or holds a special token, or sampling settings
-            that cannot be.
+        ValueError: the image cannot be used, the prompt is too long or holds a special token, or a sampling setting is
+            outside its range.
     """
     processor = network.processor
     inputs: dict[str, Any] = {
@@ -86,14 +86,15 @@ def token_text(network: Network, token: int) -> str:
 def boxes_in(text: str, size: tuple[int, int], aspect: str = "squash") -> list[Box]:
     """The boxes that an answer names, in the pixels of an image of this size (width, height).
 
-    aspect: as the network's processor has it. With "pad" the locations are those of the square around the image.
+    Args:
+        aspect: as the network's processor has it. With "pad" the locations are those of the square around the image.
     """
     width, height = size
     across, down = (max(size), max(size)) if aspect == "pad" else size
     left, top = (across - width) // 2, (down - height) // 2
     found = []
-    for *places, label in BOX.findall(text):
-        y0, x0, y1, x1 = (int(place) / LOCATIONS for place in places)
+    for *locations, label in BOX.findall(text):
+        y0, x0, y1, x1 = (int(location) / LOCATIONS for location in locations)
         corners = (x0 * across - left, y0 * down - top, x1 * across - left, y1 * down - top)
         found.append(Box(label.strip(), *corners))
     return found

@@ -26,7 +26,8 @@ class Example(NamedTuple):
 
 
 def examples_of(run: Path, count: int = COUNT, seed: int = 0) -> list[Example]:
-    """Questions drawn from a run's validation records, each of another image; none of an adapter without its run.
+    """Questions drawn from a run's validation records, each of another image; none of an adapter without its run, or
+    of a run without such records.
 
     Raises:
         ValueError: the configuration or the records cannot be read, or are no longer there.
@@ -34,14 +35,18 @@ def examples_of(run: Path, count: int = COUNT, seed: int = 0) -> list[Example]:
     if not (run / "config.yaml").is_file():
         return []
     config = load_config(run / "config.yaml")
+    if config.data.validation is None:
+        return []
     records = open_records(config, "validation", skipped_records(config, "validation", listed=False))
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     found: dict[str, Example] = {}
     for i in order:
+        if len(found) == count:
+            break
         record = records[i]
         path = Path(record["image"]["path"] or "")
-        if len(found) < count and path.is_file():
+        if path.is_file():
             found[record["image_id"]] = example(path, record["question"], record["prefix"], config.data.prompt)
     return list(found.values())
 

@@ -11,13 +11,22 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from finetune.adapters.locate import CHECKOUT
 from finetune.adapters.metadata import CONFIG_FILE, WEIGHTS_FILE
+from finetune.config.strict_yaml import dump
 from finetune.demo.examples import Example, write_examples
 from finetune.demo.networks import Sources
+from finetune.report.markdown import plain
+from finetune.report.model_card import NOTICE
+from finetune.report.subject import HUB_ID, Subject
 from finetune.system.atomic import occupied, recover, temporary_paths
+from finetune.system.terminal import one_line
+from model.hub import CHECKPOINT_FILES
 
 PACKAGES = ("model", "data", "finetune")
+CODE = ("*.py", "*.html")  # of them; whatever else a person keeps there stays
 SMALL_BASE = 200_000_000  # bytes of a base that is copied along
 
 APP = '''"""The page of this Space."""
@@ -36,12 +45,7 @@ if __name__ == "__main__":
 '''
 
 README = """---
-title: {title}
-sdk: gradio
-sdk_version: {gradio}
-python_version: "3.11"
-app_file: app.py
-{models}---
+{header}---
 
 # {title}
 
@@ -63,13 +67,18 @@ def export(sources: Sources, examples: Sequence[Example], directory: Path, dtype
     """Write the folder, whole or not at all; returns what to tell the person.
 
     Raises:
-        ValueError: there is something at `directory`, or the base is a directory too large to copy along.
+        ValueError: there is something at `directory`; or the base is a directory too large to copy along, or neither a
+            directory nor a name on the Hub.
     """
     if occupied(directory):
         raise ValueError(f"{directory} exists already, and is not empty: name a new folder, or delete it first")
     base = Path(sources.base)
-    copied = base.is_dir()
-    if copied and (size := size_of(base)) > SMALL_BASE:
+    if not base.is_dir() and not HUB_ID.fullmatch(sources.base):
+        raise ValueError(
+            f"the base, {sources.base}, is neither a directory here nor a name on the Hub: name the same checkpoint "
+            "with --model, such as google/paligemma-3b-pt-224"
+        )
+    if base.is_dir() and (size := sum(path.stat().st_size for path in checkpoint_files(base))) > SMALL_BASE:
         raise ValueError(
             f"the base is a directory here, {base}, of {size / 1e9:.1f} GB, which the host would not have: name the "
             "same checkpoint on the Hub, with --model google/paligemma-3b-pt-224 (or what it is)"
@@ -93,16 +102,32 @@ def fill(directory: Path, sources: Sources, examples: Sequence[Example], dtype: 
     """Everything that the folder holds."""
     copied = Path(sources.base).is_dir()
     for package in PACKAGES:
-        shutil.copytree(CHECKOUT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        copy_files(CHECKOUT, directory, [path for suffix in CODE for path in (CHECKOUT / package).rglob(suffix)])
     shutil.copyfile(CHECKOUT / "LICENSE", directory / "LICENSE")
+    first = next(iter(sources.adapters.values()))  # all are of the same base
+    if Subject(first, first, None, named_base=sources.base).has_gemma_weights:
+        (directory / "NOTICE").write_text(f"{NOTICE}\n", encoding="utf-8")
     if copied:
-        shutil.copytree(sources.base, directory / "base")
+        copy_files(Path(sources.base), directory / "base", checkpoint_files(Path(sources.base)))
     for name, adapter in sources.adapters.items():
         copy_adapter(adapter, directory / "adapters" / name, "base" if copied else sources.base, sources.revision)
     write_examples(examples, directory / "examples")
     (directory / "app.py").write_text(APP.format(dtype=dtype), encoding="utf-8")
     (directory / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(readme(sources), encoding="utf-8")
+
+
+def copy_files(source: Path, directory: Path, files: Sequence[Path]) -> None:
+    """Copy files of `source` to the same places in `directory`."""
+    for file in files:
+        place = directory / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The files of a checkpoint, without what else is in its directory."""
+    return [path for pattern in CHECKPOINT_FILES for path in directory.glob(pattern)]
 
 
 def copy_adapter(adapter: Path, directory: Path, base: str, revision: str | None) -> None:
@@ -128,13 +153,22 @@ def gradio_version() -> str:
 
 def readme(sources: Sources) -> str:
     """README.md with the header that a Space reads."""
-    names = list(sources.adapters)
+    names = [one_line(name) for name in sources.adapters]
     copied = Path(sources.base).is_dir()
+    header: dict[str, JsonValue] = {
+        "title": " and ".join(names),
+        "sdk": "gradio",
+        "sdk_version": gradio_version(),
+        "python_version": "3.11",
+        "app_file": "app.py",
+    }
+    if not copied:
+        header["models"] = [sources.base]
     return README.format(
-        title=json.dumps(" and ".join(names), ensure_ascii=False)[1:-1],
+        header=dump(header),
+        title=plain(header["title"]),
         gradio=gradio_version(),
-        models="" if copied else f"models:\n- {sources.base}\n",
-        names=" and ".join(names),
+        names=" and ".join(map(plain, names)),
         does="does" if len(names) == 1 else "do",
         base=COPIED if copied else GATED.format(base=sources.base),
     )

@@ -67,13 +67,10 @@ def occlusion_map(
         raise ValueError(f"{len(answer)} tokens and a grid of {grid}: expected an answer and at least one patch")
     opened = open_image(image)
     views = [opened, *covered_images(opened, grid)]
-    parts = [answer_log_probs(network, list(part), prompt, answer) for part in in_parts(views, batch_size)]
-    first, *others = torch.cat(parts).double().exp().tolist()
+    starts = range(0, len(views), batch_size)
+    scored = [answer_log_probs(network, views[start : start + batch_size], prompt, answer) for start in starts]
+    first, *others = torch.cat(scored).double().exp().tolist()
     return Occlusion(first, torch.tensor(others, dtype=torch.float64).view(grid, grid))
-
-
-def in_parts(images: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:
-    return (images[start : start + size] for start in range(0, len(images), size))
 
 
 def covered_images(image: Image.Image, grid: int) -> Iterator[Image.Image]:

@@ -105,7 +105,9 @@ def evaluate_arm(
     result = open_and_evaluate(checkpoint, arm.adapter, processor, records, dtype, device, rows, new_tokens, quantize)
     show_unfinished(name, result, "evaluation.max_new_tokens")
     if directory:
+        source = config.data.validation
         facts = {"model": str(arm.checkpoint), "adapter": str(arm.adapter) if arm.adapter else None}
+        facts |= {"validation": source.name if source else None}
         distributed.on_main(partial(result.save, directory / name, records, **facts, **{INPUTS_KEY: inputs}))
     return result.score
 

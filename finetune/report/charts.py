@@ -20,6 +20,7 @@ STYLE: Any = {
     "svg.hashsalt": "charts",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "axes.spines.top": False,
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -33,14 +34,13 @@ def curves(lines: Mapping[str, Series], label: str) -> str:
         figure, axes = new_figure(4.6, 2.4)
         for name, (steps, values) in lines.items():
             marker = "o" if len(steps) < 20 else ""
-            axes.plot(
-                steps, values, color=color_of(name, list(lines)), label=name, linewidth=1.6, marker=marker, markersize=3
-            )
+            axes.plot(steps, values, color=color_of(name, list(lines)), linewidth=1.6, marker=marker, markersize=3)
         axes.set_xlabel("step")
+        axes.locator_params("x", integer=True)
         axes.set_title(label, loc="left", fontsize=10)
         axes.grid(axis="y", alpha=0.2)
         if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(axes.get_lines(), list(lines), frameon=False, fontsize=8)  # also a name that begins with "_"
         return to_svg(figure, f"{label} over steps")
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
@@ -28,7 +28,7 @@ class Asked:
     expected: list[tuple[str, int]]
     answers: dict[str, dict[str, Any]]
     outcome: str
-    """Of the last arm: right or wrong."""
+    """Of the last arm: "right" from a score of 50 percent on, else "wrong"."""
     is_changed: bool
     """Whether the first and the last arm answer differently."""
 
@@ -43,6 +43,7 @@ class Card:
 
 def cards_of(arms: Mapping[str, Arm], images: Mapping[str, Any], seed: int = 0) -> list[Card]:
     """Images drawn at random, those with a wrong answer first, then those with a changed one, until a page is full.
+    An image that can no longer be opened is left out.
 
     Args:
         arms: in the order in which they are shown, the last one is what the page is about.
@@ -59,7 +60,10 @@ def cards_of(arms: Mapping[str, Arm], images: Mapping[str, Any], seed: int = 0) 
     cards: list[Card] = []
     size = 0
     for name in order[:MOST_IMAGES]:
-        image = thumbnail(images[name])
+        try:
+            image = thumbnail(images[name])
+        except ValueError:
+            continue
         if (size := size + len(image)) > MOST_BYTES:
             break
         cards.append(Card(image, questions[name]))
@@ -87,8 +91,3 @@ def thumbnail(source: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def images_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The images of records, by id."""
-    return {record["image_id"]: record["image"] for record in records}

@@ -22,9 +22,10 @@ from finetune.adapters.metadata import (
 from finetune.config.strict_yaml import dump
 from finetune.report.markdown import code, code_word, fenced, plain
 from finetune.report.result_page import public
-from finetune.report.subject import HUB_ID, TOOLKIT, Subject, subject_of
+from finetune.report.run_data import Arm
+from finetune.report.subject import TOOLKIT, Subject, subject_of
 from finetune.system.console import show
-from finetune.system.terminal import one_line
+from finetune.system.terminal import UNSAFE, one_line
 
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 IN_PEFT = """\
@@ -112,7 +113,7 @@ def evaluation_results(subject: Subject) -> list[EvalResult]:
         EvalResult(
             task_type="visual-question-answering",
             dataset_type="custom",
-            dataset_name=one_line(validation_name(subject)),
+            dataset_name=one_line(validation_name(subject, arm)),
             metric_type="accuracy",
             metric_name="VQA accuracy, percent",
             metric_value=arm.metrics["overall"],
@@ -123,8 +124,8 @@ def evaluation_results(subject: Subject) -> list[EvalResult]:
 
 
 def title(subject: Subject) -> str:
-    if HUB_ID.fullmatch(subject.name):
-        return subject.name.split("/")[1]
+    if subject.repo:
+        return subject.repo.split("/")[1]
     return f"{subject.run.name}: {subject.directory.name}" if subject.run else subject.directory.absolute().name
 
 
@@ -141,10 +142,10 @@ def about(subject: Subject) -> str:
         said += f", in steps of {subject.run.config.train.batch_size:,} examples."
     step, value = subject.facts.step, subject.facts.metric_value
     if step is not None:
-        judged = (
-            f", with {plain(subject.facts.metric)} {value:.4g} in training" if subject.facts.metric and value else ""
-        )
-        said += f" These are the weights of step {step:,}{judged}."
+        said += f" These are the weights of step {step:,}"
+        if subject.facts.metric and value is not None:
+            said += f", with {plain(subject.facts.metric)} {value:.4g} in training"
+        said += "."
     return said
 
 
@@ -153,7 +154,8 @@ def scores(subject: Subject) -> str:
     arms = subject.arms
     if not arms:
         return ""
-    first = next(iter(arms.values())).metrics
+    arm = next(iter(arms.values()))
+    first = arm.metrics
     types = sorted(first["by_answer_type"])
     rows = [["VQA accuracy, percent", "overall", "95% interval", *map(plain, types)], ["---"] * (3 + len(types))]
     for name, arm in arms.items():
@@ -161,12 +163,13 @@ def scores(subject: Subject) -> str:
         rows.append([name, f"{arm.metrics['overall']:.2f}", "{:.2f} to {:.2f}".format(*arm.interval), *by_type])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     asked = f"{first['questions']:,} questions about {first['images']:,} images"
-    return f"{table}\n\nOn {asked} of {code(validation_name(subject))}, answered greedily."
+    return f"{table}\n\nOn {asked} of {code(validation_name(subject, arm))}, answered greedily."
 
 
-def validation_name(subject: Subject) -> str:
+def validation_name(subject: Subject, arm: Arm) -> str:
+    """The file of questions that an arm answered; by the configuration where its figures do not say."""
     source = subject.run.config.data.validation if subject.run else None
-    return source.name if source else "not named"
+    return str(arm.metrics.get("validation") or (source.name if source else "not named"))
 
 
 def opening(subject: Subject) -> str:
@@ -183,19 +186,26 @@ def opening(subject: Subject) -> str:
             f"network, which PEFT and transformers build. {here}"
         )
     values = {
-        "name": json.dumps(one_line(subject.name)),
-        "base": json.dumps(one_line(subject.shown_base)) + (f", revision={json.dumps(revision)}" if revision else ""),
+        "name": in_python(subject.name),
+        "base": in_python(subject.shown_base) + (f", revision={in_python(revision)}" if revision else ""),
         "dtype": subject.run.config.model.dtype if subject.run else "bfloat16",
     }
-    asking = ASKING.format(
-        text=json.dumps("<image>" + example_prompt(subject), ensure_ascii=False), new_tokens=new_tokens(subject)
-    )
+    asking = ASKING.format(text=in_python("<image>" + example_prompt(subject)), new_tokens=new_tokens(subject))
     loading = (IN_PEFT if subject.is_adapter else IN_TRANSFORMERS).format(**values)
     return fenced("python", loading + asking) + f"\n\n{here}"
 
 
+def in_python(text: str) -> str:
+    """A literal of Python for a text, on one line and with nothing hidden in it. json.dumps alone would write a
+    character beyond U+FFFF as two halves, which Python does not join.
+    """
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False))
+
+
 def example_prompt(subject: Subject) -> str:
-    """A prompt worded as in training, where that is known."""
+    """A prompt worded as in training, where that is known; a placeholder where each example had its own."""
+    if subject.facts.prompt is None and subject.run and subject.run.config.data.train.jsonl:
+        return "a prompt like those of the training file"
     return (subject.facts.prompt or "answer en {question}").replace("{question}", "what is this?")
 
 

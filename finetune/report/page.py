@@ -13,17 +13,19 @@ import jinja2
 import torch
 from markupsafe import Markup
 
+from data.invalid import SkippedRecords
+from finetune.config.schema import RunConfig
 from finetune.config.strict_yaml import dump
 from finetune.lora.linear import adapter_table, inject_lora
 from finetune.report import charts
-from finetune.report.gallery import Card, cards_of, images_of
+from finetune.report.gallery import Card, cards_of
 from finetune.report.result_page import environment_of, public
 from finetune.report.run_data import TRAINED, Arm, RunData, read_run
 from finetune.system.atomic import write_text_whole
 from finetune.system.console import show
 from finetune.system.device import pick_device
 from finetune.training.examples import network_config, open_records
-from finetune.training.resume import differences
+from finetune.training.resume import flat
 from model import PaliGemma, fetch
 
 REPORT_FILE = "report.html"
@@ -87,7 +89,7 @@ def of_run(run: RunData) -> dict[str, Any]:
         "summary": summary(run),
         "scores": scores,
         "arms": run.arms,
-        "by_type": by_type_chart(run.arms, "by_answer_type"),
+        "by_type": by_type_chart(run.arms),
         "question_types": question_types(run.arms),
         "curves": curves_of({run.name: run}),
         "cards": cards(run),
@@ -102,34 +104,47 @@ def of_run(run: RunData) -> dict[str, Any]:
 def of_several(runs: dict[str, RunData]) -> dict[str, Any]:
     """What the template of a comparison shows."""
     first, *others = runs.values()
-    changed = {
-        run.name: [line for lines in differences(first.config, run.config).values() for line in lines] for run in others
-    }
     trained = {name: run.trained for name, run in runs.items() if run.trained}
     return {
         "title": " and ".join(runs),
         "first": first.name,
-        "changed": changed,
+        "changed": {run.name: differences(first.config, run.config) for run in others},
         "scores": scores_chart(trained),
-        "by_type": by_type_chart(trained, "by_answer_type"),
+        "by_type": by_type_chart(trained),
         "curves": curves_of(runs),
-        "arms": trained,
         "cards": differing(first, trained),
         "facts": (found := {name: facts(run) for name, run in runs.items()}),
         "rows": list(dict.fromkeys(key for of_one in found.values() for key in of_one)),
     }
 
 
+def differences(first: RunConfig, other: RunConfig) -> list[str]:
+    """Keys whose values differ, as lines to show; paths are shortened, and output and tracking are left out."""
+    before, now = (flat(config.model_dump(mode="json")) for config in (first, other))
+    was, is_now = (flat(public(config)) for config in (first, other))
+    return [
+        f"{key}: was {was.get(key, '(absent)')}, is {is_now.get(key, '(absent)')}"
+        for key in dict.fromkeys([*was, *is_now])
+        if key != "output" and before.get(key, "(absent)") != now.get(key, "(absent)")
+    ]
+
+
 def summary(run: RunData) -> str:
     """What was trained on what, and what came of it, in a sentence."""
     model = public(run.config)["model"]["path"]
     said = f"{model} was trained on {run.config.data.train.name}"
-    arm, base = run.trained, run.arms.get("base")
+    arm = run.trained
+    if arm is None and run.config.data.validation is None:
+        return f"{said}. The run has no data.validation, and so nothing to evaluate on."
     if arm is None:
         return f"{said}. It has not been evaluated yet: evaluate.py does that, and writes this page again."
     said += f". Of {arm.metrics['questions']:,} validation questions it answers "
     said += f"{arm.metrics['overall']:.2f}% rightly (95% confidence: {arm.interval[0]:.2f} to {arm.interval[1]:.2f})"
-    return said + (f"; the base answers {base.metrics['overall']:.2f}%." if base else ".")
+    base = run.base_beside(arm)
+    said += f"; the base answers {base.metrics['overall']:.2f}%." if base else "."
+    if run.is_outdated(arm):
+        said += " The weights were written after that: evaluate.py measures them as they are now."
+    return said
 
 
 def scores_chart(arms: dict[str, Arm]) -> Markup | None:
@@ -140,13 +155,12 @@ def scores_chart(arms: dict[str, Arm]) -> Markup | None:
     return Markup(charts.bars({"": overall}, intervals, "VQA accuracy, percent, with 95% intervals"))
 
 
-def by_type_chart(arms: dict[str, Arm], kind: str) -> Markup | None:
-    names = sorted({name for arm in arms.values() for name in arm.metrics[kind]})
-    if not names:
+def by_type_chart(arms: dict[str, Arm]) -> Markup | None:
+    accuracies = {name: arm.metrics["by_answer_type"] for name, arm in arms.items()}
+    types = sorted({kind for by_type in accuracies.values() for kind in by_type})
+    if not types:
         return None
-    groups = {
-        n: {arm: found.metrics[kind][n] for arm, found in arms.items() if n in found.metrics[kind]} for n in names
-    }
+    groups = {kind: {arm: by_type[kind] for arm, by_type in accuracies.items() if kind in by_type} for kind in types}
     return Markup(charts.bars(groups, {}, "VQA accuracy, percent"))
 
 
@@ -180,10 +194,14 @@ def cards(run: RunData) -> list[Card]:
 
 
 def images(run: RunData) -> dict[str, Any]:
+    """The images of the validation records, by id; none where the run names no such records, or they are gone."""
+    if run.config.data.validation is None:
+        return {}
     try:
-        return images_of(open_records(run.config, "validation"))
+        records = open_records(run.config, "validation", SkippedRecords(share=1.0))
     except ValueError:
         return {}
+    return dict(zip(records["image_id"][:], records["image"][:], strict=True))
 
 
 def differing(first: RunData, arms: dict[str, Arm]) -> list[Card]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from finetune.report.subject import Subject
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WEIGHTS = ("adapter_config.json", "config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -127,13 +126,13 @@ def files_to_push(directory: Path, options: Options) -> tuple[Subject, dict[str,
     from finetune.report.model_card import NOTICE, card
     from finetune.report.subject import subject_of
     from finetune.system.atomic import require_whole
-    from model.hub import SIDE_FILES
+    from model.hub import CHECKPOINT_FILES
 
-    subject = dataclasses.replace(subject_of(directory, name=options.repo), named_base=options.base)
+    subject = dataclasses.replace(subject_of(directory, repo=options.repo), named_base=options.base)
     if options.base and not subject.is_adapter:
         raise ValueError(f"--base is of adapters: {directory} is a checkpoint, which needs no other")
     require_whole(directory)
-    found = {path.name for pattern in (*WEIGHTS, *SIDE_FILES) for path in directory.glob(pattern)}
+    found = {path.name for pattern in (CONFIG_FILE, *CHECKPOINT_FILES) for path in directory.glob(pattern)}
     files: dict[str, Path | bytes] = {name: directory / name for name in sorted(found)}
     if subject.weights_file not in files and "model.safetensors.index.json" not in files:
         raise ValueError(f"{directory} holds no {subject.weights_file}: expected a run, an adapter or a checkpoint")
@@ -151,8 +150,10 @@ def files_to_push(directory: Path, options: Options) -> tuple[Subject, dict[str,
 
 
 def require_nameable_base(subject: Subject, stored: str | None) -> None:
-    """ValueError where an adapter would tell a path of this machine, which is of no use to whoever opens it."""
-    if subject.named_base is None and stored and (Path(stored).is_absolute() or ".." in Path(stored).parts):
+    """ValueError where an adapter names its base by a path: of no use to whoever opens it, and where it is relative
+    perhaps the name of another checkpoint on the Hub.
+    """
+    if subject.named_base is None and stored and subject.hub_base is None:
         raise ValueError(
             f"{subject.directory} names its base by a path of this machine, {stored}: give the base's name on the Hub, "
             "such as --base google/paligemma-3b-pt-224"

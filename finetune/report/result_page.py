@@ -23,6 +23,7 @@ from finetune.config.stages import stage_output
 from finetune.config.strict_yaml import dump
 from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
 from finetune.preflight.plan import GIB
+from finetune.report.markdown import fenced, plain
 from finetune.report.run_data import read_lines
 from finetune.system.device import pick_device
 from finetune.training.examples import open_records, skipped_records
@@ -156,19 +157,19 @@ def public(config: RunConfig) -> dict[str, Any]:
 
 
 def shortened(path: str, output: str) -> str:
-    """Relative to the run or to the working directory; elsewhere the last component only. Hub ids stay."""
-    absolute = os.path.abspath(path)
-    for above in (output, os.getcwd()):
-        if Path(absolute).is_relative_to(above):
-            return Path(absolute).relative_to(above).as_posix()
-    return Path(absolute).name
+    """Relative to the run or to the working directory, if below it; elsewhere the last component only. Hub ids stay."""
+    absolute = Path(os.path.abspath(path))
+    for above in (Path(output), Path.cwd()):
+        if above in absolute.parents and (above.name or not Path(path).is_absolute()):  # below / the whole path is told
+            return absolute.relative_to(above).as_posix()
+    return absolute.name
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page of Markdown."""
     scores, training = report["scores"], report["training"]
     types = list(next(iter(scores.values()))["by_answer_type"]) if scores else []
-    rows = [["VQA accuracy, percent", "all", *types, "questions"], ["---"] * (3 + len(types))]
+    rows = [["VQA accuracy, percent", "all", *map(plain, types), "questions"], ["---"] * (3 + len(types))]
     for arm, found in scores.items():
         cells = [found, *(found["by_answer_type"][name] for name in types)]
         rows.append([arm, *map(cell, cells), f"{found['questions']:,}"])
@@ -180,7 +181,7 @@ def markdown(report: dict[str, Any]) -> str:
     for name, size in report["data"].items():
         lines.append(f"- {name}: {size['questions']:,} questions about {size['images']:,} images")
     lines += [f"- {name}: {value}" for name, value in report["environment"].items() if value is not None]
-    return "\n".join([*lines, "", "```yaml", dump(report["configuration"]).rstrip(), "```", ""])
+    return "\n".join([*lines, "", fenced("yaml", dump(report["configuration"])), ""])
 
 
 def cell(found: dict[str, Any]) -> str:

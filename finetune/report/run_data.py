@@ -12,6 +12,7 @@ from typing import Any
 from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import ANSWERS_FILE, METRICS_FILE
+from finetune.evaluation.inputs import INPUTS_KEY
 from finetune.training.result import Result
 
 ARMS = ("base", "adapter", "model", "merged")
@@ -67,6 +68,16 @@ class RunData:
     def trained(self) -> Arm | None:
         """The arm of what was trained, if it was evaluated."""
         return next((self.arms[name] for name in TRAINED if name in self.arms), None)
+
+    def base_beside(self, arm: Arm) -> Arm | None:
+        """The arm of the base, if it was evaluated on the same questions as `arm`."""
+        base = self.arms.get("base")
+        return base if base and base.metrics.get(INPUTS_KEY) == arm.metrics.get(INPUTS_KEY) else None
+
+    def is_outdated(self, arm: Arm) -> bool:
+        """Whether the weights of an arm were written after it was evaluated."""
+        evaluated = (self.directory / "eval" / arm.name / METRICS_FILE).stat().st_mtime
+        return any(file.stat().st_mtime > evaluated for file in (self.directory / arm.name).glob("*.safetensors"))
 
     @property
     def duration(self) -> str | None:
@@ -126,15 +137,20 @@ def read_arm(directory: Path) -> Arm | None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """JSON lines; none where there is no file."""
+    """JSON lines; none where there is no file.
+
+    Raises:
+        ValueError: a line is no JSON; names it.
+    """
     if not file.is_file():
         return []
     found = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            found.append(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}, is no JSON: {error}") from error
+    with file.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028 within an answer
+        for number, text in enumerate(lines, start=1):
+            try:
+                found.append(json.loads(text))
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}, is no JSON ({error}): delete that line") from error
     return found
 
 

@@ -114,7 +114,7 @@ def differences_of(runs: dict[str, RunData]) -> dict[str, dict[str, str]]:
     """Of each run, the keys that not all runs have the same value of; none where there is one run, or no difference."""
     from finetune.training.resume import flat
 
-    values = {name: flat(run.config) for name, run in runs.items()}
+    values = {name: flat(run.config.model_dump(mode="json")) for name, run in runs.items()}
     keys = list(dict.fromkeys(key for of_one in values.values() for key in of_one))
     differing = [
         key

@@ -10,15 +10,13 @@ from pathlib import Path
 from finetune.adapters.locate import find_base
 from finetune.adapters.metadata import CONFIG_FILE, WEIGHTS_FILE, TrainingFacts, training_facts
 from finetune.adapters.network import changes_in
-from finetune.evaluation.evaluate import METRICS_FILE
-from finetune.evaluation.inputs import INPUTS_KEY
 from finetune.report.result_page import shortened
 from finetune.report.run_data import Arm, RunData, read_run
 from model import PaliGemmaConfig
 
 TOOLKIT = "paligemma-lora"
 GEMMA_VOCABULARY = 257_152  # tokens of the published checkpoints, without their padding
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +27,24 @@ class Subject:
         directory: the adapter, or the checkpoint.
         adapter: the adapter itself, or the one that was merged into the checkpoint; None where all was trained.
         run: where it was trained, if that is known.
-        name: what opens it, a path or an id on the Hub.
+        repo: its id on the Hub, where it is pushed.
         named_base: the adapter's base on the Hub, where the adapter itself names a directory.
     """
 
     directory: Path
     adapter: Path | None
     run: RunData | None
-    name: str
+    repo: str | None = None
     named_base: str | None = None
 
     @property
     def is_adapter(self) -> bool:
         return self.directory == self.adapter
+
+    @property
+    def name(self) -> str:
+        """What opens it: its id on the Hub, or a path that is relative."""
+        return self.repo or shortened(str(self.directory), os.getcwd())
 
     @property
     def base(self) -> tuple[str | None, str | None]:
@@ -70,7 +73,13 @@ class Subject:
 
     @property
     def facts(self) -> TrainingFacts:
-        return training_facts(self.adapter) if self.adapter else TrainingFacts()
+        """What is stored with the adapter; where all was trained, what the run says."""
+        if self.adapter:
+            return training_facts(self.adapter)
+        if self.run is None or self.run.result is None:
+            return TrainingFacts()
+        data = self.run.config.data
+        return dataclasses.replace(self.run.result.facts, prompt=data.prompt if data.train.questions else None)
 
     @property
     def opens_elsewhere(self) -> bool:
@@ -95,28 +104,25 @@ class Subject:
     @property
     def arms(self) -> dict[str, Arm]:
         """Its own scores, and the base's on the same questions; none where it was not evaluated as it is now."""
-        arms = self.run.arms if self.run else {}
-        arm, weights = arms.get(self.directory.name), self.directory / self.weights_file
-        if self.run is None or arm is None or self.directory.resolve().parent != self.run.directory.resolve():
+        if self.run is None or self.directory.resolve().parent != self.run.directory.resolve():
             return {}
-        figures = self.run.directory / "eval" / arm.name / METRICS_FILE
-        if figures.stat().st_mtime < weights.stat().st_mtime:
+        arm = self.run.arms.get(self.directory.name)
+        if arm is None or self.run.is_outdated(arm):
             return {}
-        base = arms.get("base")
-        comparable = base is not None and base.metrics.get(INPUTS_KEY) == arm.metrics.get(INPUTS_KEY)
-        return {arm.name: arm} | ({"base": base} if base and comparable else {})
+        base = self.run.base_beside(arm)
+        return {arm.name: arm} | ({"base": base} if base else {})
 
     @property
     def weights_file(self) -> str:
         return WEIGHTS_FILE if self.is_adapter else "model.safetensors"
 
 
-def subject_of(directory: Path, adapter: Path | None = None, name: str | None = None) -> Subject:
+def subject_of(directory: Path, adapter: Path | None = None, repo: str | None = None) -> Subject:
     """What is in a directory, an adapter's or a checkpoint's, and the run that it belongs to.
 
     Args:
         adapter: the one that was merged into a checkpoint; by default that of its run.
-        name: its id on the Hub; by default its path.
+        repo: its id on the Hub, where it is pushed.
 
     Raises:
         ValueError: there is neither; or what is there cannot be read.
@@ -131,4 +137,4 @@ def subject_of(directory: Path, adapter: Path | None = None, name: str | None = 
         adapter = directory.parent / "adapter"
     place = (adapter or directory).absolute().parent
     run = read_run(place) if (place / "config.yaml").is_file() else None
-    return Subject(directory, adapter, run, name or shortened(str(directory), os.getcwd()))
+    return Subject(directory, adapter, run, repo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def edited(output: Path, config: RunConfig) -> list[str]:
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
     """Keys whose values differ, as lines to show, by what they change: the "result", the "numerics" or "nothing"."""
-    old, new = flat(before), flat(now)
+    old, new = (flat(config.model_dump(mode="json")) for config in (before, now))
     found: dict[str, list[str]] = {}
     for key in dict.fromkeys([*old, *new]):
         was, is_now = old.get(key, "(absent)"), new.get(key, "(absent)")
@@ -151,15 +152,11 @@ def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
     return found
 
 
-def flat(config: RunConfig) -> dict[str, Any]:
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key; a list of sections has its positions among the keys, such as stages.0.name."""
-
-    def below(section: dict[str, Any], prefix: str) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for name, value in section.items():
-            if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-                value = {str(position): item for position, item in enumerate(value)}
-            values |= below(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        return values
-
-    return below(config.model_dump(mode="json"), "")
+    values: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(position): item for position, item in enumerate(value)}
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_a_prefix_that_is_no_question_is_asked_as_it_is(tmp_path: Path) -> None:
     found = examples_of(run)
     assert found
     assert all(one.question.startswith("caption en") and one.prompt == "{question}" for one in found)
+
+
+def test_there_are_none_of_a_run_without_validation_records(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    text = re.sub(r"  validation:.*?(?=  prompt:)", "  validation: null\n", text, flags=re.S)
+    (run / "config.yaml").write_text(re.sub(r"eval_every: \d+", "eval_every: null", text))
+    assert examples_of(run) == []
 
 
 def test_there_are_none_without_a_run_or_its_images(run: Path, tmp_path: Path) -> None:

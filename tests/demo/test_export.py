@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from finetune.demo import __main__ as command
 from finetune.demo import export as exported
@@ -16,6 +18,7 @@ from finetune.demo.answer import ask
 from finetune.demo.examples import Example
 from finetune.demo.export import export
 from finetune.demo.networks import Opened, Sources, find_sources
+from finetune.report.model_card import NOTICE
 from tests.demo.conftest import ROOT
 
 HUB = "google/paligemma-3b-pt-224"
@@ -54,6 +57,7 @@ for name in ("model", "data", "finetune"):
     expected = [f"{one.name} {ask(one, scene, 'answer en what is it?', 5).ids}" for one in opened.networks]
     assert ran.stdout.splitlines() == expected
     assert told[-1] == "the base, assets/tiny-base, was copied along"
+    assert not (tmp_path / "space/NOTICE").exists()  # the tiny base is none of Google's
     assert str(ROOT) not in "".join(path.read_text() for path in (tmp_path / "space").rglob("*.json"))
 
 
@@ -68,12 +72,53 @@ def test_what_a_space_reads(adapters: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "space" / str(said["app_file"])).is_file()
     config = json.loads((tmp_path / "space/adapters/one/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (HUB, "bfloat16")
+    assert (tmp_path / "space/NOTICE").read_text() == f"{NOTICE}\n"
     assert "HF_TOKEN" in told[-1]
     assert "HF_TOKEN" in (tmp_path / "space/README.md").read_text()
     assert not (tmp_path / "space/base").exists()
     assert any(line.startswith("torch>=") for line in (tmp_path / "space/requirements.txt").read_text().splitlines())
     compile((tmp_path / "space/app.py").read_text(), "app.py", "exec")
     assert "dtype='float32'" in (tmp_path / "space/app.py").read_text()
+
+
+@pytest.mark.parametrize("base", ["/somewhere/of/mine", "../mine", "mine", "me/mine\nsdk: static"])
+def test_a_base_that_the_host_could_not_have_is_refused(adapters: list[Path], tmp_path: Path, base: str) -> None:
+    with pytest.raises(ValueError, match="is neither a directory here nor a name on the Hub: name the same checkpoint"):
+        export(Sources({"one": adapters[0]}, base, None), [], tmp_path / "space")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_runs_stay_texts_in_the_readme(adapters: list[Path], tmp_path: Path) -> None:
+    names = ["a: b #c", 'yes "x"', "{d} <b>[e](f)</b>", "g\n---\nsdk: static"]
+    export(Sources(dict.fromkeys(names, adapters[0]), HUB, None), [], tmp_path / "space")
+    said = header(tmp_path / "space")
+    assert said["title"] == " and ".join(names).replace("\n", "\\n")
+    assert said["sdk"] == "gradio"
+    tokens = MarkdownIt("commonmark").parse((tmp_path / "space/README.md").read_text().split("---\n", 2)[2])
+    inside = [child for token in tokens for child in token.children or []]
+    assert not [token for token in [*tokens, *inside] if token.type.startswith("html") or token.type == "link_open"]
+
+
+def test_nothing_else_that_is_in_the_copied_folders_is_told(
+    adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a person keeps beside the base's files, and beside this package's code."""
+    base, checkout = tmp_path / "base", tmp_path / "checkout"
+    shutil.copytree(ROOT / "assets/tiny-base", base)
+    for package in exported.PACKAGES:
+        shutil.copytree(ROOT / package, checkout / package)
+    for name in ("LICENSE", "pyproject.toml", "constraints.txt"):
+        shutil.copyfile(ROOT / name, checkout / name)
+    (checkout / "data/mine").mkdir()
+    for place in (base / "notes.txt", base / "optimizer.pt", checkout / "data/mine/0.jpg", checkout / "model/.token"):
+        place.write_text("mine")
+    monkeypatch.setattr(exported, "CHECKOUT", checkout)
+    export(Sources({"one": adapters[0]}, str(base), None), [], tmp_path / "space")
+    written = {path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*")}
+    assert {"base/config.json", "base/model.safetensors", "base/tokenizer.json", "model/hub.py"} <= written
+    assert "finetune/report/templates/run.html" in written
+    others = {name for name in written if name.endswith((".txt", ".pt", ".jpg", ".token", "mine", "__pycache__"))}
+    assert others == {"requirements.txt"}
 
 
 def test_several_adapters_are_all_named(adapters: list[Path], tmp_path: Path) -> None:

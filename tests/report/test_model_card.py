@@ -4,6 +4,7 @@ damaged for one.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -21,11 +22,14 @@ import evaluate
 import merge_lora
 import train
 from finetune.adapters.card_file import CARD_FILE, is_edited, write_card
-from finetune.adapters.metadata import BASE_FINGERPRINT, CONFIG_FILE, WEIGHTS_FILE, metadata_of
+from finetune.adapters.metadata import BASE_FINGERPRINT, BASE_QUANTIZATION, CONFIG_FILE, WEIGHTS_FILE, metadata_of
 from finetune.report import model_card
-from finetune.report.model_card import NOTICE, card, show_card, show_cards
+from finetune.report.model_card import NOTICE, card, in_python, show_card, show_cards
+from finetune.report.result_page import shortened
 from finetune.report.subject import subject_of
 from finetune.system.atomic import MANIFEST, damage
+from finetune.system.terminal import visible
+from finetune.training.result import Result
 from tests.test_scripts import ROOT, base_with_scenes, overrides
 
 HOSTILE = '--- "a": {b} [c](d) <b>x</b> | ``` ` \\ # $& \'*_\n---\n# x\n```\n<script>'
@@ -120,7 +124,10 @@ def test_scores_of_other_weights_are_not_in_the_card(copy: Path) -> None:
     metrics = json.loads(file.read_text())
     metrics["made_of"]["limit"] = 3
     file.write_text(json.dumps(metrics))
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("OpenEnded_mscoco_val2014", "changed_since"))
     found = card(subject_of(copy / "adapter"))
+    assert "changed_since" not in found.split("## How it was trained")[0]
     assert "| adapter |" in found
     assert "| base |" not in found
     tensors = load_file(copy / "adapter" / WEIGHTS_FILE)
@@ -137,6 +144,41 @@ def test_a_card_tells_no_path_of_this_machine(run: Path, base: Path) -> None:
         assert str(base.parent) not in text
         assert str(run.parent) not in text
         assert str(ROOT) not in text
+
+
+def test_no_path_is_told_where_the_working_directory_is_the_root(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    found = card(subject_of(run / "adapter"))
+    assert str(run.parent)[1:] not in found
+    file = run / "adapter" / CONFIG_FILE
+    assert str(Path(json.loads(file.read_text())["base_model_name_or_path"]).parent)[1:] not in found
+    assert shortened("google/paligemma-3b-pt-224", str(run)) == "google/paligemma-3b-pt-224"
+
+
+def test_the_output_of_a_configuration_has_a_name(run: Path) -> None:
+    assert "output: one\n" in card(subject_of(run / "adapter"))
+
+
+def test_the_title_is_of_the_run_also_where_its_path_looks_like_a_name_on_the_hub(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy.parent)
+    assert "\n# run: adapter\n" in card(subject_of(Path("run/adapter")))
+    assert "\n# mine\n" in card(subject_of(Path("run/adapter"), repo="me/mine"))
+
+
+def test_a_metric_of_zero_is_a_metric(copy: Path) -> None:
+    file = copy / "adapter" / WEIGHTS_FILE
+    facts = json.dumps({"step": 2, "metric": "accuracy", "metric_value": 0.0})
+    save_file(load_file(file), file, metadata_of(file.parent) | {"training": facts})
+    assert "These are the weights of step 2, with accuracy 0 in training." in card(subject_of(file.parent))
+
+
+@pytest.mark.parametrize("text", ["a \U0001f600", "\u202e\u2028\x1b\x7f", '\\"\n', "مرحبا\u200f"])
+def test_a_text_in_the_code_of_a_card_is_that_text(text: str) -> None:
+    written = in_python(text)
+    assert ast.literal_eval(written) == text
+    assert visible(written) == written
 
 
 def test_an_adapter_whose_training_began_with_another_does_not_tell_its_path(run: Path) -> None:
@@ -204,7 +246,7 @@ def test_hostile_texts_stay_texts(copy: Path, tmp_path: Path) -> None:
     facts = json.dumps({"prompt": prompt, "step": 2, "metric": HOSTILE, "metric_value": 3.0})
     save_file(load_file(file), file, metadata_of(file.parent) | {"training": facts})
     metrics = json.loads((hostile_run / "eval/adapter/metrics.json").read_text())
-    metrics["by_answer_type"] = {HOSTILE: 1.0}
+    metrics |= {"by_answer_type": {HOSTILE: 1.0}, "validation": Path(HOSTILE).name}
     for arm in ("adapter", "base"):
         (hostile_run / "eval" / arm / "metrics.json").write_text(json.dumps(metrics))
     assert write_card(file.parent, card(subject_of(file.parent)))
@@ -248,7 +290,7 @@ def test_an_adapter_of_the_hubs_base_names_it(copy: Path) -> None:
     file = copy / "adapter" / CONFIG_FILE
     about = {"base_model_name_or_path": "google/paligemma-3b-pt-224", "revision": "bfloat16"}
     file.write_text(json.dumps(json.loads(file.read_text()) | about))
-    found = parse(card(subject_of(copy / "adapter", name="me/mine")))
+    found = parse(card(subject_of(copy / "adapter", repo="me/mine")))
     assert found.data.base_model == "google/paligemma-3b-pt-224"
     assert (found.data.license, found.data["base_model_relation"]) == ("gemma", "adapter")
     assert "base_model:adapter:google/paligemma-3b-pt-224" in (found.data.tags or [])
@@ -282,10 +324,36 @@ def test_an_adapter_at_another_resolution_opens_in_peft_only_merged(base: Path, 
 
 def test_a_network_that_was_trained_in_full_has_a_card_too(base: Path, tmp_path: Path) -> None:
     words = [str(ROOT / "configs/quickstart.yaml"), *overrides(base, tmp_path / "run", "lora=null")]
-    train.main(words)
+    train.main([*words, "data.prompt=asked {question}"])
     found = read(tmp_path / "run/model")
     assert found.data.library_name == "transformers"
     assert "fine-tuned in full" in found.text
+    assert "`asked {question}`" in found.text
+    assert 'text="<image>asked what is this?"' in found.text
+    result = Result.read(tmp_path / "run")
+    assert result is not None
+    assert f"These are the weights of step {result.step:,}, with accuracy" in found.text
+
+
+def test_prompts_that_the_examples_had_are_not_made_up(copy: Path) -> None:
+    text = (copy / "config.yaml").read_text()
+    text = re.sub(r"  train:.*?(?=  validation:)", "  train:\n    jsonl: mine.jsonl\n", text, flags=re.S, count=1)
+    (copy / "config.yaml").write_text(text)
+    file = copy / "adapter" / WEIGHTS_FILE
+    save_file(load_file(file), file, metadata_of(file.parent) | {"training": json.dumps({"step": 2})})
+    found = card(subject_of(file.parent))
+    assert "Trained on `mine.jsonl`" in found
+    assert "The prompts stand in the lines of the training file." in found
+    assert 'text="<image>a prompt like those of the training file"' in found
+    assert "what is this?" not in found
+
+
+def test_a_base_in_four_bits_is_told(copy: Path) -> None:
+    file = copy / "adapter" / WEIGHTS_FILE
+    said = "The decoder's weights were kept in NF4 while it was trained."
+    assert said not in card(subject_of(file.parent))
+    save_file(load_file(file), file, metadata_of(file.parent) | {BASE_QUANTIZATION: "nf4"})
+    assert said in card(subject_of(file.parent))
 
 
 def test_what_is_neither_an_adapter_nor_a_checkpoint_is_refused(tmp_path: Path) -> None:

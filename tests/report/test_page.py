@@ -85,7 +85,7 @@ def test_a_page_needs_nothing_from_outside_and_tells_no_path(run: Path) -> None:
         for name in ("src", "href", "xlink:href"):
             assert (attributes.get(name) or "data:").startswith(("data:", "#"))
     assert "url(http" not in text
-    assert str(run.parent.parent) not in page.text
+    assert str(run.parent.parent) not in text
     assert len(text) < 5_000_000
     policy = next(attributes for attributes in page.of("meta") if "http-equiv" in attributes)
     assert "default-src 'none'" in (policy["content"] or "")
@@ -113,6 +113,34 @@ def test_hostile_texts_stay_texts(run: Path, tmp_path: Path) -> None:
     assert len(after.of("img")) == len(before.of("img"))
 
 
+def test_names_in_charts_are_no_formulas_and_none_is_hidden() -> None:
+    """matplotlib reads $...$ as a formula, and leaves names that begin with "_" out of a legend."""
+    names = ["_one", "$\\frac{$", "a$b$c"]
+    drawn = charts.curves(dict.fromkeys(names, ([1, 2], [1.0, 2.0])), "loss")
+    drawn += charts.bars({name: dict.fromkeys(names, 1.0) for name in names}, {}, "percent")
+    shown = Page(drawn).text
+    for name in names:
+        assert shown.count(name) == 3  # in two legends, and at an axis
+
+
+def test_line_separators_in_answers_are_no_ends_of_lines(run: Path, tmp_path: Path) -> None:
+    answer = "red\u2028circle\x85"
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run/eval/adapter/answers.jsonl"
+    lines = [json.loads(line) | {"answer": answer} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    assert answer in Page(write_page(tmp_path / "run").read_text()).text
+
+
+def test_a_broken_line_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "los')
+    count = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line {count}, is no JSON \(.*\): delete that line"):
+        write_page(tmp_path / "run")
+
+
 def test_a_run_that_was_not_evaluated_has_a_page_too(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/eval")
@@ -120,6 +148,18 @@ def test_a_run_that_was_not_evaluated_has_a_page_too(run: Path, tmp_path: Path) 
     assert "It has not been evaluated yet" in page.text
     assert "Training" in page.text
     assert not page.of("img")
+
+
+def test_weights_that_are_newer_than_the_figures_are_told(run: Path, tmp_path: Path) -> None:
+    """Trained on after the evaluation; and a base that answered other questions is not compared."""
+    shutil.copytree(run, tmp_path / "run")
+    before = Page(write_page(tmp_path / "run").read_text()).text
+    (tmp_path / "run/adapter/adapter_model.safetensors").touch()
+    file = tmp_path / "run/eval/base/metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"made_of": {"limit": 3}}))
+    after = Page(write_page(tmp_path / "run").read_text()).text
+    for said, where in (("; the base answers", before), ("The weights were written after that: evaluate.py", after)):
+        assert (said in before, said in after) == (where is before, where is after)
 
 
 def test_images_that_are_gone_leave_the_figures(run: Path, tmp_path: Path) -> None:
@@ -131,12 +171,47 @@ def test_images_that_are_gone_leave_the_figures(run: Path, tmp_path: Path) -> No
     assert not page.of("img")
 
 
+def test_images_that_can_no_longer_be_opened_are_left_out(run: Path, base: Path, tmp_path: Path) -> None:
+    """One is deleted, one cut off: the others are shown, and nothing else is written."""
+    shutil.copytree(base / "data", tmp_path / "data")
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    text = (
+        config.read_text()
+        .replace(f"{base}/data", f"{tmp_path}/data")
+        .replace(f"output: {run}", f"output: {tmp_path}/elsewhere")
+    )
+    config.write_text(text.replace("on_error: fail", "on_error: skip"))
+    before = len(Page((run / "report.html").read_text()).of("img"))
+    gone, cut, *_ = sorted((tmp_path / "data/images").glob("*val2014*"))
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert len(Page(write_page(tmp_path / "run").read_text()).of("img")) == before - 2
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_without_validation_records_that_was_evaluated_on_others_has_a_page(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    text = re.sub(r"  validation:.*?(?=  prompt:)", "  validation: null\n", config.read_text(), flags=re.S)
+    config.write_text(re.sub(r"eval_every: \d+", "eval_every: null", text))
+    page = Page(write_page(tmp_path / "run").read_text())
+    assert "By type of answer" in page.text
+    assert not page.of("img")
+    shutil.rmtree(tmp_path / "run/eval")
+    page = Page(write_page(tmp_path / "run").read_text())
+    assert "The run has no data.validation, and so nothing to evaluate on." in page.text
+    assert "evaluate.py" not in page.text
+
+
 def test_runs_beside_each_other(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "two"
     shutil.copytree(run, other)
-    (other / "config.yaml").write_text((run / "config.yaml").read_text().replace("rank: 32", "rank: 4"))
+    text = (run / "config.yaml").read_text().replace("rank: 32", "rank: 4")
+    text = re.sub(r"images: \S*", "images: /somewhere/of/mine/images", text, count=1)
+    (other / "config.yaml").write_text(text.replace("project: paligemma-lora", "project: mine"))
     file = other / "eval/adapter/answers.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     turned = lines[0]["question"]
@@ -145,6 +220,9 @@ def test_runs_beside_each_other(
     console.dispatch(["report", str(run), str(other), "--output", str(tmp_path / "both.html")])
     page = Page((tmp_path / "both.html").read_text())
     assert "lora.rank: was 32, is 4" in page.text
+    assert "data.train.images: was images, is images" in page.text
+    for private in ("/somewhere", str(run.parent.parent), "tracking", str(tmp_path)):
+        assert private not in page.text
     shown = [attributes for attributes in page.of("div") if attributes.get("class") == "question"]
     assert len(shown) == 1
     assert turned in page.text
@@ -179,14 +257,14 @@ def test_confusions() -> None:
 
 
 def test_a_page_is_full_at_its_limit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = sorted((base / "data/images").glob("*.jpg"))
+    paths = sorted((base / "data/images").glob("*.jpg"))
     line = {"question": "q", "answer_type": "", "expected": ["a"], "answer": "a", "score": 100.0}
-    answers = {str(i): line | {"id": str(i), "image_id": str(i)} for i in range(len(pictures))}
-    images = {str(i): str(path) for i, path in enumerate(pictures)}
+    answers = {str(i): line | {"id": str(i), "image_id": str(i)} for i in range(len(paths))}
+    images = {str(i): str(path) for i, path in enumerate(paths)}
     arms = {"adapter": Arm("adapter", {}, answers)}
-    assert len(gallery.cards_of(arms, images)) == len(pictures)
-    monkeypatch.setattr(gallery, "MOST_BYTES", 3 * max(len(gallery.thumbnail(path)) for path in pictures))
-    assert 3 <= len(gallery.cards_of(arms, images)) < len(pictures)
+    assert len(gallery.cards_of(arms, images)) == len(paths)
+    monkeypatch.setattr(gallery, "MOST_BYTES", 3 * max(len(gallery.thumbnail(path)) for path in paths))
+    assert 3 <= len(gallery.cards_of(arms, images)) < len(paths)
 
 
 def test_charts_are_the_same_bytes_for_the_same_data() -> None:

@@ -188,18 +188,20 @@ def test_an_edited_card_goes_up_as_it_is(hub: Hub, adapter: Path) -> None:
     assert hub.commits[0]["README.md"] == b"mine\n"
 
 
-def test_a_base_that_is_a_path_of_this_machine_is_not_told(hub: Hub, adapter: Path) -> None:
+@pytest.mark.parametrize("path", ["/somewhere/of/mine/base", "../somewhere", "runs/somewhere/base", "assets/tiny-base"])
+def test_a_base_that_is_a_path_of_this_machine_is_not_told(hub: Hub, adapter: Path, path: str) -> None:
+    """The last one exists, and would be a name on the Hub."""
     file = adapter / "adapter_config.json"
-    config = json.loads(file.read_text()) | {"base_model_name_or_path": "/somewhere/of/mine/base"}
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": path}
     (adapter / MANIFEST).unlink()
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="names its base by a path of this machine, /somewhere/of/mine/base: give"):
+    with pytest.raises(ValueError, match=f"names its base by a path of this machine, {path}: give"):
         push(Options(adapter, "me/mine", yes=True))
     push(Options(adapter, "me/mine", base=ON_HUB, yes=True))
     (sent,) = hub.commits
     assert json.loads(sent["adapter_config.json"]) == config | {"base_model_name_or_path": ON_HUB, "revision": None}
     assert ModelCard(sent["README.md"].decode()).data["base_model"] == ON_HUB
-    assert not any(b"/somewhere" in content for content in sent.values())
+    assert not any(path.encode() in content for content in sent.values())
 
 
 def test_what_is_damaged_or_no_result_is_not_pushed(hub: Hub, adapter: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -275,7 +277,7 @@ def test_merging_does_not_begin_where_the_push_could_not_follow(hub: Hub, adapte
     assert not (tmp_path / "merged").exists()
 
 
-def test_help_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.build_parser().parse_args(["--help"])
     assert "--repo OWNER/NAME" in capsys.readouterr().out

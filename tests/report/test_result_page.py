@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from data.records import load_records
 from data.synthetic import scenes
@@ -46,6 +48,21 @@ def test_scores_have_an_interval_for_each_type_of_answer(tmp_path: Path) -> None
     assert found["interval"] == [round(bound, 2) for bound in alone.interval]
     assert found["interval"][0] < found["accuracy"] < found["interval"][1]
     assert reported["by_answer_type"]["other"]["accuracy"] == 0
+
+
+def test_texts_of_data_and_configuration_stay_texts_in_markdown() -> None:
+    scored = {"accuracy": 50.0, "interval": [40.0, 60.0], "questions": 9}
+    report: dict[str, Any] = {
+        "scores": {"adapter": scored | {"by_answer_type": {"a|b\n# <b>": scored}}},
+        "training": {"steps": 1, "hours": 0.1, "kept_step": 1, "kept_for": "best accuracy", "stages": {}},
+        "data": {},
+        "environment": {},
+        "configuration": {"data": {"prompt": "```\n# mine\n{question}"}},
+    }
+    tokens = MarkdownIt("commonmark").enable("table").parse(result_page.markdown(report))
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
+    assert len([token for token in tokens if token.type == "th_open"]) == 4
+    assert not [child for token in tokens for child in token.children or [] if child.type.startswith("html")]
 
 
 def test_the_time_of_a_resumed_run_is_that_of_all_its_sessions(tmp_path: Path) -> None:
