@@ -25,6 +25,7 @@ from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import Collate, Example
+from finetune.training.progress import ProgressBar
 from finetune.training.resume import is_complete
 from finetune.training.setup import adapt, open_model, require_starts, show_trained
 from finetune.training.trainer import LoRATrainer
@@ -154,7 +155,7 @@ def train_until_learned(
             execution,
             collate,
             save_result=lambda _: None,
-            callbacks=[stop],
+            callbacks=[ProgressBar(), stop],
             save_checkpoints=False,
         )
         stop.on_device = trainer.accumulation.vision_on_device

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from finetune.config.schema import RunConfig
 from finetune.preflight.count import TERA, flop_counter
 from finetune.system.device import is_out_of_memory
+from finetune.system.progress import progress_bar
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import Collate, Example, ImageFeatures
@@ -168,7 +169,7 @@ def median_time(phase: Callable[[], None], device: torch.device) -> tuple[float,
     with flop_counter() as counter:
         phase()
     seconds = []
-    for _ in range(REPEATS):
+    for _ in progress_bar("timing a step", "time", range(REPEATS)):
         synchronize(device)
         start = time.perf_counter()
         phase()
