@@ -137,10 +137,14 @@ def build(opened: Opened, examples: Sequence[Example], batch_size: int = 16) -> 
         given = [image, question, prompt, *sampling]
         shown = [part for column in answers for part in column] + [part for column in maps for part in column]
         for event in (button.click, question.submit):
-            event(asking(gr, networks), given, [state, *shown], concurrency_id="network", api_name=False)
+            event(asking(gr, networks), given, [state, *shown], concurrency_id="network", api_visibility="private")
         explained = [part for column in maps for part in column]
         explain.click(
-            explaining(gr, networks, batch_size), [state, grid], explained, concurrency_id="network", api_name=False
+            explaining(gr, networks, batch_size),
+            [state, grid],
+            explained,
+            concurrency_id="network",
+            api_visibility="private",
         )
         if examples:
             rows = [[str(one.image), one.question, one.prompt] for one in examples]
