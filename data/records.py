@@ -1,7 +1,7 @@
 """A source as a configuration names it -> records: their columns, the choice of some, the file they are cached in.
 
 A record holds the absolute path of its image: `datasets` never opens it, data/images.py does. Not here: reading the
-official files (data/sources/vqa_files.py) and a person's own lines (data/sources/json_lines.py).
+files (data/sources).
 """
 
 import hashlib
@@ -9,21 +9,21 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
+from data.files import File, require_file, require_folder
 from data.image_check import unusable
 from data.invalid import InvalidRecord, SkippedRecords
-from data.sources.json_lines import read_jsonl
+from data.sources import TABLES
+from data.sources.rows import records_of
 from data.sources.vqa_files import read_vqav2
 
-File = str | PathLike[str]
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     id=TEXT,
@@ -36,8 +36,9 @@ FEATURES = datasets.Features(
     answer=TEXT,  # the most frequent one; "" where answers is empty, as are the two below where unknown
     answer_type=TEXT,
     question_type=TEXT,
+    extra=TEXT,  # what else a row of a person's own says, as JSON; "" for nothing
 )
-FORMAT = 4  # goes up when records are written differently, so that cached ones are written again
+FORMAT = 5  # goes up when records are written differently, so that cached ones are written again
 
 
 def load_records(
@@ -45,7 +46,7 @@ def load_records(
     questions: File | None = None,
     annotations: File | None = None,
     images: File | None = None,
-    jsonl: File | None = None,
+    columns: Mapping[str, str] | None = None,
     fraction: float | None = None,
     count: int | None = None,
     sample_by: Literal["image", "question"] = "image",
@@ -54,15 +55,17 @@ def load_records(
     split: str | None = None,
     cache_dir: File | None = None,
     skipped: SkippedRecords | None = None,
+    **tables: File | None,
 ) -> datasets.Dataset:
-    """Records of the chosen questions or lines, in the order of their file.
+    """Records of the chosen questions or rows, in the order of their file.
 
     Args:
         questions, annotations: the official files, the second one only where answers are needed.
-        jsonl: or a file of lines.
-        images: the folder of the images, by default that of the lines; without it official questions need none.
+        tables: or one other source, by a key of `data.sources.TABLES`, such as jsonl.
+        images: the folder of the images, by default that of the file; without it official questions need none.
+        columns: the names of a table's columns by what they are, where those are others (data/sources/rows.py).
         fraction, count, sample_by, seed: draw this share or number, by whole images or by single questions.
-        prompt: the prefix of an official question, with {question} where the question goes.
+        prompt: the prefix of a question, with {question} where the question goes.
         split: such as "train2014", where the official files do not say it.
         cache_dir: where the records are cached, by default in a folder of the cache of `datasets`.
         skipped: where what cannot be used goes; by default there may be none. Records whose image cannot be used by
@@ -73,42 +76,31 @@ def load_records(
         ValueError: a file is missing or not what it should be; there are too few questions to draw from; records
             cannot be used, more than may be skipped.
     """
-    rows, files, folder = reader(questions, annotations, images, jsonl, prompt, split)
     draw = partial(choose, fraction=fraction, count=count, sample_by=sample_by, seed=seed)
     drawn = fraction is not None or count is not None  # else the seed changes nothing
-    options = [rows.func.__name__, *rows.args, draw.keywords if drawn else ""]
+    folder = None if images is None else require_folder(images)
+    given = {key: Path(path) for key, path in tables.items() if path is not None}
+    if questions is not None:
+        files = [Path(file) for file in (questions, annotations) if file is not None]
+        rows, within = partial(read_vqav2, files, folder, prompt, split, draw), None
+        options = ["vqav2", folder, prompt, split]
+    elif len(given) == 1 and given.keys() <= TABLES.keys():
+        ((key, path),) = given.items()
+        table = TABLES[key](path, folder)
+        files, folder = table.files, table.folder
+        rows, within = partial(records_of, table, columns or {}, prompt, draw if drawn else None), folder
+        options = [key, folder, prompt, json.dumps(columns, sort_keys=True)]
+    else:
+        raise ValueError(f"a source needs questions (with annotations and images), or one of {', '.join(TABLES)}")
     cache = cache_folder(cache_dir)
-    records, invalid = memory_mapped(partial(rows, draw), files, options, cache)
+    records, invalid = memory_mapped(rows, files, [*options, draw.keywords if drawn else ""], cache)
     total = len(records) + len(invalid)
     if folder is not None and len(records):
-        invalid += with_unusable_image(records, cache, None if jsonl is None else folder)
+        invalid += with_unusable_image(records, cache, within)
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
         raise ValueError(f"{files[0]} holds no record that can be used")
     return records
-
-
-def reader(
-    questions: File | None,
-    annotations: File | None,
-    images: File | None,
-    jsonl: File | None,
-    prompt: str,
-    split: str | None,
-) -> tuple[partial[Iterator[dict[str, Any] | InvalidRecord]], list[Path], Path | None]:
-    """What reads a source, given how to choose; its files; the folder of its images. Arguments as in `load_records`."""
-    folder = None if images is None else Path(images).absolute()
-    if folder is not None and not folder.is_dir():
-        said = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"{images} {said}; expected the folder of the images")
-    if jsonl is not None:
-        files = [Path(jsonl)]
-        folder = folder or files[0].parent.absolute()
-        return partial(read_jsonl, files[0], folder), files, folder
-    if questions is not None:
-        files = [Path(file) for file in (questions, annotations) if file is not None]
-        return partial(read_vqav2, files, folder, prompt, split), files, folder
-    raise ValueError("a source needs questions (with annotations and images), or jsonl")
 
 
 def with_unusable_image(records: datasets.Dataset, cache: Path, folder: Path | None) -> list[InvalidRecord]:
@@ -198,7 +190,7 @@ def memory_mapped(
                     if isinstance(row, InvalidRecord):
                         invalid.append(row)
                     else:
-                        unknown = {"answer_type": "", "question_type": ""}
+                        unknown = {"answer_type": "", "question_type": "", "extra": ""}
                         writer.write({"answer": majority(row["answers"]), **unknown, **row})
                 writer.finalize()
             Path(unfinished, "invalid.json").write_text(json.dumps(invalid))
@@ -207,18 +199,6 @@ def memory_mapped(
             os.replace(written, cached)
     invalid = [InvalidRecord(*entry) for entry in json.loads(cached.with_suffix(".json").read_bytes())]
     return datasets.Dataset.from_file(str(cached)), invalid
-
-
-def require_file(path: Path) -> os.stat_result:
-    """What the system knows of a file. ValueError where there is none, or nothing in it."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected a file")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; correct its path")
-    status = path.stat()
-    if not status.st_size:
-        raise ValueError(f"{path} is empty; expected examples in it")
-    return status
 
 
 def encodable(row: dict[str, Any] | InvalidRecord) -> dict[str, Any] | InvalidRecord:

@@ -1,1 +1,14 @@
-"""Readers of examples, one file a source: each yields records (data/records.py) in the order of its files."""
+"""Readers of examples, one file a source: each yields records (data/records.py) in the order of its files.
+
+The official VQA files have a reader of their own (vqa_files.py). All others are tables: rows with named columns
+(rows.py), and a function of this mapping makes a `Table` of what a configuration says.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from data.sources.json_lines import json_lines
+from data.sources.rows import Table
+
+TABLES: dict[str, Callable[[Path, Path | None], Table]] = {"jsonl": json_lines}
+"""Key of a source -> what opens it: the path that is given, and the folder of the images, if that is given."""

@@ -1,23 +1,17 @@
-"""A person's own examples, one JSON object a line -> records (data/records.py).
-
-    {"image": "scene.jpg", "prefix": "caption en", "suffix": "a red circle"}
-
-`suffix` may be empty, where the right answer is to say nothing, or a list of answers that are equally right. `id` may
-name the example, else its line's number does.
-"""
+"""JSON lines, one object with named columns a line (rows.py says which): a person's own examples."""
 
 import codecs
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.invalid import InvalidRecord
-from data.processor import single_line
+from data.files import require_file
+from data.sources.rows import Table
 
 MAGIC = {
-    b"PAR1": "a Parquet file (datasets.Dataset.from_parquet(...).to_json(...) writes its rows as lines)",
-    b"ARROW1": "an Arrow file",
+    b"PAR1": "a Parquet file: read it with parquet instead of jsonl",
+    b"ARROW1": "an Arrow file: read the folder that datasets' save_to_disk wrote with disk instead of jsonl",
     b"PK\x03\x04": "a zip archive",
     b"\x1f\x8b": "compressed by gzip",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
@@ -28,27 +22,29 @@ MAGIC = {
 }
 
 
-def read_jsonl(
-    file: Path, folder: Path, choose: Callable[[Sequence[str]], list[int]]
-) -> Iterator[dict[str, Any] | InvalidRecord]:
-    """Records of the lines at the positions that `choose` takes from all good lines' image ids, in the order of the
-    file, and every line that is no example: broken, with an id that occurred before, or with an image that leads out
-    of the folder by its path.
-
-    ValueError if there are no lines, or if the file is of another kind.
-    """
+def json_lines(file: Path, folder: Path | None) -> Table:
+    """The lines of a file. folder: of their images, by default its own. ValueError if it is of another kind."""
+    require_file(file)
     if kind := other_kind(file):
         raise ValueError(f"{file} is {kind}; expected JSON lines: one object a line, in UTF-8")
-    image_ids = [line["image_id"] for line in _lines(file, folder) if isinstance(line, dict)]
-    chosen = set(choose(image_ids)) if image_ids else set()
-    position, found = 0, False
-    for line in _lines(file, folder):
-        found = True
-        if isinstance(line, InvalidRecord) or position in chosen:
-            yield line
-        position += isinstance(line, dict)
-    if not found:
-        raise ValueError(f"{file} holds no examples; expected one JSON object a line")
+
+    def rows() -> Iterator[tuple[int, Any | ValueError]]:
+        with file.open("rb") as content:
+            for number, line in enumerate(content, start=1):
+                if line.strip():
+                    yield number, parsed(line)
+
+    return Table(str(file), "line", rows, [file], folder or file.parent.absolute())
+
+
+def parsed(line: bytes) -> Any | ValueError:
+    """The value of a line, or what is wrong with it."""
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        return ValueError(str(error))
+    except ValueError as error:
+        return error
 
 
 def other_kind(file: Path) -> str | None:
@@ -64,47 +60,3 @@ def other_kind(file: Path) -> str | None:
     if text.startswith(b"[") and text[1:].lstrip().startswith(b"{"):
         return f"one JSON list (`jq -c '.[]' {file.name}` prints its objects line by line)"
     return None
-
-
-def _lines(file: Path, folder: Path) -> Iterator[dict[str, Any] | InvalidRecord]:
-    lines: dict[str, int] = {}
-    with file.open("rb") as content:
-        for number, line in enumerate(content, start=1):
-            if not line.strip():
-                continue
-            try:
-                example = _example(json.loads(line), number, folder)
-                first = lines.setdefault(example["id"], number)
-                if first != number:
-                    raise ValueError(f"id {example['id']!r} is that of line {first} too; give each line its own")
-            except (ValueError, RecursionError) as error:
-                yield InvalidRecord(f"line {number}", f"{file}, line {number}: {error}")
-            else:
-                yield example
-
-
-def _example(line: Any, number: int, folder: Path) -> dict[str, Any]:
-    if not isinstance(line, dict) or set(line) - {"id"} != {"image", "prefix", "suffix"}:
-        raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}} and perhaps "id", got {line!r:.200}')
-    answers = line["suffix"] if isinstance(line["suffix"], list) else [line["suffix"]]
-    texts = (line["prefix"], line["image"], *answers)
-    if not answers or not all(isinstance(text, str) for text in texts) or not line["image"].strip():
-        raise ValueError(f"expected texts, of which prefix and suffix may be empty, got {line!r:.200}")
-    if any(answer and not answer.strip() for answer in answers):
-        raise ValueError(f'expected a suffix that is a text, or "" for an empty answer, got {line!r:.200}')
-    if not isinstance(line.get("id", ""), str | int):
-        raise ValueError(f"expected a text or a whole number as id, got {line['id']!r}")
-    image = Path(line["image"])
-    if image.is_absolute():
-        raise ValueError(f"image {line['image']!r} is an absolute path; give one relative to {folder}")
-    if ".." in image.parts or "\0" in line["image"]:
-        raise ValueError(f"image {line['image']!r} is no plain path; give one within {folder}, without '..'")
-    return {
-        "id": str(line.get("id", number)),
-        "image": str(folder / image),
-        "image_id": image.as_posix(),
-        "question": line["prefix"],
-        "prefix": single_line(line["prefix"]),
-        "answers": answers,
-        "equally_right": True,
-    }

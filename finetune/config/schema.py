@@ -80,11 +80,14 @@ class ImageOptions(Section):
     """4: the vision tower sees the four quarters of an image, and the whole, for five times as many image tokens."""
 
 
-SOURCE_PATHS = ("questions", "annotations", "images", "jsonl")  # keys of `Source`
+OFFICIAL = ("questions", "annotations")  # keys of the VQA files
+TABLES = ("jsonl",)  # keys of all other sources, data.sources.TABLES
+SOURCE_PATHS = (*OFFICIAL, "images", *TABLES)  # keys of `Source`
+ROLES = ("image", "prefix", "question", "suffix", "id")  # of columns, as in data/sources/rows.py
 
 
 class Source(Section):
-    """Examples: from the official VQA files (questions, annotations, images), or from a jsonl file (and images)."""
+    """Examples: from the official VQA files (questions, annotations, images), or from one other source (and images)."""
 
     questions: PathText | None = None
     """Official questions file (JSON)."""
@@ -93,7 +96,11 @@ class Source(Section):
     images: PathText | None = None
     """Directory of the images."""
     jsonl: PathText | None = None
-    """File of lines {"image": ..., "prefix": ..., "suffix": ...}."""
+    """File of lines {"image": ..., "prefix": ..., "suffix": ...}, or with a question instead of a prefix."""
+    columns: dict[Literal["image", "prefix", "question", "suffix", "id"], Text] | None = None
+    """Other names of a source's columns, such as {question: query, suffix: label}."""
+    split: Text | None = None
+    """Such as train2014, where the official files do not say which images they are about."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Take this share of the examples, drawn with train.seed."""
     count: Count | None = None
@@ -109,19 +116,26 @@ class Source(Section):
     @property
     def name(self) -> str:
         """Of its file, without the path."""
-        return Path(self.jsonl or self.questions or "").name
+        return Path(next(path for key, path in self.paths.items() if key != "images")).name
 
-    @field_validator("jsonl")
+    @field_validator("split")  # the last of those that say where examples are
     @classmethod
-    def _one_kind(cls, jsonl: str | None, info: ValidationInfo) -> str | None:
-        official = ("questions", "annotations", "images")
-        if info.data.keys() >= set(official):
-            questions, annotations, images = (info.data[key] for key in official)
-            if (jsonl and (questions or annotations)) or not (jsonl or (questions and images)):
-                key = "images" if questions and not (jsonl or images) else "jsonl"
-                expected = "expected either questions and images (and annotations), or jsonl (and images)"
-                raise error_at(key, expected, "jsonl", *official)
-        return jsonl
+    def _one_kind(cls, split: str | None, info: ValidationInfo) -> str | None:
+        if not info.data.keys() >= {*SOURCE_PATHS, "columns"}:
+            return split
+        given = [key for key in SOURCE_PATHS if info.data[key]]
+        tables, official = [key for key in given if key in TABLES], [key for key in given if key in OFFICIAL]
+        if official and not tables and not ("questions" in official and "images" in given):
+            key = "images" if "questions" in official else "questions"
+            raise error_at(key, "the official files are questions, images and perhaps annotations", *official)
+        if len(tables) + bool(official) != 1:
+            expected = f"expected either questions, images and perhaps annotations, or one of {', '.join(TABLES)}"
+            raise error_at(given[-1] if given else "questions", expected, *given)
+        if official and info.data["columns"]:
+            raise error_at("columns", "the official files have names of their own: leave it out", *official)
+        if tables and split:
+            raise error_at("split", f"it is of the official files, not of {tables[0]}: leave it out", *tables)
+        return split
 
     @field_validator("count")
     @classmethod

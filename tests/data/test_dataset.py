@@ -40,6 +40,7 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
                 "equally_right": False,
                 "answer": "3" if k < 3 else "yes",
                 "answer_type": "number",
+                "extra": "",
                 "question_type": "how many",
             }
         )

@@ -37,7 +37,7 @@ def test_every_column_is_what_the_line_says(tmp_path: Path) -> None:
     )
     records = load_records(jsonl=file, cache_dir=tmp_path / "cache")
     assert records.features == FEATURES
-    shared = {"answer_type": "", "question_type": ""}
+    shared = {"answer_type": "", "question_type": "", "extra": ""}
     assert records.to_list() == [
         {
             "id": "1",
@@ -94,19 +94,35 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
         ("{", "Expecting property name"),
         (b'{"image": "\xff"}', "invalid start byte|can't decode"),
         ("[]", r'expected \{"image"'),
-        ({"image": "a.jpg", "prefix": "x"}, r'expected \{"image".*perhaps "id", got'),
-        (line(sufix="y"), r'expected \{"image"'),
-        (line(suffix=3), "expected texts, of which prefix and suffix may be empty, got"),
+        (
+            {"image": "a.jpg", "prefix": "x"},
+            r"no suffix; expected image, prefix \(or question\) and suffix, got nothing else",
+        ),
+        (
+            {"image": "a.jpg", "prefix": "x", "sufix": "y", "more": 1},
+            r"it has no suffix; .*, got sufix, more; name them with columns: \{suffix: sufix\}",
+        ),
+        (
+            {"file": "a.jpg", "text": "x"},
+            r"it has no image, question, suffix; .*\{image: \.\.\., question: \.\.\.",
+        ),
+        (line(suffix=3.5), "expected texts or whole numbers, of which prefix and suffix may be empty, got"),
+        (line(suffix=True), "expected texts or whole numbers, of which"),
+        ({"image": "a.jpg", "question": " ", "suffix": "x"}, "expected a text as question"),
         (line(suffix=[]), "of which prefix and suffix may be empty"),
         (line(suffix=["x", " "]), 'expected a suffix that is a text, or "" for an empty answer'),
         (line(prefix=None), "expected texts"),
-        (line(image=""), "of which prefix and suffix may be empty"),
+        (line(image=""), "expected a path as image, got ''"),
+        (line(image=None), "expected a path as image, got None"),
         (line(id=1.5), "a text or a whole number as id"),
         (line(id="1"), "id '1' is that of line 1 too"),
         (line(image="../a.jpg"), r"'\.\./a\.jpg' is no plain path; give one within .*, without '\.\.'"),
         (line(image="sub/../a.jpg"), "is no plain path"),
         (line(image="a\0.jpg"), "is no plain path"),
-        (line(image="/etc/passwd"), "'/etc/passwd' is an absolute path; give one relative to"),
+        (
+            line(image="/etc/passwd"),
+            "is an absolute path; give one relative to .*, or allow all with images: /",
+        ),
     ],
     ids=repr,
 )
@@ -127,9 +143,10 @@ def test_a_link_out_of_the_folder_and_an_absolute_path_are_refused(tmp_path: Pat
     (inside / "link").symlink_to(outside)
     with pytest.raises(ValueError, match=r"1: image .*link/a\.jpg leads out of its folder by a link"):
         load_records(jsonl=file, cache_dir=tmp_path)
-    absolute = write(inside, line(image=str(inside / "a.jpg")))
+    absolute = write(inside, line(image=str(outside / "a.jpg")))
     with pytest.raises(ValueError, match=r"line 1: image .* is an absolute path; give one relative to"):
         load_records(jsonl=absolute, cache_dir=tmp_path)
+    assert load_records(jsonl=absolute, images="/", cache_dir=tmp_path)[0]["image"]["path"] == str(outside / "a.jpg")
     (tmp_path / "alias").symlink_to(inside)  # the folder itself may be reached by a link
     write(inside, line())
     assert len(load_records(jsonl=tmp_path / "alias" / "train.jsonl", cache_dir=tmp_path)) == 1
@@ -168,7 +185,7 @@ def test_examples_are_drawn_by_image_or_singly(tmp_path: Path) -> None:
 def test_a_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, line())
     first = load_records(jsonl=file, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr("data.sources.json_lines._lines", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("data.sources.rows._examples", lambda *_: pytest.fail("read again"))
     assert load_records(jsonl=file, cache_dir=tmp_path / "cache").to_list() == first.to_list()
 
 

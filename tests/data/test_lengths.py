@@ -44,6 +44,7 @@ def rows(texts: Sequence[tuple[str, list[str], str]]) -> list[dict[str, Any]]:
             "answer": answer,
             "answer_type": "",
             "question_type": "",
+            "extra": "",
         }
         for i, (prefix, answers, answer) in enumerate(texts)
     ]

@@ -82,6 +82,7 @@ def test_every_column_is_what_the_files_say(tmp_path: Path, style: dict[str, Any
             "answer": "yes",
             "answer_type": "yes/no",
             "question_type": "is",
+            "extra": "",
         }
 
 

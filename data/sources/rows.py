@@ -1,0 +1,171 @@
+"""Rows with named columns, from whatever file -> records (data/records.py).
+
+    {"image": "scene.jpg", "prefix": "caption en", "suffix": "a red circle"}
+    {"image": "scene.jpg", "question": "how many circles are there?", "suffix": 2}
+
+`prefix` is the whole prompt; `question` is put into the prompt of the configuration instead. `suffix` is a text, which
+may be empty where the right answer is to say nothing, a whole number, or a list of answers that are equally right. `id`
+may name the example, else its place in the file does. What else a row has is kept in the column `extra`. Other names of
+columns are given as `columns`: {suffix: label}. Not here: reading files (one module each, beside this one).
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.invalid import InvalidRecord
+from data.processor import single_line
+
+ROLES = ("image", "prefix", "question", "suffix", "id")  # what a column may be, by the name that it has by default
+Choose = Callable[[Sequence[str]], list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of a source, which can be read again and again.
+
+    Attributes:
+        name: of the file, for messages.
+        unit: what a row is in it: a line, a row.
+        rows: numbers from 1 with the values of a row by column, or with what is wrong with it.
+        files: that the rows depend on.
+        folder: of the images, where rows name some by a path.
+    """
+
+    name: str
+    unit: str
+    rows: Callable[[], Iterator[tuple[int, Any | ValueError]]]
+    files: list[Path]
+    folder: Path | None = None
+
+
+def records_of(
+    table: Table, columns: Mapping[str, str], prompt: str, choose: Choose | None
+) -> Iterator[dict[str, Any] | InvalidRecord]:
+    """Records of the rows at the positions that `choose` takes from all good rows' image ids, in their order, and every
+    row that is no example: broken, with an id that occurred before, or with an image that leads out of the folder by
+    its path.
+
+    Args:
+        columns: a column's role -> its name in the table, where that is another one.
+        prompt: with {question} where a question goes.
+        choose: None takes all, and reads the rows once instead of twice.
+
+    Raises:
+        ValueError: there are no rows; a role is not known.
+    """
+    names = {role: columns.get(role, role) for role in ROLES}
+    if unknown := columns.keys() - set(ROLES):
+        raise ValueError(f"columns has {', '.join(sorted(unknown))}; expected {', '.join(ROLES)}")
+    chosen: Container[int] | None = None
+    if choose is not None:
+        image_ids = [one["image_id"] for one in _examples(table, names, prompt) if isinstance(one, dict)]
+        chosen = set(choose(image_ids)) if image_ids else set()
+    position, found = 0, False
+    for one in _examples(table, names, prompt):
+        found = True
+        if isinstance(one, InvalidRecord) or chosen is None or position in chosen:
+            yield one
+        position += isinstance(one, dict)
+    if not found:
+        raise ValueError(f"{table.name} holds no examples; expected one a {table.unit}")
+
+
+def _examples(table: Table, names: Mapping[str, str], prompt: str) -> Iterator[dict[str, Any] | InvalidRecord]:
+    """Every row as an example, or what is wrong with it."""
+    numbers: dict[str, int] = {}
+    for number, values in table.rows():
+        try:
+            if isinstance(values, ValueError):
+                raise values
+            example = _example(values, names, prompt, number, table.folder)
+            first = numbers.setdefault(example["id"], number)
+            if first != number:
+                raise ValueError(
+                    f"id {example['id']!r} is that of {table.unit} {first} too; give each {table.unit} its own"
+                )
+        except ValueError as error:
+            yield InvalidRecord(f"{table.unit} {number}", f"{table.name}, {table.unit} {number}: {error}")
+        else:
+            yield example
+
+
+def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, folder: Path | None) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}}, got {values!r:.200}')
+    asked = "prefix" if names["prefix"] in values else "question"
+    if missing := [names[role] for role in ("image", asked, "suffix") if names[role] not in values]:
+        raise ValueError(_said_of_missing(missing, values, names))
+    given, text = values[names["suffix"]], values[names[asked]]
+    answers = [_text(answer) for answer in (given if isinstance(given, list) else [given])]
+    if not answers or not isinstance(text, str) or None in answers:
+        raise ValueError(
+            f"expected texts or whole numbers, of which prefix and suffix may be empty, got {values!r:.200}"
+        )
+    if any(answer and not answer.strip() for answer in answers if answer):
+        raise ValueError(f'expected a suffix that is a text, or "" for an empty answer, got {values!r:.200}')
+    if asked == "question" and not text.strip():
+        raise ValueError(f"expected a text as question, got {text!r}")
+    id = values.get(names["id"], number)
+    if not isinstance(id, str | int):
+        raise ValueError(f"expected a text or a whole number as id, got {id!r}")
+    image, image_id = _image(values[names["image"]], folder)
+    extra = {key: value for key, value in values.items() if key not in names.values()}
+    return {
+        "id": str(id),
+        "image": image,
+        "image_id": image_id,
+        "question": text,
+        "prefix": single_line(text if asked == "prefix" else prompt.replace("{question}", text)),
+        "answers": answers,
+        "equally_right": True,
+        "extra": json.dumps(extra, ensure_ascii=False, default=str) if extra else "",
+    }
+
+
+def _said_of_missing(missing: Sequence[str], values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """What a person should do about columns that a row has not."""
+    others = [str(name) for name in values if name not in names.values()]
+    got = ", ".join(others) or "nothing else"
+    said = f"it has no {', '.join(missing)}; expected image, prefix (or question) and suffix, got {got}"
+    roles = {name: role for role, name in names.items()}
+    meant = {roles[name]: difflib.get_close_matches(name, others, 1) for name in missing}
+    guesses = ", ".join(f"{role}: {found[0] if found else '...'}" for role, found in meant.items())
+    return f"{said}; name them with columns: {{{guesses}}}" if others else said
+
+
+def _text(answer: Any) -> str | None:
+    """An answer as a text; None where it is neither a text nor a whole number."""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return str(answer)
+    return answer if isinstance(answer, str) else None
+
+
+def _image(given: Any, folder: Path | None) -> tuple[str | dict[str, Any], str]:
+    """The image as a record holds it, and what is the same for all rows about it.
+
+    given: a path within `folder`, with `/` or `\\` between its parts; or {"bytes", "path"}, as `datasets` has it.
+    """
+    if isinstance(given, dict) and isinstance(given.get("bytes"), bytes):
+        digest = hashlib.sha256(given["bytes"]).hexdigest()[:32]
+        return {"bytes": given["bytes"], "path": None}, digest
+    if isinstance(given, dict):
+        given = given.get("path")
+    if not isinstance(given, str) or not given.strip():
+        raise ValueError(f"expected a path as image, got {given!r:.200}")
+    if folder is None:
+        raise ValueError(f"image {given!r} is a path, and there is no folder that it could be in; give images")
+    path = Path(given) if "\\" not in given or (folder / given).exists() else Path(given.replace("\\", "/"))
+    if path.is_absolute():
+        if not path.is_relative_to(folder):
+            raise ValueError(
+                f"image {given!r} is an absolute path; give one relative to {folder}, or allow all with images: /"
+            )
+        path = path.relative_to(folder)
+    if ".." in path.parts or "\0" in given:
+        raise ValueError(f"image {given!r} is no plain path; give one within {folder}, without '..'")
+    return str(folder / path), path.as_posix()
