@@ -30,12 +30,14 @@ DEFAULTS: dict[str, int | str] = {
     "dtype": "bfloat16",
     "quantize": "auto",
     "device": "auto",
+    "task": "auto",
 }
+TASKS = ("auto", "vqa", "answer", "classify", "document", "chart")
 RUN, CHECKPOINT, RESULTS = "CONFIG.yaml", "--model (or --adapter)", "--results"
 # The arguments that each form accepts.
 ACCEPTED = {
     RUN: "config overrides arm limit output",
-    CHECKPOINT: "model revision adapter questions annotations images jsonl prompt limit output batch_size "
+    CHECKPOINT: "model revision adapter questions annotations images jsonl task prompt limit output batch_size "
     "max_new_tokens dtype quantize device",
     RESULTS: "results questions annotations limit output",
 }
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     from finetune.evaluation.checkpoint import CheckpointOptions, evaluate_checkpoint
     from finetune.evaluation.results_file import score_results
     from finetune.evaluation.run import evaluate_run
-    from finetune.evaluation.table import accuracy_table
+    from finetune.evaluation.table import score_table
     from finetune.report.model_card import show_cards
     from finetune.report.page import show_page
     from finetune.system import distributed
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         scores = evaluate_checkpoint(CheckpointOptions(**accepted), DEFAULT_PROMPT)
     else:
         scores = {"results": score_results(**accepted)}
-    show(accuracy_table(scores))
+    show(score_table(scores))
 
 
 def form_of(given: argparse.Namespace) -> str:
@@ -159,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--annotations", "official annotations file", type=argument)
     option("--images", "directory of the images (default with --jsonl: that of the file)", type=argument)
     option("--jsonl", "your own examples: a file of JSON lines with image, prefix and suffix", type=argument)
+    option("--task", "what answers are judged by: data.validation.task of `paligemma-lora config`", choices=TASKS)
     option("--prompt", f"of official questions (default: as the adapter was trained, or {DEFAULT_PROMPT!r})")
     option("--limit", "evaluate on the first N questions only", type=cli.positive, metavar="N")
     option("--output", "directory for metrics.json and, for new answers, results.json", type=path_argument)

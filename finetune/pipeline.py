@@ -27,7 +27,7 @@ from finetune import cli
 from finetune.config.load import dump_config, load_config
 from finetune.config.schema import RunConfig, Source
 from finetune.evaluation.run import evaluate_run
-from finetune.evaluation.table import accuracy_table
+from finetune.evaluation.table import score_table
 from finetune.preflight.dry_run import dry_run
 from finetune.preflight.inspection import inspect
 from finetune.preflight.overfit import overfit
@@ -155,7 +155,7 @@ def train(pipeline: Pipeline) -> None:
 
 
 def evaluate(pipeline: Pipeline) -> None:
-    show(accuracy_table(evaluate_run(pipeline.config, pipeline.words)))
+    show(score_table(evaluate_run(pipeline.config, pipeline.words)))
     show_page(Path(pipeline.config.output))
     show_cards(Path(pipeline.config.output))
 

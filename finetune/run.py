@@ -18,6 +18,7 @@ from finetune.adapters.metadata import TrainingFacts
 from finetune.config.schema import RunConfig
 from finetune.config.stages import runs_of
 from finetune.evaluation.evaluate import evaluate, mean_loss
+from finetune.evaluation.run import task_of
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
 from finetune.preflight.run_plan import RunPlan, plan_run, require_fit, spill_warning
@@ -134,7 +135,7 @@ def learn_one(
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
     show_start(config, model, planned, checkpoint, batch_sampler.total)
     distributed.on_main(partial(start_run, config))
-    evaluated, samples = planned_evaluation(config, planned, new_tokens), Samples()
+    evaluated, samples, metric = planned_evaluation(config, planned, new_tokens), Samples(), task_of(config).key
     trainer = LoRATrainer(
         config,
         model,
@@ -144,7 +145,8 @@ def learn_one(
         collate=partial(collate, pad_id=processor.pad_id),
         save_result=partial(save_result, model, config, examples.lengths, base_fingerprint),
         evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens, samples),
-        callbacks=[*callbacks_for(config, batch_sampler, samples), stop := StopOnSignal()],
+        metric=metric,
+        callbacks=[*callbacks_for(config, batch_sampler, samples, metric), stop := StopOnSignal()],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopping and trainer.state.global_step < batch_sampler.total:
@@ -235,7 +237,7 @@ def evaluation_of(
     new_tokens: int,
     samples: Samples,
 ) -> Callable[[], dict[str, float]] | None:
-    """What measures the model during training: loss and accuracy on these records; None without them.
+    """What measures the model during training: loss and the metric of the task on these records; None without them.
 
     Args:
         new_tokens: the most that an answer may have.
@@ -243,15 +245,15 @@ def evaluation_of(
     """
     if records is None:
         return None
-    rows = config.evaluation.batch_size
+    rows, task = config.evaluation.batch_size, task_of(config)
 
     def measure() -> dict[str, float]:
         answering, losing = progress("answering"), progress("loss of the answers")
-        evaluated = evaluate(model, processor, records, new_tokens, batch_size=rows, progress=answering)
+        evaluated = evaluate(model, processor, records, task, new_tokens, batch_size=rows, progress=answering)
         samples.keep(records, evaluated.answers)
-        by_type = {f"accuracy_{name}": value for name, value in evaluated.score.by_answer_type.items()}
+        by_type = {f"{task.key}_{name}": value for name, value in evaluated.score.by_answer_type.items()}
         loss = mean_loss(model, processor, records, rows, losing)
-        return {"loss": loss, "accuracy": evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
+        return {"loss": loss, task.key: evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
 
     return measure
 

@@ -99,6 +99,11 @@ class Source(Section):
     """File of lines {"image": ..., "prefix": ..., "suffix": ...}, or with a question instead of a prefix."""
     columns: dict[Literal["image", "prefix", "question", "suffix", "id"], Text] | None = None
     """Other names of a source's columns, such as {question: query, suffix: label}."""
+    task: Literal["auto", "vqa", "answer", "classify", "document", "chart"] = "auto"
+    """What answers to these examples are judged by. vqa: the official accuracy; answer: right or wrong, by VQA's text
+    rules; classify: that, and F1 by label; document: ANLS; chart: relaxed accuracy. auto: vqa for the official files,
+    answer for all others.
+    """
     split: Text | None = None
     """Such as train2014, where the official files do not say which images they are about."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -21,7 +21,8 @@ from finetune.adapters.storage import load_adapter
 from finetune.config.schema import SOURCE_PATHS
 from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
-from finetune.evaluation.vqa_accuracy import VQAScore
+from finetune.evaluation.score import Score
+from finetune.evaluation.tasks import Task, task_named
 from finetune.lora.nf4 import open_base
 from finetune.system import distributed
 from finetune.system.console import show
@@ -45,6 +46,7 @@ class CheckpointOptions:
     annotations: str | None
     images: str | None
     jsonl: str | None
+    task: str
     prompt: str | None
     limit: int | None
     output: Path | None
@@ -55,8 +57,8 @@ class CheckpointOptions:
     device: str
 
 
-def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict[str, VQAScore]:
-    """The accuracy, under the name "adapter" or "model"; answers and figures are written to `options.output`.
+def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict[str, Score]:
+    """The score, under the name "adapter" or "model"; answers and figures are written to `options.output`.
 
     default_prompt: for official questions, if neither `options` nor the adapter has a prompt.
 
@@ -71,7 +73,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     prompt = None if options.jsonl else choose_prompt(adapter, options.prompt, default_prompt)
     facts = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": prompt}
     files = file_digests(questions=options.questions, annotations=options.annotations, jsonl=options.jsonl)
-    inputs = facts | files | {"limit": options.limit}
+    inputs = facts | files | {"limit": options.limit, "task": options.task}
     device = pick_device(options.device)
     distributed.init(device)
     if options.output:
@@ -85,8 +87,9 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     quantize = cli.quantization(options.quantize, adapter)
     processor = processor_of(directory, adapted_config(directory, adapter))
     records = askable(records, processor, SkippedRecords())
+    task = task_named(options.task, official=options.questions is not None)
     result = open_and_evaluate(
-        directory, adapter, processor, records, dtype, device, options.batch_size, new_tokens, quantize
+        directory, adapter, processor, records, task, dtype, device, options.batch_size, new_tokens, quantize
     )
     show_unfinished(str(adapter or model), result, "--max-new-tokens")
     if options.output:
@@ -116,6 +119,7 @@ def open_and_evaluate(
     adapter: Path | None,
     processor: Processor,
     records: Dataset,
+    task: Task,
     dtype: torch.dtype,
     device: torch.device,
     batch_size: int,
@@ -126,7 +130,8 @@ def open_and_evaluate(
     model = open_base(directory, dtype, device, quantize)
     if adapter:
         load_adapter(model, adapter)
-    return evaluate(model, processor, records, max_new_tokens, batch_size=batch_size, progress=progress("answering"))
+    shown = progress("answering")
+    return evaluate(model, processor, records, task, max_new_tokens, batch_size=batch_size, progress=shown)
 
 
 def show_unfinished(name: str, result: Evaluation, option: str) -> None:

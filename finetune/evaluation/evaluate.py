@@ -1,4 +1,4 @@
-"""Answers generated and scored: the loss of the majority answer, and the official VQA accuracy.
+"""Answers generated and scored: the loss of the majority answer, and the metric of the task (tasks.py).
 
 Every image passes the vision tower once for all its questions. Several processes share the images, and each has all
 answers in the end; where they share sharded layers, too, they compute equally many batches, and tokens of answers in
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from data import Processor, collate
-from finetune.evaluation.vqa_accuracy import VQAScore, record_accuracy, score, write_results
+from finetune.evaluation.score import Score
+from finetune.evaluation.tasks import Task
+from finetune.evaluation.vqa_accuracy import write_results
 from finetune.system import distributed, sharding
 from finetune.system.device import first_line, free_memory, is_out_of_memory
 from model import IGNORE_INDEX, PaliGemma
@@ -36,7 +38,8 @@ class Evaluation:
     """What one network answered, and how good that is."""
 
     generated: dict[str, Answer]
-    score: VQAScore
+    task: Task
+    score: Score
     max_new_tokens: int
 
     @property
@@ -72,13 +75,13 @@ class Evaluation:
                 "question_type": record["question_type"],
                 "expected": list(record["answers"]),
                 "answer": answer.text,
-                "score": round(100 * record_accuracy(answer.text, record), 2),
+                "score": round(100 * self.task.value(answer.text, record), 2),
                 "confidence": round(answer.confidence, 4),
                 "finished": answer.finished,
             }
 
 
-def write_metrics(directory: Path, score: VQAScore, **facts: Any) -> None:
+def write_metrics(directory: Path, score: Score, **facts: Any) -> None:
     """Write `metrics.json` with a score, and `facts` about what was scored."""
     directory.mkdir(parents=True, exist_ok=True)
     metrics = json.dumps({**score.to_dict(), **facts}, indent=2, ensure_ascii=False) + "\n"
@@ -111,12 +114,17 @@ def unfinished_note(unfinished: int, answers: int, max_new_tokens: int, where: s
 
 
 def evaluate(
-    model: PaliGemma, processor: Processor, records: Sequence[Record], max_new_tokens: int, **settings: Any
+    model: PaliGemma,
+    processor: Processor,
+    records: Sequence[Record],
+    task: Task,
+    max_new_tokens: int,
+    **settings: Any,
 ) -> Evaluation:
-    """Answers to all records, scored by the official metric; `settings` as in `generate_answers`."""
+    """Answers to all records, scored by the task's metric; `settings` as in `generate_answers`."""
     answers = generate_answers(model, processor, records, max_new_tokens, **settings)
     texts = {name: answer.text for name, answer in answers.items()}
-    return Evaluation(answers, score(texts, records), max_new_tokens)
+    return Evaluation(answers, task, task.score(texts, records), max_new_tokens)
 
 
 def generate_answers(

@@ -7,13 +7,15 @@ from pathlib import Path
 from data.records import load_records
 from finetune.evaluation.evaluate import write_metrics
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
-from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
+from finetune.evaluation.score import Score
+from finetune.evaluation.tasks import TASKS
+from finetune.evaluation.vqa_accuracy import read_results
 from finetune.system.console import show
 
 
 def score_results(
     results: str, questions: str, annotations: str, limit: int | None = None, output: Path | None = None
-) -> VQAScore:
+) -> Score:
     """The accuracy of the answers in `results`.
 
     Args:
@@ -32,7 +34,7 @@ def score_results(
     if limit is not None:
         excluded = set(records["id"][limit:])
         answers = {name: text for name, text in answers.items() if name not in excluded}
-    scored = score(answers, first(records, limit))
+    scored = TASKS["vqa"].score(answers, first(records, limit))
     if output:
         write_metrics(output, scored, results=results, **{INPUTS_KEY: inputs})
     show(f"results: {results}")

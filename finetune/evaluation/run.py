@@ -22,7 +22,8 @@ from finetune.adapters.network import adapted_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation.checkpoint import open_and_evaluate, show_unfinished
 from finetune.evaluation.inputs import INPUTS_KEY, first, inputs_of_run, require_same_inputs
-from finetune.evaluation.vqa_accuracy import VQAScore
+from finetune.evaluation.score import Score
+from finetune.evaluation.tasks import Task, task_named
 from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
@@ -54,8 +55,8 @@ def evaluate_run(
     names: Sequence[str] = (),
     limit: int | None = None,
     output: Path | None = None,
-) -> dict[str, VQAScore]:
-    """The accuracy of each arm.
+) -> dict[str, Score]:
+    """The score of each arm, by the metric of the task.
 
     Args:
         words: the configuration's file and overrides, as they are on the command line.
@@ -96,13 +97,15 @@ def evaluate_arm(
     new_tokens: int,
     directory: Path | None,
     inputs: dict[str, Any],
-) -> VQAScore:
-    """The accuracy of one arm. Its answers and figures are written to `directory`/`name`, if there is a directory."""
+) -> Score:
+    """The score of one arm. Its answers and figures are written to `directory`/`name`, if there is a directory."""
     checkpoint = fetch(arm.checkpoint, config.model.revision if arm.checkpoint == config.model.path else None)
     processor = processor_of(checkpoint, adapted_config(checkpoint, arm.adapter))
     quantize = None if name == "merged" else config.model.quantize
     rows = config.evaluation.batch_size
-    result = open_and_evaluate(checkpoint, arm.adapter, processor, records, dtype, device, rows, new_tokens, quantize)
+    result = open_and_evaluate(
+        checkpoint, arm.adapter, processor, records, task_of(config), dtype, device, rows, new_tokens, quantize
+    )
     show_unfinished(name, result, "evaluation.max_new_tokens")
     if directory:
         source = config.data.validation
@@ -110,6 +113,12 @@ def evaluate_arm(
         facts |= {"validation": source.name if source else None}
         distributed.on_main(partial(result.save, directory / name, records, **facts, **{INPUTS_KEY: inputs}))
     return result.score
+
+
+def task_of(config: RunConfig) -> Task:
+    """What the run's validation answers are judged by."""
+    source = config.data.validation or config.data.train
+    return task_named(source.task, official=source.questions is not None)
 
 
 def arms_of(config: RunConfig, words: Sequence[str], names: Sequence[str]) -> dict[str, Arm]:

@@ -115,7 +115,7 @@ def evaluation_results(subject: Subject) -> list[EvalResult]:
             dataset_type="custom",
             dataset_name=one_line(validation_name(subject, arm)),
             metric_type="accuracy",
-            metric_name="VQA accuracy, percent",
+            metric_name=f"{arm.metric}, percent",
             metric_value=arm.metrics["overall"],
             metric_args={"interval_95": list(arm.interval), "questions": arm.metrics["questions"]},
         )
@@ -157,7 +157,7 @@ def scores(subject: Subject) -> str:
     arm = next(iter(arms.values()))
     first = arm.metrics
     types = sorted(first["by_answer_type"])
-    rows = [["VQA accuracy, percent", "overall", "95% interval", *map(plain, types)], ["---"] * (3 + len(types))]
+    rows = [[f"{arm.metric}, percent", "overall", "95% interval", *map(plain, types)], ["---"] * (3 + len(types))]
     for name, arm in arms.items():
         by_type = (f"{arm.metrics['by_answer_type'].get(kind, 0.0):.2f}" for kind in types)
         rows.append([name, f"{arm.metrics['overall']:.2f}", "{:.2f} to {:.2f}".format(*arm.interval), *by_type])

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from data.invalid import SkippedRecords
 from finetune.config.schema import RunConfig
 from finetune.config.strict_yaml import dump
+from finetune.evaluation.tasks import TASKS
 from finetune.lora.linear import adapter_table, inject_lora
 from finetune.report import charts
 from finetune.report.gallery import Card, cards_of
@@ -33,7 +34,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 CURVES = {
     "loss": "training loss",
     "eval_loss": "validation loss",
-    "eval_accuracy": "validation accuracy, percent",
+    **{f"eval_{task.key}": f"validation {task.key}, percent" for task in TASKS.values()},
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradients",
     "memory_gib": "memory, GiB",
@@ -147,12 +148,17 @@ def summary(run: RunData) -> str:
     return said
 
 
+def metric_of(arms: dict[str, Arm]) -> str:
+    """What arms are judged by, in words."""
+    return " or ".join(dict.fromkeys(arm.metric for arm in arms.values()))
+
+
 def scores_chart(arms: dict[str, Arm]) -> Markup | None:
     if not arms:
         return None
     overall = {name: arm.metrics["overall"] for name, arm in arms.items()}
     intervals = {name: arm.interval for name, arm in arms.items()}
-    return Markup(charts.bars({"": overall}, intervals, "VQA accuracy, percent, with 95% intervals"))
+    return Markup(charts.bars({"": overall}, intervals, f"{metric_of(arms)}, percent, with 95% intervals"))
 
 
 def by_type_chart(arms: dict[str, Arm]) -> Markup | None:
@@ -161,7 +167,7 @@ def by_type_chart(arms: dict[str, Arm]) -> Markup | None:
     if not types:
         return None
     groups = {kind: {arm: by_type[kind] for arm, by_type in accuracies.items() if kind in by_type} for kind in types}
-    return Markup(charts.bars(groups, {}, "VQA accuracy, percent"))
+    return Markup(charts.bars(groups, {}, f"{metric_of(arms)}, percent"))
 
 
 def question_types(arms: dict[str, Arm]) -> list[tuple[str, int, dict[str, float]]]:
@@ -241,4 +247,7 @@ def facts(run: RunData) -> dict[str, str]:
         found["most memory"] = f"{run.most_memory:.2f} GiB"
     if run.result:
         found["kept"] = str(run.result)
+    for name in run.trained.metrics.get("others", {}) if run.trained else ():
+        by_arm = ((arm.name, arm.metrics.get("others", {}).get(name)) for arm in run.arms.values())
+        found[f"{name}, percent"] = ", ".join(f"{arm} {value:.2f}" for arm, value in by_arm if value is not None)
     return found

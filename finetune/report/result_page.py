@@ -21,7 +21,9 @@ from data.records import decodable
 from finetune.config.schema import SOURCE_PATHS, RunConfig
 from finetune.config.stages import stage_output
 from finetune.config.strict_yaml import dump
-from finetune.evaluation.vqa_accuracy import VQAScore, read_results, score
+from finetune.evaluation.run import task_of
+from finetune.evaluation.score import Score
+from finetune.evaluation.vqa_accuracy import read_results
 from finetune.preflight.plan import GIB
 from finetune.report.markdown import fenced, plain
 from finetune.report.run_data import read_lines
@@ -38,6 +40,7 @@ def write_report(config: RunConfig, steps: int) -> Path:
     """Write both files, and return their directory. steps: the optimizer steps of the whole run."""
     output = Path(config.output)
     report = {
+        "metric": task_of(config).metric,
         "scores": scores_of(config),
         "training": training_of(output, steps) | {"stages": stages_of(config)},
         "data": data_of(config),
@@ -56,25 +59,25 @@ def scores_of(config: RunConfig) -> dict[str, Any]:
     records = decodable(open_records(config, "validation", skipped), skipped)
     types = sorted({record["answer_type"] for record in records} - {""})
     by_type = {name: [record for record in records if record["answer_type"] == name] for name in types}
-    scores: dict[str, Any] = {}
+    task, scores = task_of(config), dict[str, Any]()
     for arm in ("base", "adapter", "merged"):
         file = Path(config.output) / "eval" / arm / "results.json"
         if not file.exists():
             continue
         answers = read_results(file)
-        scores[arm] = accuracy_of(score(answers, records)) | {
+        scores[arm] = figures_of(task.score(answers, records)) | {
             "by_answer_type": {
-                name: accuracy_of(score({record["id"]: answers[record["id"]] for record in some}, some))
+                name: figures_of(task.score({record["id"]: answers[record["id"]] for record in some}, some))
                 for name, some in by_type.items()
             }
         }
     return scores
 
 
-def accuracy_of(scored: VQAScore) -> dict[str, Any]:
+def figures_of(scored: Score) -> dict[str, Any]:
     low, high = scored.interval
     return {
-        "accuracy": round(scored.overall, 2),
+        "score": round(scored.overall, 2),
         "interval": [round(low, 2), round(high, 2)],
         "questions": scored.questions,
     }
@@ -88,7 +91,7 @@ def training_of(output: Path, steps: int) -> dict[str, Any]:
         "steps": steps,
         "kept_step": kept.step,
         "kept_for": kept.why,
-        "accuracy_at_kept_step": kept.metric_value,
+        "score_at_kept_step": kept.metric_value,
         "validation_loss_at_kept_step": kept.validation_loss,
     }
 
@@ -169,7 +172,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as a page of Markdown."""
     scores, training = report["scores"], report["training"]
     types = list(next(iter(scores.values()))["by_answer_type"]) if scores else []
-    rows = [["VQA accuracy, percent", "all", *map(plain, types), "questions"], ["---"] * (3 + len(types))]
+    rows = [[f"{report['metric']}, percent", "all", *map(plain, types), "questions"], ["---"] * (3 + len(types))]
     for arm, found in scores.items():
         cells = [found, *(found["by_answer_type"][name] for name in types)]
         rows.append([arm, *map(cell, cells), f"{found['questions']:,}"])
@@ -186,4 +189,4 @@ def markdown(report: dict[str, Any]) -> str:
 
 def cell(found: dict[str, Any]) -> str:
     low, high = found["interval"]
-    return f"{found['accuracy']:.2f} ({low:.2f} to {high:.2f})"
+    return f"{found['score']:.2f} ({low:.2f} to {high:.2f})"

@@ -28,6 +28,11 @@ class Arm:
     answers: dict[str, dict[str, Any]]
 
     @property
+    def metric(self) -> str:
+        """What it is judged by, in words."""
+        return str(self.metrics.get("metric", "VQA accuracy"))
+
+    @property
     def interval(self) -> tuple[float, float]:
         low, high = self.metrics["interval"]
         return float(low), float(high)

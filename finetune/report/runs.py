@@ -77,11 +77,11 @@ def runs_in(directories: Sequence[Path]) -> list[Path]:
 def table_of(runs: dict[str, RunData]) -> Table:
     from finetune.system.console import new_table
 
-    table = new_table("run", "best", "at step", "accuracy", "time", "GiB", "state")
+    table = new_table("run", "best", "at step", "score", "time", "GiB", "state")
     for name, run in runs.items():
         memory = "" if run.most_memory is None else f"{run.most_memory:.2f}"
-        table.add_row(name, *best_of(run), accuracy_of(run), run.duration or "", memory, state_of(run))
-    table.caption = "best: in training, by which the step was chosen; accuracy: of evaluate.py; GiB: the most in use"
+        table.add_row(name, *best_of(run), score_of(run), run.duration or "", memory, state_of(run))
+    table.caption = "best: in training, by which the step was chosen; score: of evaluate.py; GiB: the most in use"
     return table
 
 
@@ -96,7 +96,7 @@ def best_of(run: RunData) -> tuple[str, str]:
     return "" if loss is None else f"loss {loss:.3g}", f"{result.step:,}"
 
 
-def accuracy_of(run: RunData) -> str:
+def score_of(run: RunData) -> str:
     return f"{run.trained.metrics['overall']:.2f}" if run.trained else ""
 
 

@@ -65,7 +65,8 @@ def open_records(config: RunConfig, split: str, skipped: SkippedRecords | None =
     """The records of data.train or data.validation (`split`), as `load_records` opens them; those that cannot be used
     go to `skipped`, by default where the configuration says.
     """
-    source, prompt, seed = getattr(config.data, split).model_dump(), config.data.prompt, config.train.seed
+    source = getattr(config.data, split).model_dump(exclude={"task"})
+    prompt, seed = config.data.prompt, config.train.seed
     return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, split))
 
 

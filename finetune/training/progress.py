@@ -12,21 +12,21 @@ from finetune.system.console import show
 from finetune.system.progress import progress_bar
 from finetune.training.metrics_file import MetricsFile
 
-FIGURES = {"loss": ("loss", 4), "eval_loss": ("val loss", 4), "eval_accuracy": ("accuracy", 2)}  # -> label, digits
-BESIDE_THE_BAR = ("loss", "eval_accuracy")  # what fits into 80 columns
 BAR = "{desc} {n_fmt}/{total_fmt} {bar} {remaining} left, {rate_fmt}{postfix}"
 PARTS = 10  # of a run: at the end of each a line
 
 
-def figures_of(logs: Mapping[str, float] | None) -> dict[str, str]:
-    """What a log or an evaluation found of `FIGURES`, in words."""
-    return {key: f"{label} {logs[key]:.{digits}f}" for key, (label, digits) in FIGURES.items() if logs and key in logs}
+def figures_of(logs: Mapping[str, float] | None, metric: str) -> dict[str, str]:
+    """What a log or an evaluation found of the losses and of the metric, in words."""
+    figures = {"loss": ("loss", 4), "eval_loss": ("val loss", 4), f"eval_{metric}": (metric, 2)}  # label, digits
+    return {key: f"{label} {logs[key]:.{digits}f}" for key, (label, digits) in figures.items() if logs and key in logs}
 
 
 class ProgressBar(TrainerCallback):
-    """Steps done and left, with the remaining time, the rate, the last loss and the last accuracy."""
+    """Steps done and left, with the remaining time, the rate, the last loss and the last value of the metric."""
 
-    def __init__(self) -> None:
+    def __init__(self, metric: str = "accuracy") -> None:
+        self.metric = metric
         self.bar: tqdm[Any] | None = None
         self.figures: dict[str, str] = {}
 
@@ -41,12 +41,13 @@ class ProgressBar(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        self.figures |= figures_of(logs)
+        self.figures |= figures_of(logs, self.metric)
         if self.bar is not None:
             self.bar.set_postfix_str(self.beside_the_bar())
 
     def beside_the_bar(self) -> str:
-        return ", ".join(self.figures[key] for key in BESIDE_THE_BAR if key in self.figures)
+        """What fits into 80 columns."""
+        return ", ".join(self.figures[key] for key in ("loss", f"eval_{self.metric}") if key in self.figures)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
@@ -56,8 +57,8 @@ class ProgressBar(TrainerCallback):
 class ProgressLines(TrainerCallback):
     """A line at each tenth of a run and after each evaluation: step, time trained, and the figures that are new."""
 
-    def __init__(self, metrics: MetricsFile) -> None:
-        self.metrics = metrics
+    def __init__(self, metrics: MetricsFile, metric: str = "accuracy") -> None:
+        self.metrics, self.metric = metrics, metric
         self.figures: dict[str, str] = {}
         self.said = 0  # at which step
 
@@ -67,7 +68,7 @@ class ProgressLines(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        self.figures |= figures_of(logs)
+        self.figures |= figures_of(logs, self.metric)
         step, total = state.global_step, state.max_steps
         if "eval_loss" in self.figures or step * PARTS // total > self.said * PARTS // total:
             minutes = self.metrics.line["seconds"] / 60

@@ -17,7 +17,6 @@ from typing import Any
 from finetune.adapters.metadata import TrainingFacts
 from finetune.system.atomic import text_to_be
 
-METRIC = "accuracy"  # what steps are compared by; larger is better
 RESULT_FILE, BEST_FILE = "result.json", "best.json"
 
 
@@ -98,18 +97,20 @@ class Best:
         return cls(Result(**stored["result"]) if comparable else None, judged_by)
 
 
-def judge(step: int, metrics: Mapping[str, float], best: Result | None) -> Result | None:
-    """The result that a step's `metrics` (METRIC and perhaps `loss`) make it, or None: `best` so far is better."""
-    metric, loss = finite(metrics[METRIC]), finite(metrics.get("loss"))
-    made = Result(step, f"best {METRIC}", METRIC, metric, loss)
+def judge(step: int, metrics: Mapping[str, float], metric: str, best: Result | None) -> Result | None:
+    """The result that a step's metrics make it, or None: `best` so far is better.
+
+    metrics: `metric`, of which more is better, and perhaps `loss`.
+    """
+    made = Result(step, f"best {metric}", metric, finite(metrics[metric]), finite(metrics.get("loss")))
     if best is None:
         return made
     if made.rank < best.rank:
         return None
     if made.rank == best.rank:
-        return dataclasses.replace(made, why=f"{METRIC} and validation loss as at step {best.step}, and later")
+        return dataclasses.replace(made, why=f"{metric} and validation loss as at step {best.step}, and later")
     if made.metric_value == best.metric_value:
-        return dataclasses.replace(made, why=f"{METRIC} as at step {best.step}, and a lower validation loss")
+        return dataclasses.replace(made, why=f"{metric} as at step {best.step}, and a lower validation loss")
     return made
 
 

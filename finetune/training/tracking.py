@@ -66,15 +66,20 @@ class Samples:
         return Sample(image, record["question"] or record["prefix"], record["answer"], self.answers[record["id"]])
 
 
-def callbacks_for(config: RunConfig, steps: BatchSampler, samples: Samples | None = None) -> list[TrainerCallback]:
+def callbacks_for(
+    config: RunConfig, steps: BatchSampler, samples: Samples | None = None, metric: str = "accuracy"
+) -> list[TrainerCallback]:
     """The callbacks of a run; of several processes, one tracks for all.
 
-    samples: what an evaluation answered, to be shown where images can be.
+    Args:
+        samples: what an evaluation answered, to be shown where images can be.
+        metric: what the run is judged by, to be shown beside the loss.
     """
     if not distributed.is_main():
         return []
     metrics, samples = MetricsFile(Path(config.output) / "metrics.jsonl", steps), samples or Samples()
-    made: list[TrainerCallback] = [metrics, ProgressBar() if sys.stderr.isatty() else ProgressLines(metrics)]
+    seen = ProgressBar(metric) if sys.stderr.isatty() else ProgressLines(metrics, metric)
+    made: list[TrainerCallback] = [metrics, seen]
     if config.tracking.wandb != "off":
         made.append(Tracker("wandb", Wandb(config), metrics, samples))
     if config.tracking.tensorboard:

@@ -55,7 +55,8 @@ class LoRATrainer(Trainer):
         collate: examples -> right-padded tensors.
         save_result: called with what is to be kept when an evaluation is the best so far, or at the end where nothing
             evaluates.
-        evaluate: metrics of the model as it is, `accuracy` among them; None where the run has nothing to evaluate on.
+        evaluate: metrics of the model as it is, `metric` among them; None where the run has nothing to evaluate on.
+        metric: the one that steps are compared by; larger is better.
         callbacks: what watches the run.
         save_checkpoints: whether checkpoints are written.
     """
@@ -70,6 +71,7 @@ class LoRATrainer(Trainer):
         collate: Collate,
         save_result: Callable[[Result], None],
         evaluate: Evaluate | None = None,
+        metric: str = "accuracy",
         callbacks: Sequence[TrainerCallback] = (),
         save_checkpoints: bool = True,
     ) -> None:
@@ -80,6 +82,7 @@ class LoRATrainer(Trainer):
         self.rank_shard = RankShard(batch_sampler, distributed.rank(), distributed.count())
         self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1
         self.best: Result | None = None
+        self.metric = metric
         self.gradient_norm = torch.zeros(())  # of the last step, before clipping
         self.judged_by = judged_by(config) if evaluate else {}
         adapted = trained_parameters(model) or dict(model.named_parameters())
@@ -182,14 +185,14 @@ class LoRATrainer(Trainer):
         """The optimizer that `create_optimizer` made."""
         return without_wrapper(self.optimizer)
 
-    # Evaluation: loss and accuracy; the best step's weights are kept.
+    # Evaluation: loss and the metric of the task; the best step's weights are kept.
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Metrics under `eval_` names, logged; saves the model where they are the best so far (result.py)."""
         assert self.evaluate_now is not None, "the arguments ask for evaluation only where there is one"
         with self.accumulation.vision_on_device():
             measured = self.evaluate_now()
-        if (result := judge(self.state.global_step, measured, self.best)) is not None:
+        if (result := judge(self.state.global_step, measured, self.metric, self.best)) is not None:
             self.keep(result)
         self.evaluated_step = self.state.global_step
         metrics = {f"eval_{name}": value for name, value in measured.items()}

@@ -12,7 +12,7 @@ from data.records import load_records
 from data.synthetic import scenes
 from finetune.config.load import dump_config, load_config
 from finetune.evaluation.evaluate import Answer, Evaluation
-from finetune.evaluation.vqa_accuracy import score
+from finetune.evaluation.tasks import TASKS
 from finetune.report.page import write_comparison, write_page
 from tests.browser.conftest import contrast, on_phone, overflow
 
@@ -49,7 +49,7 @@ def make_run(root: Path, name: str, every: int, hostile: bool = False) -> Path:
             generated[record["id"]] = Answer(record["answer"] if right else HOSTILE if hostile else "?", True, -0.5)
         texts = {key: answer.text for key, answer in generated.items()}
         shown = [record | {"question": HOSTILE, "answer_type": HOSTILE} if hostile else record for record in records]
-        Evaluation(generated, score(texts, records), 4).save(directory / "eval" / arm, shown)
+        Evaluation(generated, TASKS["vqa"], TASKS["vqa"].score(texts, records), 4).save(directory / "eval" / arm, shown)
     return directory
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from finetune.evaluation.table import accuracy_table
-from finetune.evaluation.vqa_accuracy import score
+from finetune.evaluation.table import score_table
+from finetune.evaluation.tasks import TASKS
 
 
 def test_every_answer_type_has_a_column_and_every_model_a_row() -> None:
@@ -14,10 +14,11 @@ def test_every_answer_type_has_a_column_and_every_model_a_row() -> None:
         {"id": "1", "answers": ["yes"], "answer_type": "yes/no", "question_type": ""},
         {"id": "2", "answers": ["2"], "answer_type": "number", "question_type": ""},
     ]
+    score = TASKS["vqa"].score
     scores = {"base": score({"1": "no"}, records[:1]), "adapter": score({"1": "yes", "2": "3"}, records)}
     console = Console(width=120, color_system=None)
     with console.capture() as captured:
-        console.print(accuracy_table(scores))
+        console.print(score_table(scores))
     cells = [
         [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in captured.get().splitlines()
     ]

@@ -16,15 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.evaluation import vqa_accuracy as module
+from finetune.evaluation.score import Score
+from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.vqa_accuracy import (
-    VQAScore,
     normalize_answer,
     read_results,
-    score,
     vqa_accuracy,
     write_results,
 )
 from tests.reference_vqa import REFERENCE, Case, ReferenceEvaluation, generated_cases, rules_hit
+
+score = TASKS["vqa"].score
 
 
 def annotations(cases: list[Case], *, ids: bool = True) -> list[dict[str, Any]]:
@@ -50,7 +52,7 @@ def reference(cases: list[Case], *, ids: bool = True) -> ReferenceEvaluation:
     return evaluation
 
 
-def scored(cases: list[Case]) -> VQAScore:
+def scored(cases: list[Case]) -> Score:
     records = [
         row | {"id": str(row["question_id"]), "answers": [answer["answer"] for answer in row["answers"]]}
         for row in annotations(cases)

@@ -14,7 +14,8 @@ from markdown_it import MarkdownIt
 from data.records import load_records
 from data.synthetic import scenes
 from finetune.config.load import load_config
-from finetune.evaluation.vqa_accuracy import score, write_results
+from finetune.evaluation.tasks import TASKS
+from finetune.evaluation.vqa_accuracy import write_results
 from finetune.report import result_page
 from finetune.training.result import Result
 
@@ -40,19 +41,20 @@ def test_scores_have_an_interval_for_each_type_of_answer(tmp_path: Path) -> None
     (tmp_path / "eval/adapter").mkdir(parents=True)
     write_results(tmp_path / "eval/adapter/results.json", answers)
     reported = result_page.scores_of(config)["adapter"]
-    assert reported["accuracy"] == pytest.approx(100 * len(known) / 30, abs=0.01)
-    alone = score({record["id"]: answers[record["id"]] for record in asked}, asked)
+    assert reported["score"] == pytest.approx(100 * len(known) / 30, abs=0.01)
+    alone = TASKS["vqa"].score({record["id"]: answers[record["id"]] for record in asked}, asked)
     found = reported["by_answer_type"]["yes/no"]
     assert found["questions"] == len(asked) < 30
-    assert found["accuracy"] == pytest.approx(100 * len(known) / len(asked), abs=0.01)
+    assert found["score"] == pytest.approx(100 * len(known) / len(asked), abs=0.01)
     assert found["interval"] == [round(bound, 2) for bound in alone.interval]
-    assert found["interval"][0] < found["accuracy"] < found["interval"][1]
-    assert reported["by_answer_type"]["other"]["accuracy"] == 0
+    assert found["interval"][0] < found["score"] < found["interval"][1]
+    assert reported["by_answer_type"]["other"]["score"] == 0
 
 
 def test_texts_of_data_and_configuration_stay_texts_in_markdown() -> None:
-    scored = {"accuracy": 50.0, "interval": [40.0, 60.0], "questions": 9}
+    scored = {"score": 50.0, "interval": [40.0, 60.0], "questions": 9}
     report: dict[str, Any] = {
+        "metric": "accuracy",
         "scores": {"adapter": scored | {"by_answer_type": {"a|b\n# <b>": scored}}},
         "training": {"steps": 1, "hours": 0.1, "kept_step": 1, "kept_for": "best accuracy", "stages": {}},
         "data": {},
@@ -83,7 +85,7 @@ def test_the_time_of_a_resumed_run_is_that_of_all_its_sessions(tmp_path: Path) -
         "steps": 30,
         "kept_step": 20,
         "kept_for": "best accuracy",
-        "accuracy_at_kept_step": 61.5,
+        "score_at_kept_step": 61.5,
         "validation_loss_at_kept_step": 0.5,
     }
 

@@ -1,0 +1,125 @@
+"""Each task's metric against a literal restatement, or figures worked out by hand."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.evaluation.tasks import TASKS, anls, edits, is_about_right, macro_f1, task_named
+
+
+def record(*answers: str, id: str = "1", equally_right: bool = True) -> dict[str, Any]:
+    return {"id": id, "answers": answers, "equally_right": equally_right, "answer_type": "", "question_type": ""}
+
+
+@pytest.mark.parametrize(
+    ("answer", "answers", "right", "exact"),
+    [
+        ("a red circle", ["Red circle."], 1, 0),
+        ("Two", ["2"], 1, 0),
+        ("2", ["digit seven", "2"], 1, 1),
+        (" 2\n", ["2"], 1, 1),
+        ("3", ["2"], 0, 0),
+        ("", [""], 1, 1),
+    ],
+)
+def test_an_answer_is_right_by_vqas_text_rules_and_exact_by_its_characters(
+    answer: str, answers: list[str], right: int, exact: int
+) -> None:
+    found = TASKS["answer"].score({"1": answer}, [record(*answers)])
+    assert (found.overall, found.others) == (100 * right, {"exact match": 100 * exact})
+    assert found.metric == "accuracy"
+
+
+def test_official_files_are_scored_as_vqa_is_and_all_others_by_right_and_wrong() -> None:
+    assert task_named("auto", official=True) is TASKS["vqa"]
+    assert task_named("auto", official=False) is TASKS["answer"]
+    assert task_named("document", official=True) is TASKS["document"]
+
+
+def distance(one: str, other: str) -> int:
+    """Levenshtein's distance as it is defined."""
+
+    @cache
+    def upto(i: int, j: int) -> int:
+        if not i or not j:
+            return i + j
+        replaced = upto(i - 1, j - 1) + (one[i - 1] != other[j - 1])
+        return min(upto(i - 1, j) + 1, upto(i, j - 1) + 1, replaced)
+
+    return upto(len(one), len(other))
+
+
+@given(st.text("abc", max_size=8), st.text("abc", max_size=8))
+def test_edits_are_levenshteins(one: str, other: str) -> None:
+    assert edits(one, other) == distance(one, other)
+
+
+@pytest.mark.parametrize(
+    ("answer", "answers", "value"),
+    [
+        ("Invoice 12", ["invoice 12"], 1.0),
+        ("invoice 13", ["invoice 12"], 0.9),
+        ("invoice 13", ["bill", "Invoice  12"], 0.9),  # the nearest counts
+        ("abcd", ["abxy"], 0.0),  # half of it differs
+        ("abcde", ["abcxy"], 0.6),
+        ("", ["x"], 0.0),
+        ("", [""], 1.0),
+    ],
+)
+def test_anls(answer: str, answers: list[str], value: float) -> None:
+    assert anls(answer, record(*answers)) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "answers", "right"),
+    [
+        ("105", ["100"], True),
+        ("94.9", ["100"], False),
+        ("-95", ["-100"], True),
+        ("12%", ["0.12"], True),
+        ("12", ["12%"], False),
+        ("0.0", ["0"], False),  # by text where the right one is zero
+        ("Blue", ["blue"], True),
+        ("1.2.3", ["1.2.3"], True),
+        ("about 100", ["100"], False),
+        ("7", ["red", "7.2"], True),
+    ],
+)
+def test_relaxed_accuracy(answer: str, answers: list[str], right: bool) -> None:
+    assert is_about_right(answer, record(*answers)) == right
+
+
+def test_macro_f1_is_the_mean_over_labels() -> None:
+    """Against precision and recall, label by label."""
+    rng, labels = random.Random(0), ["cat", "dog", "cow"]
+    expected = [rng.choice(labels) for _ in range(200)]
+    answers = [rng.choice([*labels, "no idea", right, right]) for right in expected]
+    scores = []
+    for label in labels:
+        both = sum(answer == right == label for answer, right in zip(answers, expected, strict=True))
+        precision, recall = both / answers.count(label), both / expected.count(label)
+        scores.append(2 * precision * recall / (precision + recall))
+    assert macro_f1(answers, [record(right) for right in expected]) == pytest.approx(sum(scores) / 3)
+    assert macro_f1(["x"], [record("cat")]) == 0
+
+
+def test_every_task_scores_a_data_set_and_says_by_what() -> None:
+    records = [record("12", id=str(number)) | {"answer_type": "number"} for number in range(4)]
+    answers = {"0": "12", "1": "12.", "2": "12.3", "3": "red"}
+    found = {name: task.score(answers, records) for name, task in TASKS.items()}
+    assert {name: score.overall for name, score in found.items()} == {
+        "vqa": 25.0,
+        "answer": 50.0,
+        "classify": 50.0,
+        "document": pytest.approx(100 * (1 + 2 / 3 + 0) / 4),
+        "chart": 75.0,
+    }
+    for name, score in found.items():
+        assert score.by_answer_type == {"number": score.overall}
+        assert score.to_dict()["metric"] == TASKS[name].metric
