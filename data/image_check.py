@@ -4,6 +4,8 @@ Only headers are read, unless asked for more: 83,000 images take seconds. What w
 size and time of change, so that the next check reads nothing. Not here: what makes an image usable (data/images.py).
 """
 
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.images import check_header, is_exhausted, open_image
+from data.images import check_header, is_exhausted, open_image, suffixes
 from data.progress import progress_bar
 
 AT_ONCE = 64  # images that a thread takes
@@ -36,6 +38,7 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
     home = None if root is None else Path(os.path.realpath(root))
     reasons: dict[str, str] = {}
     count = sum(map(len, folders.values()))
+    names_in = functools.cache(_names_in)
     with ThreadPoolExecutor() as pool, progress_bar(total=count, desc="looking at images", unit="image") as bar:
         for folder, names in folders.items():
             cached = cache_dir / f"images-{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
@@ -43,16 +46,21 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
             for found in pool.map(check, [names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE)]):
                 reasons |= found
                 bar.update(min(AT_ONCE, count - bar.n))
+            for path in check.missing:
+                if meant := _meant(path, names_in):
+                    reasons[path] += f"; did you mean {meant}?"
             if check.changed:
                 _write(cached, check.valid)
     return reasons
 
 
 class ImageCheck:
-    """Checks images of one folder; takes names, returns reasons by path, remembers in `valid` what is valid."""
+    """Checks images of one folder; takes names, returns reasons by path, remembers in `valid` what is valid, in
+    `missing` the paths of those that are not there."""
 
     def __init__(self, folder: str, home: Path | None, decode: bool, valid: ValidImages) -> None:
         self.folder, self.home, self.valid, self.changed = folder, home, valid, False
+        self.missing: list[str] = []
         self.open: Callable[[str], object] = open_image if decode else check_header
         self.depth = int(decode)
         self.is_within = self._is_within(folder)
@@ -67,6 +75,8 @@ class ImageCheck:
                 if is_exhausted(error):
                     raise
                 reasons[path] = f"image {path} cannot be used: {error.strerror}"
+                if error.errno == errno.ENOENT:
+                    self.missing.append(path)
             except ValueError as error:
                 reasons[path] = str(error)
         return reasons
@@ -87,6 +97,30 @@ class ImageCheck:
 
     def _is_within(self, path: str) -> bool:
         return self.home is None or Path(os.path.realpath(path)).is_relative_to(self.home)
+
+
+def _names_in(folder: str) -> dict[str, str]:
+    """The names in a folder by what they are in lower case; none where it cannot be listed."""
+    try:
+        return {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
+    except OSError:
+        return {}
+
+
+def _meant(path: str, names_in: Callable[[str], dict[str, str]]) -> str | None:
+    """The file that is there instead of a missing one, if only case, or a suffix such as .jpg, makes them differ."""
+    above, name = os.path.split(path)
+    if not name:
+        return None
+    if not os.path.isdir(above):
+        folder = _meant(above, names_in)
+        if folder is None or not os.path.isdir(folder):
+            return None
+        above = folder
+    there = names_in(above)
+    known = (name.lower(), *(name.lower() + suffix for suffix in sorted(suffixes())))
+    found = [os.path.join(above, there[one]) for one in known if one in there]
+    return next((one for one in found if one != path), None)
 
 
 def _read(cached: Path) -> ValidImages:

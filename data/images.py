@@ -6,7 +6,9 @@ says. Not here: colour management (the reference processors ignore ICC profiles 
 """
 
 import errno
+import functools
 import io
+import os
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -60,6 +62,17 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
         raise ValueError(f"{name} cannot be used: {error}; {fix}") from error
 
 
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of image files, such as .jpg, in lower case."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name has the suffix of an image, such as .jpg, .JPG or .png."""
+    return os.path.splitext(name)[1].lower() in suffixes()
+
+
 def images_in(directory: Path) -> list[Path]:
     """The image files in a directory, sorted by name: those with a suffix of FORMATS, such as .jpg, .JPG or .png.
     Hidden files, other files and directories within are left out.
@@ -67,16 +80,15 @@ def images_in(directory: Path) -> list[Path]:
     Raises:
         ValueError: there is none, or the directory cannot be read.
     """
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     try:
-        files = sorted(path for path in directory.iterdir() if path.suffix.lower() in known and path.is_file())
+        files = sorted(path for path in directory.iterdir() if is_image_name(path.name) and path.is_file())
     except OSError as error:
         raise ValueError(f"the folder {directory} cannot be read: {error.strerror}") from error
     found = [path for path in files if not path.name.startswith(".")]
     if not found:
         raise ValueError(
-            f"the folder {directory} has no image: looked for files with the suffix {', '.join(sorted(known))}, not in "
-            "folders within; give a folder that has some, or image files"
+            f"the folder {directory} has no image: looked for files with the suffix {', '.join(sorted(suffixes()))}, "
+            "not in folders within; give a folder that has some, or image files"
         )
     return found
 

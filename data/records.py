@@ -83,13 +83,13 @@ def load_records(
     if questions is not None:
         files = [Path(file) for file in (questions, annotations) if file is not None]
         rows, within = partial(read_vqav2, files, folder, prompt, split, draw), None
-        options = ["vqav2", folder, prompt, split]
+        options, name = ["vqav2", folder, prompt, split], str(files[0])
     elif len(given) == 1 and given.keys() <= TABLES.keys():
         ((key, path),) = given.items()
         table = TABLES[key](path, folder)
-        files, folder = table.files, table.folder
+        files, folder, name = table.files, table.folder, table.name
         rows, within = partial(records_of, table, columns or {}, prompt, draw if drawn else None), folder
-        options = [key, folder, prompt, json.dumps(columns, sort_keys=True)]
+        options = [key, folder, prompt, json.dumps(columns, sort_keys=True), table.about]
     else:
         raise ValueError(f"a source needs questions (with annotations and images), or one of {', '.join(TABLES)}")
     cache = cache_folder(cache_dir)
@@ -99,7 +99,7 @@ def load_records(
         invalid += with_unusable_image(records, cache, within)
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
-        raise ValueError(f"{files[0]} holds no record that can be used")
+        raise ValueError(f"{name} holds no record that can be used")
     return records
 
 

@@ -7,8 +7,17 @@ The official VQA files have a reader of their own (vqa_files.py). All others are
 from collections.abc import Callable
 from pathlib import Path
 
+from data.sources.delimited import csv_file, tsv_file
+from data.sources.folder import image_folder
 from data.sources.json_lines import json_lines
+from data.sources.messages import messages
 from data.sources.rows import Table
 
-TABLES: dict[str, Callable[[Path, Path | None], Table]] = {"jsonl": json_lines}
+TABLES: dict[str, Callable[[Path, Path | None], Table]] = {
+    "jsonl": json_lines,
+    "csv": csv_file,
+    "tsv": tsv_file,
+    "messages": messages,
+    "folder": image_folder,
+}
 """Key of a source -> what opens it: the path that is given, and the folder of the images, if that is given."""

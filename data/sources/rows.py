@@ -5,15 +5,16 @@
 
 `prefix` is the whole prompt; `question` is put into the prompt of the configuration instead. `suffix` is a text, which
 may be empty where the right answer is to say nothing, a whole number, or a list of answers that are equally right. `id`
-may name the example, else its place in the file does. What else a row has is kept in the column `extra`. Other names of
-columns are given as `columns`: {suffix: label}. Not here: reading files (one module each, beside this one).
+may name the example, else its place in the file does; an empty one counts as none. What else a row has is kept in the
+column `extra`. Other names of columns are given as `columns`: {suffix: label}. Not here: reading files (one module
+each, beside this one).
 """
 
 import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Table:
         rows: numbers from 1 with the values of a row by column, or with what is wrong with it.
         files: that the rows depend on.
         folder: of the images, where rows name some by a path.
+        about: what the rows depend on beside files, such as the names in a folder.
+        columns: of all rows, where that is known beforehand.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Table:
     rows: Callable[[], Iterator[tuple[int, Any | ValueError]]]
     files: list[Path]
     folder: Path | None = None
+    about: str = ""
+    columns: Sequence[str] | None = None
 
 
 def records_of(
@@ -61,6 +66,8 @@ def records_of(
     names = {role: columns.get(role, role) for role in ROLES}
     if unknown := columns.keys() - set(ROLES):
         raise ValueError(f"columns has {', '.join(sorted(unknown))}; expected {', '.join(ROLES)}")
+    if table.columns is not None and (missing := _missing(table.columns, names)):
+        raise ValueError(f"{table.name}: {_said_of_missing(missing, table.columns, names)}")
     chosen: Container[int] | None = None
     if choose is not None:
         image_ids = [one["image_id"] for one in _examples(table, names, prompt) if isinstance(one, dict)]
@@ -77,13 +84,13 @@ def records_of(
 
 def _examples(table: Table, names: Mapping[str, str], prompt: str) -> Iterator[dict[str, Any] | InvalidRecord]:
     """Every row as an example, or what is wrong with it."""
-    numbers: dict[str, int] = {}
+    ids = _Ids()
     for number, values in table.rows():
         try:
             if isinstance(values, ValueError):
                 raise values
             example = _example(values, names, prompt, number, table.folder)
-            first = numbers.setdefault(example["id"], number)
+            first = ids.add(example["id"], number)
             if first != number:
                 raise ValueError(
                     f"id {example['id']!r} is that of {table.unit} {first} too; give each {table.unit} its own"
@@ -94,11 +101,34 @@ def _examples(table: Table, names: Mapping[str, str], prompt: str) -> Iterator[d
             yield example
 
 
+class _Ids:
+    """The ids of the rows so far. Those that are the numbers of their rows take a byte each, not an entry."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}
+        self._is_own_number = bytearray()
+
+    def add(self, id: str, number: int) -> int:
+        """The number of the first row with this id: `number`, where it is the first one."""
+        if id in self._rows:
+            return self._rows[id]
+        if id == str(number):
+            self._is_own_number.extend(bytes(max(0, number + 1 - len(self._is_own_number))))
+            self._is_own_number[number] = True
+            return number
+        # The number of an earlier row is given as id: in the digits that str() writes, and no row has twenty of them.
+        value = int(id) if id.isdecimal() and len(id) < 20 else 0
+        if str(value) == id and value < len(self._is_own_number) and self._is_own_number[value]:
+            return value
+        self._rows[id] = number
+        return number
+
+
 def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, folder: Path | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}}, got {values!r:.200}')
-    asked = "prefix" if names["prefix"] in values else "question"
-    if missing := [names[role] for role in ("image", asked, "suffix") if names[role] not in values]:
+    asked = _asked(values, names)
+    if missing := _missing(values, names):
         raise ValueError(_said_of_missing(missing, values, names))
     given, text = values[names["suffix"]], values[names[asked]]
     answers = [_text(answer) for answer in (given if isinstance(given, list) else [given])]
@@ -110,7 +140,8 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
         raise ValueError(f'expected a suffix that is a text, or "" for an empty answer, got {values!r:.200}')
     if asked == "question" and not text.strip():
         raise ValueError(f"expected a text as question, got {text!r}")
-    id = values.get(names["id"], number)
+    id = values.get(names["id"])
+    id = number if id is None or id == "" else id
     if not isinstance(id, str | int):
         raise ValueError(f"expected a text or a whole number as id, got {id!r}")
     image, image_id = _image(values[names["image"]], folder)
@@ -127,9 +158,19 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
     }
 
 
-def _said_of_missing(missing: Sequence[str], values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def _asked(columns: Collection[str], names: Mapping[str, str]) -> str:
+    """The role that says what is asked."""
+    return "prefix" if names["prefix"] in columns else "question"
+
+
+def _missing(columns: Collection[str], names: Mapping[str, str]) -> list[str]:
+    """The columns that a row needs and has not."""
+    return [names[role] for role in ("image", _asked(columns, names), "suffix") if names[role] not in columns]
+
+
+def _said_of_missing(missing: Sequence[str], columns: Collection[str], names: Mapping[str, str]) -> str:
     """What a person should do about columns that a row has not."""
-    others = [str(name) for name in values if name not in names.values()]
+    others = [str(name) for name in columns if name not in names.values()]
     got = ", ".join(others) or "nothing else"
     said = f"it has no {', '.join(missing)}; expected image, prefix (or question) and suffix, got {got}"
     roles = {name: role for role, name in names.items()}

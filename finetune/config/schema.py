@@ -81,7 +81,10 @@ class ImageOptions(Section):
 
 
 OFFICIAL = ("questions", "annotations")  # keys of the VQA files
-TABLES = ("jsonl",)  # keys of all other sources, data.sources.TABLES
+TABLES = (  # keys of all other sources, data.sources.TABLES
+    "jsonl",
+    *("csv", "tsv", "messages", "folder"),
+)
 SOURCE_PATHS = (*OFFICIAL, "images", *TABLES)  # keys of `Source`
 ROLES = ("image", "prefix", "question", "suffix", "id")  # of columns, as in data/sources/rows.py
 
@@ -97,6 +100,16 @@ class Source(Section):
     """Directory of the images."""
     jsonl: PathText | None = None
     """File of lines {"image": ..., "prefix": ..., "suffix": ...}, or with a question instead of a prefix."""
+    csv: PathText | None = None
+    """File in UTF-8 whose first line names the columns, such as image,prefix,suffix. A cell is one text."""
+    tsv: PathText | None = None
+    """The same, separated by tabs."""
+    messages: PathText | None = None
+    """File of lines with chats as TRL, LLaMA-Factory and ms-swift have them: messages, prompt and completion, or
+    conversations, with images. One image, one question and one answer a line; the user's text is the whole prompt."""
+    folder: PathText | None = None
+    """Folder of images as datasets' imagefolder has it: with metadata.csv or metadata.jsonl, whose column file_name
+    names the image; or with a folder for each class, whose name is the answer to the question: what is this?"""
     columns: dict[Literal["image", "prefix", "question", "suffix", "id"], Text] | None = None
     """Other names of a source's columns, such as {question: query, suffix: label}."""
     task: Literal["auto", "vqa", "answer", "classify", "document", "chart"] = "auto"

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from finetune.config.load import load_config
-from finetune.config.schema import RunConfig
+import data.sources
+from finetune.config.load import ConfigError, load_config
+from finetune.config.schema import TABLES, RunConfig
 from finetune.config.section import Effect
 from finetune.lora.linear import LoRAConfig
 from tests.config.minimal import keys
@@ -20,7 +21,7 @@ connector: {learning_rate: null, start: pretrained, start_from: null, latents: 6
 data:
   train:
     {questions: q.json, annotations: a.json, images: coco, jsonl: null, columns: null, task: auto, split: null,
-     fraction: null, count: null, sample_by: image}
+     fraction: null, count: null, sample_by: image, csv: null, tsv: null, messages: null, folder: null}
   validation: null
   prompt: answer en {question}
   answers: rotate
@@ -64,6 +65,23 @@ def test_which_keys_may_change_in_a_run_that_is_resumed(path: Path) -> None:
         *("model.device", "train.micro_batch", "train.recompute", "memory.budget_gib", "evaluation.batch_size"),
     }
     assert {"lora", "lora.rank", "train.seed", "data.train.count", "data.validation.jsonl"} <= found[Effect.RESULT]
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_every_source_has_a_key(path: Path, key: str) -> None:
+    given = f"data.train={{{key}: in/x, images: photos, columns: {{suffix: label}}, count: 3}}"
+    source = load_config(path, [given]).data.train
+    assert source.paths == {"images": "photos", key: "in/x"}
+    assert source.name == "x"
+    with pytest.raises(ConfigError, match=rf"data\.train\.split: it is of the official files, not of {key}"):
+        load_config(path, [given, "data.train.split=train2014"])
+    other = next(name for name in TABLES if name != key)
+    with pytest.raises(ConfigError, match=rf"expected either questions, .*, or one of .*\b{key}\b"):
+        load_config(path, [given, f"data.train.{other}=y"])
+
+
+def test_the_keys_are_those_of_the_readers() -> None:
+    assert set(TABLES) == set(data.sources.TABLES)
 
 
 def test_a_configuration_cannot_be_changed(path: Path) -> None:

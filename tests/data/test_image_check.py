@@ -113,3 +113,49 @@ def test_records_of_broken_images_are_skipped_up_to_a_share(folder: Path, tmp_pa
     assert list(skipped.reasons) == ["6", "7", "5"]
     with pytest.raises(ValueError, match="3 of 7 records"):
         decodable(records, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("missing", "meant"),
+    [
+        ("A.png", "a.png"),
+        ("a.PNG", "a.png"),
+        ("b", "b.png"),
+        ("B", "b.png"),
+        ("TRUNCATED", "truncated.jpg"),
+        ("Sub/x.png", "sub/x.png"),
+        ("SUB/deep/X", "sub/Deep/x.png"),
+        ("../IMAGES/a.png", "a.png"),
+        ("z.png", None),
+        ("none/a.png", None),
+        ("link.png", None),
+    ],
+)
+def test_the_file_that_was_probably_meant_is_named(
+    folder: Path, tmp_path: Path, missing: str, meant: str | None
+) -> None:
+    (folder / "sub/Deep").mkdir(parents=True)
+    for name in ("sub/x.png", "sub/Deep/x.png"):
+        (folder / name).write_bytes(IMAGE)
+    (folder / "link.png").symlink_to(folder / "gone.png")
+    asked = os.path.normpath(folder / missing)
+    (reason,) = unusable([asked], tmp_path, folder.parent).values()
+    said = f"; did you mean {folder / meant}?" if meant else ""
+    assert reason == f"image {asked} cannot be used: No such file or directory{said}"
+
+
+def test_a_folder_is_listed_once_for_all_that_is_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+    plain = os.listdir
+
+    def listing(path: str) -> list[str]:
+        listed.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(os, "listdir", listing)
+    asked = [str(folder / name) for name in ("A.png", "B.png", "z.png", *(f"GONE{k}/a.png" for k in range(5)))]
+    reasons = unusable(asked, tmp_path, folder)
+    assert sum("did you mean" in reason for reason in reasons.values()) == 2
+    assert listed == [str(folder)]
