@@ -7,8 +7,9 @@ The official VQA files have a reader of their own (vqa_files.py). All others are
 from collections.abc import Callable
 from pathlib import Path
 
+from data.sources.coco import coco
 from data.sources.json_lines import json_lines
 from data.sources.rows import Table
 
-TABLES: dict[str, Callable[[Path, Path | None], Table]] = {"jsonl": json_lines}
+TABLES: dict[str, Callable[[Path, Path | None], Table]] = {"jsonl": json_lines, "coco": coco}
 """Key of a source -> what opens it: the path that is given, and the folder of the images, if that is given."""

@@ -81,7 +81,7 @@ class ImageOptions(Section):
 
 
 OFFICIAL = ("questions", "annotations")  # keys of the VQA files
-TABLES = ("jsonl",)  # keys of all other sources, data.sources.TABLES
+TABLES = ("jsonl", "coco")  # keys of all other sources, data.sources.TABLES
 SOURCE_PATHS = (*OFFICIAL, "images", *TABLES)  # keys of `Source`
 ROLES = ("image", "prefix", "question", "suffix", "id")  # of columns, as in data/sources/rows.py
 
@@ -97,6 +97,8 @@ class Source(Section):
     """Directory of the images."""
     jsonl: PathText | None = None
     """File of lines {"image": ..., "prefix": ..., "suffix": ...}, or with a question instead of a prefix."""
+    coco: PathText | None = None
+    """COCO's JSON of images with boxes (the prompt is detect and all categories) or captions (caption en)."""
     columns: dict[Literal["image", "prefix", "question", "suffix", "id"], Text] | None = None
     """Other names of a source's columns, such as {question: query, suffix: label}."""
     split: Text | None = None

@@ -107,7 +107,7 @@ def choose_prompt(adapter: Path | None, given: str | None, default: str) -> str:
 
 def open_files(options: CheckpointOptions, prompt: str) -> Dataset:
     """The records to evaluate on: of official files, or of lines."""
-    files = {name: getattr(options, name) for name in SOURCE_PATHS if getattr(options, name) is not None}
+    files = {name: path for name in SOURCE_PATHS if (path := getattr(options, name, None)) is not None}
     return decodable(first(load_records(**files, prompt=prompt), options.limit))
 
 

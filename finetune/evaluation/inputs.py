@@ -25,7 +25,7 @@ def inputs_of_run(config: RunConfig, limit: int | None) -> dict[str, Any]:
     """What determines the validation questions of a run, and the prompt they are put in."""
     source = config.data.validation
     assert source is not None, "the configuration has data.validation"
-    inputs = file_digests(questions=source.questions, annotations=source.annotations, jsonl=source.jsonl)
+    inputs = file_digests(**{key: path for key, path in source.paths.items() if key != "images"})
     if source.fraction is not None or source.count is not None:
         inputs |= source.model_dump(include={"fraction", "count", "sample_by"}) | {"seed": config.train.seed}
     return inputs | {"prompt": config.data.prompt if source.questions else None, "limit": limit}
