@@ -46,7 +46,7 @@ def check_header(source: ImageSource) -> None:
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
-    """Width and height that `open_image` gives, from the header alone. ValueError as there."""
+    """Width and height that `open_image` gives; only what lies on its side is decoded. ValueError as there."""
     return _opened(source, _upright_size)
 
 
@@ -115,6 +115,9 @@ def _require_usable(image: Image.Image) -> None:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     _require_usable(image)
+    if _orientation(image) not in SIDEWAYS:
+        return image.size
+    image.load()  # Pillow turns TIFF itself, before or when it decodes, by version
     width, height = image.size
     return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
 

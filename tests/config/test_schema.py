@@ -19,8 +19,8 @@ image: {size: null, aspect: null, tiles: null}
 connector: {learning_rate: null, start: pretrained, start_from: null, latents: 64, depth: 3, factor: 2, seed: null}
 data:
   train:
-    {questions: q.json, annotations: a.json, images: coco, jsonl: null, coco: null, columns: null, split: null, fraction: null,
-     count: null, sample_by: image}
+    {questions: q.json, annotations: a.json, images: coco, jsonl: null, coco: null, columns: null,
+     split: null, fraction: null, count: null, sample_by: image}
   validation: null
   prompt: answer en {question}
   answers: rotate

@@ -16,8 +16,8 @@ from finetune.config.load import load_config
 from finetune.training.examples import open_records
 from tests.images import encoded
 
-CATEGORIES = [{"id": 3, "name": "cat", "supercategory": "animal"}, {"id": 1, "name": "red  circle"}]
-PROMPT = "detect cat ; red circle"
+CATEGORIES = [{"id": 3, "name": "zebra", "supercategory": "animal"}, {"id": 1, "name": "red  circle"}]
+PROMPT = "detect zebra ; red circle"
 
 
 def image(id: int, **changes: Any) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def test_an_image_is_an_example_with_all_categories_in_its_prompt_and_its_boxes_
     file = write(tmp_path, [image(2), image(1), image(3)], annotations)
     records = load_records(coco=file, cache_dir=tmp_path / "cache")
     answers = [
-        "<loc0000><loc0000><loc1023><loc1023> cat ; <loc0512><loc0512><loc0767><loc0767> red circle",
-        "<loc0000><loc0999><loc0102><loc1023> cat",
+        "<loc0000><loc0000><loc1023><loc1023> zebra ; <loc0512><loc0512><loc0767><loc0767> red circle",
+        "<loc0000><loc0999><loc0102><loc1023> zebra",
         "",
     ]
     assert records["id"] == ["2", "1", "3"]
@@ -61,12 +61,12 @@ def test_an_image_is_an_example_with_all_categories_in_its_prompt_and_its_boxes_
 
 
 def test_captions_are_equally_right_suffixes(tmp_path: Path) -> None:
-    captions = [(5, 1, "A cat. "), (6, 2, "Two dogs\n"), (7, 1, "The cat.")]
+    captions = [(5, 1, "A zebra. "), (6, 2, "Two dogs\n"), (7, 1, "The zebra.")]
     annotations = [{"id": id, "image_id": of, "caption": text} for id, of, text in captions]
     file = write(tmp_path, [image(1), {"id": 2, "file_name": "2.png"}], annotations, categories=[])
     records = load_records(coco=file, cache_dir=tmp_path / "cache")
     assert records["prefix"] == ["caption en"] * 2
-    assert records["answers"] == [["A cat.", "The cat."], ["Two dogs"]]
+    assert records["answers"] == [["A zebra.", "The zebra."], ["Two dogs"]]
     assert records["equally_right"] == [True] * 2
     file = write(tmp_path, [image(1), image(3)], annotations[:1])
     with pytest.raises(ValueError, match=r"instances\.json, entry 2: image 3 has no caption to learn"):
@@ -183,9 +183,9 @@ def test_a_configuration_names_it_and_a_padding_network_gets_locations_of_the_sq
     assert config.data.train.coco == str(file)
     assert config.data.train.paths == {"coco": str(file)}
     answer = open_records(config, "train")[0]["answer"]
-    assert answer == "<loc0256><loc0256><loc0767><loc0767> cat"
+    assert answer == "<loc0256><loc0256><loc0767><loc0767> zebra"
     (padded,) = open_records(load_config(path, ["image.aspect=pad"]), "train")["answers"][0]
-    assert padded == "<loc0384><loc0256><loc0639><loc0767> cat"
+    assert padded == "<loc0384><loc0256><loc0639><loc0767> zebra"
     (seen,) = boxes_in(padded, (400, 200), "pad")
     assert all(abs(a - b) < 0.4 for a, b in zip(seen[1:], (100, 50, 300, 150), strict=True))
     with pytest.raises(ValueError, match=r"expected either questions, images .*, or one of jsonl, coco"):
