@@ -76,7 +76,7 @@ def read_boxes(text: str) -> Reading:
         if corners.bottom <= corners.top or corners.right <= corners.left:
             empty += 1
             continue
-        boxes.append(WrittenBox(run[2].strip(), corners, run.start(), run.end()))
+        boxes.append(WrittenBox(run[2].strip(), corners, run.start(), run.start() + len(run[0].rstrip())))
     return Reading(boxes, incomplete, empty)
 
 
