@@ -25,6 +25,7 @@ if "avif" in features.modules and features.check("avif"):  # from Pillow 11.3 on
     FORMATS += ("AVIF",)
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(TURNS.split(), start=2)}  # EXIF 2.32, tag 0x0112
+SIDEWAYS = range(5, 9)  # orientations that swap width and height
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -44,6 +45,11 @@ def open_image(source: ImageSource) -> Image.Image:
 def check_header(source: ImageSource) -> None:
     """Raises ValueError as `open_image` does, for what the header shows: no pixel is decoded."""
     _opened(source, _require_usable)
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height that `open_image` gives; only what lies on its side is decoded. ValueError as there."""
+    return _opened(source, _upright_size)
 
 
 def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
@@ -119,16 +125,30 @@ def _require_usable(image: Image.Image) -> None:
         raise ValueError("floating-point pixels have no agreed white")
 
 
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    _require_usable(image)
+    if _orientation(image) not in SIDEWAYS:
+        return image.size
+    image.load()  # Pillow turns TIFF itself, before or when it decodes, by version
+    width, height = image.size
+    return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
     _require_usable(image)
     rgb = _rgb(image)
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a garbled EXIF block says nothing about the pixels: show them as they are, like every viewer
-        orientation = None
+    orientation = _orientation(image)
     upright = rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
     upright.info.clear()  # or opening the result again would turn it again
     return upright
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        orientation: int | None = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a garbled EXIF block says nothing about the pixels: show them as they are, like every viewer
+        return None
+    return orientation
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,10 @@ from typing import Any, Literal
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
+from data.boxes import in_square
 from data.files import File, require_file, require_folder
 from data.image_check import unusable
+from data.images import image_size
 from data.invalid import InvalidRecord, SkippedRecords
 from data.sources import TABLES
 from data.sources.rows import records_of
@@ -55,6 +57,7 @@ def load_records(
     split: str | None = None,
     cache_dir: File | None = None,
     skipped: SkippedRecords | None = None,
+    aspect: Literal["squash", "pad"] = "squash",
     **tables: File | None,
 ) -> datasets.Dataset:
     """Records of the chosen questions or rows, in the order of their file.
@@ -71,6 +74,8 @@ def load_records(
         skipped: where what cannot be used goes; by default there may be none. Records whose image cannot be used by
             its header are among them, but keep their places: in training others are taken instead, for an evaluation
             see `decodable`.
+        aspect: how the network makes images square. With "pad" locations in prefixes and answers, which are those of
+            the image, become those of the square around it (data/boxes.py).
 
     Raises:
         ValueError: a file is missing or not what it should be; there are too few questions to draw from; records
@@ -93,6 +98,8 @@ def load_records(
     else:
         raise ValueError(f"a source needs questions (with annotations and images), or one of {', '.join(TABLES)}")
     cache = cache_folder(cache_dir)
+    if aspect == "pad":
+        rows, options = partial(in_squares, rows), [*options, aspect]
     records, invalid = memory_mapped(rows, files, [*options, draw.keywords if drawn else ""], cache)
     total = len(records) + len(invalid)
     if folder is not None and len(records):
@@ -113,6 +120,22 @@ def with_unusable_image(records: datasets.Dataset, cache: Path, folder: Path | N
         for position, path in enumerate(paths.to_pylist() if reasons else ())
         if path in reasons
     ]
+
+
+def in_squares(
+    rows: Callable[[], Iterable[dict[str, Any] | InvalidRecord]],
+) -> Iterator[dict[str, Any] | InvalidRecord]:
+    """What `rows()` yields, with locations of the square around each image instead of those of the image."""
+    for row in rows():
+        if not isinstance(row, InvalidRecord) and "<loc" in "".join([row["prefix"], *row["answers"]]):
+            try:
+                size = image_size(row["image"])
+            except ValueError as error:
+                yield InvalidRecord(row["id"], str(error))
+                continue
+            answers = [in_square(answer, size) for answer in row["answers"]]
+            row = {**row, "prefix": in_square(row["prefix"], size), "answers": answers}
+        yield row
 
 
 def decodable(

@@ -7,6 +7,7 @@ The official VQA files have a reader of their own (vqa_files.py). All others are
 from collections.abc import Callable
 from pathlib import Path
 
+from data.sources.coco import coco
 from data.sources.delimited import csv_file, tsv_file
 from data.sources.folder import image_folder
 from data.sources.json_lines import json_lines
@@ -19,5 +20,6 @@ TABLES: dict[str, Callable[[Path, Path | None], Table]] = {
     "tsv": tsv_file,
     "messages": messages,
     "folder": image_folder,
+    "coco": coco,
 }
 """Key of a source -> what opens it: the path that is given, and the folder of the images, if that is given."""

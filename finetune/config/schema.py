@@ -84,6 +84,7 @@ OFFICIAL = ("questions", "annotations")  # keys of the VQA files
 TABLES = (  # keys of all other sources, data.sources.TABLES
     "jsonl",
     *("csv", "tsv", "messages", "folder"),
+    "coco",
 )
 SOURCE_PATHS = (*OFFICIAL, "images", *TABLES)  # keys of `Source`
 ROLES = ("image", "prefix", "question", "suffix", "id")  # of columns, as in data/sources/rows.py
@@ -110,6 +111,8 @@ class Source(Section):
     folder: PathText | None = None
     """Folder of images as datasets' imagefolder has it: with metadata.csv or metadata.jsonl, whose column file_name
     names the image; or with a folder for each class, whose name is the answer to the question: what is this?"""
+    coco: PathText | None = None
+    """COCO's JSON of images with boxes (the prompt is detect and all categories) or captions (caption en)."""
     columns: dict[Literal["image", "prefix", "question", "suffix", "id"], Text] | None = None
     """Other names of a source's columns, such as {question: query, suffix: label}."""
     task: Literal["auto", "vqa", "answer", "classify", "document", "chart"] = "auto"

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from data.boxes import boxes_in
+from data.drawing import draw_boxes
 from data.images import open_image
-from finetune.demo.answer import Answered, ask, boxes_in, draw_boxes
+from finetune.demo.answer import Answered, ask
 from finetune.demo.examples import QUESTION, Example
 from finetune.demo.networks import Network, Opened
 from finetune.demo.occlusion import heat_map, occlusion_map

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from data import collate
+from data.drawing import large_enough
 from data.images import ImageSource, open_image
-from finetune.demo.answer import large_enough
 from finetune.demo.networks import Network
 from model import IGNORE_INDEX
 

@@ -25,10 +25,10 @@ def inputs_of_run(config: RunConfig, limit: int | None) -> dict[str, Any]:
     """What determines the validation questions of a run, and the prompt they are put in."""
     source = config.data.validation
     assert source is not None, "the configuration has data.validation"
-    inputs = file_digests(**source.paths)
+    inputs = file_digests(**source.paths) | {"task": source.task, "columns": source.columns}
     if source.fraction is not None or source.count is not None:
         inputs |= source.model_dump(include={"fraction", "count", "sample_by"}) | {"seed": config.train.seed}
-    return inputs | {"prompt": config.data.prompt if source.questions else None, "limit": limit}
+    return inputs | {"prompt": config.data.prompt, "limit": limit}
 
 
 def file_digests(**files: str | None) -> dict[str, Any]:

@@ -62,12 +62,13 @@ def require_paths(config: RunConfig, *splits: str) -> None:
 
 
 def open_records(config: RunConfig, split: str, skipped: SkippedRecords | None = None) -> Dataset:
-    """The records of data.train or data.validation (`split`), as `load_records` opens them; those that cannot be used
-    go to `skipped`, by default where the configuration says.
+    """The records of data.train or data.validation (`split`), as `load_records` opens them, with locations as
+    image.aspect says; those that cannot be used go to `skipped`, by default where the configuration says.
     """
     source = getattr(config.data, split).model_dump(exclude={"task"})
     prompt, seed = config.data.prompt, config.train.seed
-    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped or skipped_records(config, split))
+    skipped, aspect = skipped or skipped_records(config, split), config.image.aspect or "squash"
+    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped, aspect=aspect)
 
 
 def skipped_records(config: RunConfig, split: str, listed: bool = True) -> SkippedRecords:
@@ -119,16 +120,28 @@ def open_examples(
         skipped: where invalid records go, by default where the configuration says.
 
     Raises:
-        ValueError: the records cannot be read; or more of them are invalid than may be skipped.
+        ValueError: the records cannot be read; or more of them are invalid than may be skipped; or they have locations,
+            and the checkpoint pads its images where the configuration does not say so.
     """
     skipped = skipped or skipped_records(config, split)
     records = open_records(config, split, skipped)
+    if processor.image_form.aspect != (config.image.aspect or "squash") and has_locations(records):
+        raise ValueError(
+            f"data.{split} has locations such as <loc0000>, and {config.model.path} pads its images, which moves them: "
+            "say so in the configuration too, with image.aspect: pad"
+        )
     # Of a validation record the majority answer is scored; which one is learned from is a matter of training.
     lengths = measure(records, processor, config.data.answers if split == "train" else "majority")
     skipped.add(lengths.invalid.values(), len(records))
     for note in lengths.notes():
         show(f"data.{split}: {note}")
     return Examples(records, lengths, skipped)
+
+
+def has_locations(records: Dataset) -> bool:
+    """Whether an answer, or a prefix, has locations of a box."""
+    texts = records.select_columns(["prefix", "answer"]).with_format("arrow")[:]
+    return any(pc.any(pc.match_substring(texts.column(name), "<loc")).as_py() for name in texts.column_names)
 
 
 def shared_images_note(train: Dataset, validation: Dataset) -> str | None:

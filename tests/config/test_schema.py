@@ -21,7 +21,7 @@ connector: {learning_rate: null, start: pretrained, start_from: null, latents: 6
 data:
   train:
     {questions: q.json, annotations: a.json, images: coco, jsonl: null, columns: null, task: auto, split: null,
-     fraction: null, count: null, sample_by: image, csv: null, tsv: null, messages: null, folder: null}
+     fraction: null, count: null, sample_by: image, csv: null, tsv: null, messages: null, folder: null, coco: null}
   validation: null
   prompt: answer en {question}
   answers: rotate

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from finetune.demo.answer import Box, ask, boxes_in, draw_boxes
+from data.boxes import boxes_in
+from finetune.demo.answer import ask
 from finetune.demo.networks import Network, Opened
 from finetune.evaluation.evaluate import generate_answers
 from tests.rounding import KeepFP64, assert_exact
@@ -75,42 +75,7 @@ def test_mistakes_are_refused(opened: Opened, scene: Path, tmp_path: Path) -> No
         ask(network, scene, PROMPT, 3, temperature=-1.0)
 
 
-def test_boxes_are_in_the_pixels_of_the_image() -> None:
-    text = "<loc0256><loc0512><loc0768><loc1023> red circle ; <loc0000><loc0000><loc0512><loc0512> cat"
-    boxes = boxes_in(text, (1024, 512))
-    assert boxes == [Box("red circle", 512, 128, 1023, 384), Box("cat", 0, 0, 512, 256)]
-    # The same in a square that was padded above and below: 256 pixels each.
-    assert boxes_in(text, (1024, 512), "pad")[0] == Box("red circle", 512, 0, 1023, 512)
-    assert boxes_in(text, (512, 1024), "pad")[0] == Box("red circle", 256, 256, 767, 768)
-
-
-@pytest.mark.parametrize("text", ["", "cat", "<loc0001><loc0002><loc0003> cat", "<loc1><loc2><loc3><loc4> cat"])
-def test_a_text_without_a_whole_box_has_none(text: str) -> None:
-    assert boxes_in(text, (10, 10)) == []
-
-
-def test_segments_are_no_label() -> None:
-    text = "<loc0000><loc0000><loc0512><loc0512>" + "<seg003>" * 16 + " dog"
-    assert [box.label for box in boxes_in(text, (10, 10))] == ["dog"]
-
-
 def test_boxes_survive_the_tokenizer(opened: Opened) -> None:
     processor = opened.networks[0].processor
     for text in ("<loc0256><loc0512><loc0768><loc1023> red circle", "<loc0000><loc0001><loc0002><loc0003> triangle"):
         assert boxes_in(processor.decode(processor.answer_ids(text)), (64, 64)) == boxes_in(text, (64, 64))
-
-
-def test_a_box_is_drawn_where_it_is_and_the_image_stays() -> None:
-    image = Image.new("RGB", (1000, 500), "white")
-    drawn = draw_boxes(image, [Box("", 100, 200, 300, 400)])
-    assert drawn.size == image.size
-    assert drawn.getpixel((200, 200)) != (255, 255, 255)
-    assert drawn.getpixel((100, 300)) != (255, 255, 255)
-    assert drawn.getpixel((200, 300)) == (255, 255, 255)
-    assert drawn.getpixel((50, 300)) == (255, 255, 255)
-    assert image.getcolors() == [(500_000, (255, 255, 255))]
-    # Corners the wrong way round are the same box; a small image is enlarged.
-    assert draw_boxes(image, [Box("", 300, 400, 100, 200)]).tobytes() == drawn.tobytes()
-    small = draw_boxes(Image.new("RGB", (100, 50), "white"), [Box("x", 10, 20, 30, 40)])
-    assert small.size == (500, 250)
-    assert small.getpixel((100, 198)) == (255, 255, 255) != small.getpixel((100, 200))

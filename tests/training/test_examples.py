@@ -13,7 +13,7 @@ from data.records import load_records
 from finetune.config.load import load_config
 from finetune.evaluation.run import evaluate_run
 from finetune.run import learn
-from finetune.training.examples import shared_images_note
+from finetune.training.examples import open_examples, open_processor, shared_images_note
 from tests.test_scripts import base_with_scenes, files, overrides
 from train import main
 
@@ -62,3 +62,19 @@ def test_a_run_that_is_scored_on_its_own_images_says_so(tmp_path: Path, capsys: 
     assert said in capsys.readouterr().out
     main([CONFIG, *words, "evaluation.count=null"])
     assert said in capsys.readouterr().out
+
+
+def test_locations_and_a_checkpoint_that_pads_need_the_configuration_to_say_so(tmp_path: Path) -> None:
+    base = base_with_scenes(tmp_path / "base")
+    (image, *_) = sorted((base / "data/images").iterdir())
+    line = {"image": str(image), "prefix": "detect cat", "suffix": "<loc0000><loc0000><loc0512><loc0512> cat"}
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(line))
+    source = json.dumps({"jsonl": str(tmp_path / "boxes.jsonl"), "images": "/"})
+    words = [*overrides(base, tmp_path / "run"), f"data.train={source}"]
+    plain, padded = load_config(CONFIG, words), load_config(CONFIG, [*words, "image.aspect=pad"])
+    processor = open_processor(base, padded)  # as where the checkpoint's own config.json says pad
+    assert len(open_examples(padded, "train", processor).records) == 1
+    with pytest.raises(ValueError, match=r"data\.train has locations such as <loc0000>, and .*base pads its images"):
+        open_examples(plain, "train", processor)
+    (tmp_path / "boxes.jsonl").write_text(json.dumps({**line, "suffix": "no box"}))
+    assert len(open_examples(plain, "train", processor).records) == 1
