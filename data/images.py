@@ -44,6 +44,12 @@ def check_header(source: ImageSource) -> None:
     _opened(source, _require_usable)
 
 
+def suffix_of(source: ImageSource) -> str:
+    """Of a file with such an image: .jpeg, .png and so on. ValueError as `check_header` has it."""
+    kind = _opened(source, lambda image: str(image.format))
+    return ".jp2" if kind == "JPEG2000" else f".{kind.lower()}"
+
+
 def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
     """What `use` makes of the opened image, or the one kind of error."""
     name, file = _locate(source)

@@ -20,6 +20,7 @@ connector: {learning_rate: null, start: pretrained, start_from: null, latents: 6
 data:
   train:
     {questions: q.json, annotations: a.json, images: coco, jsonl: null, columns: null, split: null, fraction: null,
+     parquet: null, disk: null, hub: null, subset: null, revision: null,
      count: null, sample_by: image}
   validation: null
   prompt: answer en {question}
