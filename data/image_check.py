@@ -1,7 +1,8 @@
 """All images of a data set looked at before hours are spent: which of them cannot be used, and why.
 
-Only headers are read, unless asked for more: 83,000 images take seconds. What was found valid is remembered by path,
-size and time of change, so that the next check reads nothing. Not here: what makes an image usable (data/images.py).
+Only headers are read, unless asked for more: 83,000 images take seconds. What was found valid is remembered, so that
+the next check reads nothing: files by path, size and time of change, bytes by their digest. Not here: what makes an
+image usable (data/images.py).
 """
 
 import errno
@@ -11,7 +12,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from data.images import check_header, is_exhausted, open_image, suffixes
 from data.progress import progress_bar
 
 AT_ONCE = 64  # images that a thread takes
-ValidImages = dict[str, list[int]]  # name -> size, time of change in ns, 1 if all of it was decoded
+ValidImages = dict[str, list[int]]  # name -> size, time of change in ns (of files); 1 if all of it was decoded
 
 
 def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, decode: bool = False) -> dict[str, str]:
@@ -51,6 +52,41 @@ def unusable(paths: Iterable[str], cache_dir: Path, root: Path | None = None, de
                     reasons[path] += f"; did you mean {meant}?"
             if check.changed:
                 _write(cached, check.valid)
+    return reasons
+
+
+def unusable_contents(
+    images: Mapping[str, int], read: Callable[[int], bytes], cached: Path | None, decode: bool = False
+) -> dict[str, str]:
+    """The images that cannot be used, with the reason, where they are no files: by the digest of their bytes.
+
+    Args:
+        images: digest -> position.
+        read: gives the bytes at a position.
+        cached: the file in which the digests of valid images are cached; None: they are not.
+        decode: read all pixels, not the header alone.
+    """
+    depth, known = int(decode), _read(cached) if cached else {}
+    check: Callable[[bytes], object] = open_image if decode else check_header
+
+    def reason(digest: str) -> tuple[str, str | None]:
+        try:
+            check(read(images[digest]))
+        except ValueError as error:
+            return digest, str(error)
+        return digest, None
+
+    new = [digest for digest in images if known.get(digest, (-1,))[-1] < depth]
+    reasons: dict[str, str] = {}
+    with ThreadPoolExecutor() as pool, progress_bar(total=len(new), desc="looking at images", unit="image") as bar:
+        for digest, found in pool.map(reason, new):
+            if found is None:
+                known[digest] = [depth]
+            else:
+                reasons[digest] = found
+            bar.update()
+    if cached and len(new) > len(reasons):
+        _write(cached, known)
     return reasons
 
 

@@ -52,6 +52,12 @@ def image_size(source: ImageSource) -> tuple[int, int]:
     return _opened(source, _upright_size)
 
 
+def suffix_of(source: ImageSource) -> str:
+    """Of a file with such an image: .jpeg, .png and so on. ValueError as `check_header` has it."""
+    kind = _opened(source, lambda image: str(image.format))
+    return ".jp2" if kind == "JPEG2000" else f".{kind.lower()}"
+
+
 def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
     """What `use` makes of the opened image, or the one kind of error."""
     name, file = _locate(source)

@@ -1,7 +1,7 @@
 """A source as a configuration names it -> records: their columns, the choice of some, the file they are cached in.
 
-A record holds the absolute path of its image: `datasets` never opens it, data/images.py does. Not here: reading the
-files (data/sources).
+A record holds the absolute path of its image, or its bytes where the source has those: `datasets` never opens it,
+data/images.py does. Not here: reading the files (data/sources).
 """
 
 import hashlib
@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
 from data.boxes import in_square
 from data.files import File, require_file, require_folder
-from data.image_check import unusable
+from data.image_check import unusable, unusable_contents
 from data.images import image_size
 from data.invalid import InvalidRecord, SkippedRecords
-from data.sources import TABLES
+from data.sources import KEYS, open_table
 from data.sources.rows import records_of
 from data.sources.vqa_files import read_vqav2
 
@@ -30,7 +32,7 @@ TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     id=TEXT,
     image=datasets.Image(decode=False),
-    image_id=TEXT,  # the same for all questions of one image
+    image_id=TEXT,  # the same for all questions of one image; of bytes their digest
     question=TEXT,  # as it was asked
     prefix=TEXT,  # the whole prompt, one line
     answers=datasets.List(TEXT),  # empty where unknown
@@ -41,6 +43,7 @@ FEATURES = datasets.Features(
     extra=TEXT,  # what else a row of a person's own says, as JSON; "" for nothing
 )
 FORMAT = 5  # goes up when records are written differently, so that cached ones are written again
+AT_ONCE = 1 << 25  # bytes of images that are in memory at once while records are written
 
 
 def load_records(
@@ -55,6 +58,8 @@ def load_records(
     prompt: str = "answer en {question}",
     seed: int = 0,
     split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
     cache_dir: File | None = None,
     skipped: SkippedRecords | None = None,
     aspect: Literal["squash", "pad"] = "squash",
@@ -64,12 +69,13 @@ def load_records(
 
     Args:
         questions, annotations: the official files, the second one only where answers are needed.
-        tables: or one other source, by a key of `data.sources.TABLES`, such as jsonl.
+        tables: or one other source, by a key of `data.sources.KEYS`, such as jsonl.
         images: the folder of the images, by default that of the file; without it official questions need none.
         columns: the names of a table's columns by what they are, where those are others (data/sources/rows.py).
         fraction, count, sample_by, seed: draw this share or number, by whole images or by single questions.
         prompt: the prefix of a question, with {question} where the question goes.
-        split: such as "train2014", where the official files do not say it.
+        split: such as "train2014", where the official files do not say it; or of a data set with several (disk, hub).
+        subset, revision: of a data set on the Hub.
         cache_dir: where the records are cached, by default in a folder of the cache of `datasets`.
         skipped: where what cannot be used goes; by default there may be none. Records whose image cannot be used by
             its header are among them, but keep their places: in training others are taken instead, for an evaluation
@@ -84,42 +90,75 @@ def load_records(
     draw = partial(choose, fraction=fraction, count=count, sample_by=sample_by, seed=seed)
     drawn = fraction is not None or count is not None  # else the seed changes nothing
     folder = None if images is None else require_folder(images)
-    given = {key: Path(path) for key, path in tables.items() if path is not None}
+    given = {key: value for key, value in tables.items() if value is not None}
     if questions is not None:
         files = [Path(file) for file in (questions, annotations) if file is not None]
         rows, within = partial(read_vqav2, files, folder, prompt, split, draw), None
         options, name = ["vqav2", folder, prompt, split], str(files[0])
-    elif len(given) == 1 and given.keys() <= TABLES.keys():
-        ((key, path),) = given.items()
-        table = TABLES[key](path, folder)
+    elif len(given) == 1 and given.keys() <= set(KEYS):
+        ((key, value),) = given.items()
+        table = open_table(key, value, folder, split, subset, revision)
         files, folder, name = table.files, table.folder, table.name
         rows, within = partial(records_of, table, columns or {}, prompt, draw if drawn else None), folder
-        options = [key, folder, prompt, json.dumps(columns, sort_keys=True), table.about]
+        options = [key, folder, prompt, split, json.dumps(columns, sort_keys=True), table.about]
     else:
-        raise ValueError(f"a source needs questions (with annotations and images), or one of {', '.join(TABLES)}")
+        raise ValueError(f"a source needs questions (with annotations and images), or one of {', '.join(KEYS)}")
     cache = cache_folder(cache_dir)
     if aspect == "pad":
         rows, options = partial(in_squares, rows), [*options, aspect]
     records, invalid = memory_mapped(rows, files, [*options, draw.keywords if drawn else ""], cache)
     total = len(records) + len(invalid)
-    if folder is not None and len(records):
-        invalid += with_unusable_image(records, cache, within)
+    if len(records) and (folder is not None or questions is None):  # official questions may do without images
+        reasons = with_unusable_image(records, cache, within or folder)
+        invalid += [InvalidRecord(records[position]["id"], reason) for position, reason in reasons.items()]
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
         raise ValueError(f"{name} holds no record that can be used")
     return records
 
 
-def with_unusable_image(records: datasets.Dataset, cache: Path, folder: Path | None) -> list[InvalidRecord]:
-    """The records whose image cannot be used by its header. folder: of the images, by default that of the first one."""
-    paths = records.data.column("image").combine_chunks().field("path")
-    unique = paths.unique().to_pylist()
-    reasons = unusable(unique, cache, folder or Path(unique[0]).parent)
-    return [
-        InvalidRecord(records[position]["id"], reasons[path])
-        for position, path in enumerate(paths.to_pylist() if reasons else ())
-        if path in reasons
-    ]
+def with_unusable_image(
+    records: datasets.Dataset, cache: Path, folder: Path | None = None, decode: bool = False
+) -> dict[int, str]:
+    """The positions of the records whose image cannot be used, with the reason.
+
+    Args:
+        folder: that no image that is a file may lie outside of; None: that was looked at before.
+        decode: read all pixels, not the header alone.
+    """
+    places = image_places(records)
+    reasons: dict[str, str] = {}
+    if files := places["path"].drop_null().unique().to_pylist():
+        reasons |= unusable(files, cache, folder, decode)
+    if digests := places["digest"].drop_null().unique().to_pylist():
+        images = records.select_columns("image")
+        positions: dict[str | None, int] = {}
+        for position, digest in enumerate(places["digest"].to_pylist()):
+            positions.setdefault(digest, position)
+        stored = [Path(one["filename"]).stem for one in records.cache_files]
+        checked = cache / f"images-{stored[0]}.json" if stored else None
+        contents = {digest: positions[digest] for digest in digests}
+        reasons |= unusable_contents(contents, lambda at: images[at]["image"]["bytes"], checked, decode)
+    if not reasons:
+        return {}
+    names = image_names(places)
+    return {position: reasons[name] for position, name in enumerate(names) if name in reasons}
+
+
+def image_places(records: datasets.Dataset) -> pa.Table:
+    """Where the records' images are: `path` of those that are files, `digest` of those that are bytes, which stay
+    unread.
+    """
+    flat = records.select_columns(["image", "image_id"]).flatten().select_columns(["image.path", "image_id"])
+    table = flat.with_format("arrow")[:]
+    paths, ids = (table[name].cast(pa.string()) for name in table.column_names)
+    return pa.table({"path": paths, "digest": pc.if_else(pc.is_valid(paths), pa.scalar(None, pa.string()), ids)})
+
+
+def image_names(places: pa.Table) -> list[str]:
+    """What `image_places` found, as one name for each record: the path, or the digest."""
+    names: list[str] = pc.coalesce(places["path"], places["digest"]).to_pylist()
+    return names
 
 
 def in_squares(
@@ -146,14 +185,30 @@ def decodable(
     Raises:
         ValueError: more cannot be used than may be skipped.
     """
-    paths = [image["path"] for image in records["image"][:]]
-    reasons = unusable(dict.fromkeys(paths), cache_folder(cache_dir), decode=True)
+    reasons = with_unusable_image(records, cache_folder(cache_dir), decode=True)
     if not reasons:
         return records
-    broken = [position for position, path in enumerate(paths) if path in reasons]
-    invalid = [InvalidRecord(records[position]["id"], reasons[paths[position]]) for position in broken]
+    invalid = [InvalidRecord(records[position]["id"], reason) for position, reason in reasons.items()]
     (skipped or SkippedRecords()).add(invalid, len(records))
-    return records.select(sorted(set(range(len(records))) - set(broken)))
+    return records.select([position for position in range(len(records)) if position not in reasons])
+
+
+class ImagesById(Mapping[str, dict[str, Any]]):
+    """The images of records by `image_id`, each read when it is asked for."""
+
+    def __init__(self, records: datasets.Dataset) -> None:
+        self.images = records.select_columns("image")
+        self.positions = {name: position for position, name in enumerate(records["image_id"][:])}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        image: dict[str, Any] = self.images[self.positions[name]]["image"]
+        return image
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
 
 
 def cache_folder(cache_dir: File | None) -> Path:
@@ -209,12 +264,17 @@ def memory_mapped(
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             written, invalid = Path(unfinished, "records.arrow"), []
             with ArrowWriter(path=str(written), features=FEATURES) as writer:
+                waiting = 0  # bytes of images that are not yet written
                 for row in map(encodable, rows()):
                     if isinstance(row, InvalidRecord):
                         invalid.append(row)
                     else:
                         unknown = {"answer_type": "", "question_type": "", "extra": ""}
                         writer.write({"answer": majority(row["answers"]), **unknown, **row})
+                        waiting += len(row["image"]["bytes"]) if isinstance(row["image"], dict) else 0
+                        if waiting > AT_ONCE:
+                            writer.write_examples_on_file()
+                            waiting = 0
                 writer.finalize()
             Path(unfinished, "invalid.json").write_text(json.dumps(invalid))
             # Whole or not at all, also when several processes write it: the records last.
@@ -229,7 +289,8 @@ def encodable(row: dict[str, Any] | InvalidRecord) -> dict[str, Any] | InvalidRe
     if isinstance(row, InvalidRecord):
         return row
     try:
-        "".join([row["id"], row["image"], row["prefix"], *row["answers"]]).encode()
+        path = row["image"] if isinstance(row["image"], str) else ""
+        "".join([row["id"], path, row["prefix"], *row["answers"]]).encode()
     except UnicodeEncodeError as error:
         return InvalidRecord(ascii(row["id"]), f"its text is no Unicode: {error}")
     return row

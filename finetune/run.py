@@ -30,6 +30,7 @@ from finetune.system.console import show
 from finetune.system.device import free_memory, pick_device
 from finetune.system.progress import progress
 from finetune.training.checkpoints import step_of
+from finetune.training.commits import at_commits
 from finetune.training.examples import (
     max_new_tokens,
     network_config,
@@ -70,6 +71,7 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
             `find_checkpoint` of the run and of each stage: before weights are read, and before any stage is trained.
     """
     require_paths(config, "train", "validation")
+    config = at_commits(config)
     network_config(fetch(config.model.path, config.model.revision, weights=False), config)
     *stages, run = runs_of(config)
     find = partial(find_checkpoint, resume=resume, accept_changes=accept_changes)

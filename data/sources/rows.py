@@ -126,7 +126,7 @@ class _Ids:
 
 def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, folder: Path | None) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}}, got {values!r:.200}')
+        raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}}, got {shown(values)}')
     asked = _asked(values, names)
     if missing := _missing(values, names):
         raise ValueError(_said_of_missing(missing, values, names))
@@ -134,10 +134,10 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
     answers = [_text(answer) for answer in (given if isinstance(given, list) else [given])]
     if not answers or not isinstance(text, str) or None in answers:
         raise ValueError(
-            f"expected texts or whole numbers, of which prefix and suffix may be empty, got {values!r:.200}"
+            f"expected texts or whole numbers, of which prefix and suffix may be empty, got {shown(values)}"
         )
     if any(answer and not answer.strip() for answer in answers if answer):
-        raise ValueError(f'expected a suffix that is a text, or "" for an empty answer, got {values!r:.200}')
+        raise ValueError(f'expected a suffix that is a text, or "" for an empty answer, got {shown(values)}')
     if asked == "question" and not text.strip():
         raise ValueError(f"expected a text as question, got {text!r}")
     id = values.get(names["id"])
@@ -154,7 +154,7 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
         "prefix": single_line(text if asked == "prefix" else prompt.replace("{question}", text)),
         "answers": answers,
         "equally_right": True,
-        "extra": json.dumps(extra, ensure_ascii=False, default=str) if extra else "",
+        "extra": json.dumps(extra, ensure_ascii=False, default=plain) if extra else "",
     }
 
 
@@ -179,6 +179,23 @@ def _said_of_missing(missing: Sequence[str], columns: Collection[str], names: Ma
     return f"{said}; name them with columns: {{{guesses}}}" if others else said
 
 
+def shown(values: Any) -> str:
+    """The begin of what a row holds, for messages."""
+    if isinstance(values, dict):
+        return repr({key: _image_shown(value) for key, value in values.items()})[:200]
+    return repr(values)[:200]
+
+
+def _image_shown(value: Any) -> Any:
+    content = value.get("bytes") if isinstance(value, dict) else value
+    return plain(content) if isinstance(content, bytes) else value
+
+
+def plain(value: object) -> str:
+    """What JSON has no word for, as a text: of bytes only how many there are."""
+    return f"({len(value):,} bytes)" if isinstance(value, bytes) else str(value)
+
+
 def _text(answer: Any) -> str | None:
     """An answer as a text; None where it is neither a text nor a whole number."""
     if isinstance(answer, int) and not isinstance(answer, bool):
@@ -189,8 +206,10 @@ def _text(answer: Any) -> str | None:
 def _image(given: Any, folder: Path | None) -> tuple[str | dict[str, Any], str]:
     """The image as a record holds it, and what is the same for all rows about it.
 
-    given: a path within `folder`, with `/` or `\\` between its parts; or {"bytes", "path"}, as `datasets` has it.
+    given: a path within `folder`, with `/` or `\\` between its parts; bytes; or {"bytes", "path"} as `datasets` has it.
     """
+    if isinstance(given, bytes):
+        given = {"bytes": given}
     if isinstance(given, dict) and isinstance(given.get("bytes"), bytes):
         digest = hashlib.sha256(given["bytes"]).hexdigest()[:32]
         return {"bytes": given["bytes"], "path": None}, digest

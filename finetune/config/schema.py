@@ -81,11 +81,18 @@ class ImageOptions(Section):
 
 
 OFFICIAL = ("questions", "annotations")  # keys of the VQA files
-TABLES = (  # keys of all other sources, data.sources.TABLES
+TABLES = (  # keys of all other sources that are paths, data.sources.TABLES
     "jsonl",
-    *("csv", "tsv", "messages", "folder"),
+    "csv",
+    "tsv",
+    "messages",
+    "folder",
     "coco",
+    "parquet",
+    "disk",
 )
+HUB = "hub"  # key of the one that is none
+SPLITTING = ("disk", HUB)  # those that may have several splits
 SOURCE_PATHS = (*OFFICIAL, "images", *TABLES)  # keys of `Source`
 ROLES = ("image", "prefix", "question", "suffix", "id")  # of columns, as in data/sources/rows.py
 
@@ -113,6 +120,18 @@ class Source(Section):
     names the image; or with a folder for each class, whose name is the answer to the question: what is this?"""
     coco: PathText | None = None
     """COCO's JSON of images with boxes (the prompt is detect and all categories) or captions (caption en)."""
+    parquet: PathText | None = None
+    """Parquet file, folder of files *.parquet, or a pattern such as data/train-*.parquet: columns image (bytes or a
+    path), prefix or question, and suffix.
+    """
+    disk: PathText | None = None
+    """Folder that save_to_disk of datasets wrote, with such columns."""
+    hub: Annotated[Text, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")] | None = None
+    """Id of a data set on the Hugging Face Hub, such as owner/name, with such columns."""
+    subset: Text | None = None
+    """Name of a configuration of a data set on the Hub, where it has several."""
+    revision: Text | None = None
+    """Branch, tag or commit of a data set on the Hub. A run stays with the commit that it began with."""
     columns: dict[Literal["image", "prefix", "question", "suffix", "id"], Text] | None = None
     """Other names of a source's columns, such as {question: query, suffix: label}."""
     task: Literal["auto", "vqa", "answer", "classify", "document", "chart"] = "auto"
@@ -121,7 +140,9 @@ class Source(Section):
     answer for all others.
     """
     split: Text | None = None
-    """Such as train2014, where the official files do not say which images they are about."""
+    """Such as train, of a data set with several (disk, hub); or train2014, where the official files do not say which
+    images they are about.
+    """
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Take this share of the examples, drawn with train.seed."""
     count: Count | None = None
@@ -136,26 +157,34 @@ class Source(Section):
 
     @property
     def name(self) -> str:
-        """Of its file, without the path."""
+        """Of its file, without the path; or its id on the Hub."""
+        if self.hub:
+            return self.hub
         return Path(next(path for key, path in self.paths.items() if key != "images")).name
 
     @field_validator("split")  # the last of those that say where examples are
     @classmethod
     def _one_kind(cls, split: str | None, info: ValidationInfo) -> str | None:
-        if not info.data.keys() >= {*SOURCE_PATHS, "columns"}:
+        if not info.data.keys() >= {*SOURCE_PATHS, HUB, "subset", "revision", "columns"}:
             return split
-        given = [key for key in SOURCE_PATHS if info.data[key]]
-        tables, official = [key for key in given if key in TABLES], [key for key in given if key in OFFICIAL]
+        given = [key for key in (*SOURCE_PATHS, HUB) if info.data[key]]
+        tables, official = [key for key in given if key in (*TABLES, HUB)], [key for key in given if key in OFFICIAL]
         if official and not tables and not ("questions" in official and "images" in given):
             key = "images" if "questions" in official else "questions"
             raise error_at(key, "the official files are questions, images and perhaps annotations", *official)
         if len(tables) + bool(official) != 1:
-            expected = f"expected either questions, images and perhaps annotations, or one of {', '.join(TABLES)}"
+            expected = (
+                f"expected either questions, images and perhaps annotations, or one of {', '.join((*TABLES, HUB))}"
+            )
             raise error_at(given[-1] if given else "questions", expected, *given)
         if official and info.data["columns"]:
             raise error_at("columns", "the official files have names of their own: leave it out", *official)
-        if tables and split:
-            raise error_at("split", f"it is of the official files, not of {tables[0]}: leave it out", *tables)
+        if tables and split and tables[0] not in SPLITTING:
+            splitting = ", ".join(("the official files", *SPLITTING))
+            raise error_at("split", f"it is for {splitting}, not for {tables[0]}: leave it out", *tables)
+        for key in ("subset", "revision"):
+            if info.data[key] and HUB not in tables:
+                raise error_at(key, f"it is for a data set on the Hub (hub), not for {given[0]}: leave it out", *given)
         return split
 
     @field_validator("count")

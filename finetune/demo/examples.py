@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from data.images import suffix_of
+from data.records import cache_folder
 from finetune.config.load import load_config
 from finetune.training.examples import open_records, skipped_records
 
@@ -18,7 +20,7 @@ QUESTION = "{question}"  # the prompt of a question that is a whole prompt itsel
 
 
 class Example(NamedTuple):
-    """A question about an image file; prompt: with {question} where the question goes."""
+    """A question about an image; prompt: with {question} where the question goes."""
 
     image: Path
     question: str
@@ -45,10 +47,26 @@ def examples_of(run: Path, count: int = COUNT, seed: int = 0) -> list[Example]:
         if len(found) == count:
             break
         record = records[i]
-        path = Path(record["image"]["path"] or "")
-        if path.is_file():
+        if path := image_file(record["image"], record["image_id"]):
             found[record["image_id"]] = example(path, record["question"], record["prefix"], config.data.prompt)
     return list(found.values())
+
+
+def image_file(image: Mapping[str, Any], digest: str) -> Path | None:
+    """The file of an image, which is written into the cache where a record holds its bytes; None where there is no such
+    image. digest: of the bytes.
+    """
+    if image["bytes"] is None:
+        path = Path(image["path"])
+        return path if path.is_file() else None
+    try:
+        path = cache_folder(None) / "examples" / f"{digest}{suffix_of(image)}"
+    except ValueError:
+        return None
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        path.write_bytes(image["bytes"])
+    return path
 
 
 def example(image: Path, question: str, prefix: str, prompt: str) -> Example:

@@ -165,7 +165,7 @@ def mean_loss(
     progress: Progress = silent,
 ) -> float:
     """Cross-entropy of the majority answers, in nats per token; records without an answer are left out."""
-    answered = [record for record in records if record["answers"]]
+    answered = [position for position, record in enumerate(records) if record["answers"]]
 
     def lose(rows: list[Record], features: Tensor) -> tuple[float, int]:
         texts = collate([processor.encode(row["prefix"], row["answer"]) for row in rows], processor.pad_id)
@@ -173,7 +173,7 @@ def mean_loss(
         loss = model(**inputs, image_features=features, num_items_in_batch=1).loss
         return float(loss), int((texts["labels"] != IGNORE_INDEX).sum())
 
-    losses = list(in_batches(model, processor, answered, batch_size, lose, progress))
+    losses = list(in_batches(model, processor, records, batch_size, lose, progress, answered))
     total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
     total, tokens = distributed.total(total), int(distributed.total(tokens))
     return total / tokens if tokens else float("nan")
@@ -187,14 +187,17 @@ def in_batches(
     batch_size: int,
     work: Callable[[list[Record], Tensor], Result],
     progress: Progress = silent,
+    positions: Sequence[int] | None = None,
 ) -> Iterator[Result]:
-    """What `work` makes of all records, batch by batch: of their rows and the image tokens [B, N, D] of their images.
+    """What `work` makes of all records, or of those at `positions`, batch by batch: of their rows and the image tokens
+    [B, N, D] of their images.
 
     Questions of one image are side by side, so that each image passes the vision encoder once. Of several processes
     each has its share of the images. A batch that runs out of memory is repeated in halves, as are all after it.
     """
     model.eval()
-    ordered = sorted((record["image_id"], i) for i, record in enumerate(records))
+    ids = [record["image_id"] for record in records]
+    ordered = sorted((ids[i], i) for i in (range(len(ids)) if positions is None else positions))
     images = list(dict.fromkeys(image_id for image_id, _ in ordered))
     mine = set(images[distributed.rank() :: distributed.count()])
     batches = Batches([i for image_id, i in ordered if image_id in mine], batch_size)

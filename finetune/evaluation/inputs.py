@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.sources import source_files
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import METRICS_FILE
-from finetune.system.atomic import describe
+from finetune.system.atomic import describe, describe_all
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +26,10 @@ def inputs_of_run(config: RunConfig, limit: int | None) -> dict[str, Any]:
     """What determines the validation questions of a run, and the prompt they are put in."""
     source = config.data.validation
     assert source is not None, "the configuration has data.validation"
-    inputs = file_digests(**source.paths) | {"task": source.task, "columns": source.columns}
+    inputs: dict[str, Any] = {key: describe_all(files) for key, files in source_files(source.model_dump()).items()}
+    inputs |= {"task": source.task, "columns": source.columns}
+    inputs |= source.model_dump(include={"hub", "subset", "revision"}) if source.hub else {}
+    inputs |= {"split": source.split} if source.split and not source.questions else {}
     if source.fraction is not None or source.count is not None:
         inputs |= source.model_dump(include={"fraction", "count", "sample_by"}) | {"seed": config.train.seed}
     return inputs | {"prompt": config.data.prompt, "limit": limit}

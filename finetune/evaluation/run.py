@@ -28,6 +28,7 @@ from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.system.lock import locked
+from finetune.training.commits import at_commits
 from finetune.training.examples import (
     askable,
     open_processor,
@@ -72,6 +73,7 @@ def evaluate_run(
     require_paths(config, "validation")
     device = pick_device(config.model.device)
     distributed.init(device)
+    config = at_commits(config)
     arms = arms_of(config, words, names)
     directory = output or (None if limit else Path(config.output, "eval"))
     with locked(directory / "eval.lock", directory, "evaluating") if directory else contextlib.nullcontext():

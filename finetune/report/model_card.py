@@ -205,7 +205,7 @@ def in_python(text: str) -> str:
 def example_prompt(subject: Subject) -> str:
     """A prompt worded as in training, where that is known; a placeholder where each example had its own."""
     if subject.facts.prompt is None and subject.run and not subject.run.config.data.train.questions:
-        return "a prompt like those of the training file"
+        return "a prompt like those of the training examples"
     return (subject.facts.prompt or "answer en {question}").replace("{question}", "what is this?")
 
 
@@ -219,7 +219,7 @@ def training(subject: Subject) -> str:
     if subject.facts.prompt:
         said.append(f"The prompt of a question: {code(subject.facts.prompt)}.")
     elif subject.run and not subject.run.config.data.train.questions:
-        said.append("The prompts stand in the lines of the training file.")
+        said.append("The prompts stand in the training examples.")
     if subject.adapter and (quantized := trained_on(subject.adapter)):
         said.append(f"The decoder's weights were kept in {quantized.upper()} while it was trained.")
     if subject.run:

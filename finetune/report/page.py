@@ -5,7 +5,7 @@ Every text of the data and of the networks is escaped by the template; charts ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from markupsafe import Markup
 
 from data.invalid import SkippedRecords
+from data.records import ImagesById
 from finetune.config.schema import RunConfig
 from finetune.config.strict_yaml import dump
 from finetune.evaluation.tasks import TASKS
@@ -199,7 +200,7 @@ def cards(run: RunData) -> list[Card]:
     return cards_of(arms, images(run)) if arms else []
 
 
-def images(run: RunData) -> dict[str, Any]:
+def images(run: RunData) -> Mapping[str, Any]:
     """The images of the validation records, by id; none where the run names no such records, or they are gone."""
     if run.config.data.validation is None:
         return {}
@@ -207,7 +208,7 @@ def images(run: RunData) -> dict[str, Any]:
         records = open_records(run.config, "validation", SkippedRecords(share=1.0))
     except ValueError:
         return {}
-    return dict(zip(records["image_id"][:], records["image"][:], strict=True))
+    return ImagesById(records)
 
 
 def differing(first: RunData, arms: dict[str, Arm]) -> list[Card]:

@@ -28,6 +28,7 @@ from finetune.preflight.plan import GIB
 from finetune.report.markdown import fenced, plain
 from finetune.report.run_data import read_lines
 from finetune.system.device import pick_device
+from finetune.training.commits import at_commits
 from finetune.training.examples import open_records, skipped_records
 from finetune.training.result import Result
 
@@ -38,6 +39,7 @@ PATHS = {"path", *SOURCE_PATHS, "start_from", "output"}  # keys whose values are
 
 def write_report(config: RunConfig, steps: int) -> Path:
     """Write both files, and return their directory. steps: the optimizer steps of the whole run."""
+    config = at_commits(config)
     output = Path(config.output)
     report = {
         "metric": task_of(config).metric,
@@ -56,7 +58,7 @@ def scores_of(config: RunConfig) -> dict[str, Any]:
     """Accuracy and its 95% confidence interval for each evaluated arm: of all questions, and by answer type."""
     assert config.data.validation is not None, "the run was evaluated"
     skipped = skipped_records(config, "validation")
-    records = decodable(open_records(config, "validation", skipped), skipped)
+    records = decodable(open_records(config, "validation", skipped), skipped).remove_columns("image")
     types = sorted({record["answer_type"] for record in records} - {""})
     by_type = {name: [record for record in records if record["answer_type"] == name] for name in types}
     task, scores = task_of(config), dict[str, Any]()

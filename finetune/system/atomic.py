@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -145,6 +145,16 @@ def describe(path: Path) -> dict[str, int | str]:
     """Size and sha256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def describe_all(paths: Sequence[Path]) -> dict[str, int | str]:
+    """Size and sha256 of a file; of several, of all of them with their names."""
+    if len(paths) == 1:
+        return describe(paths[0])
+    described = {str(path): describe(path) for path in paths}
+    listed = [[Path(path).name, about["sha256"]] for path, about in described.items()]
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return {"files": len(paths), "bytes": sum(int(about["bytes"]) for about in described.values()), "sha256": digest}
 
 
 def sync(path: Path) -> None:

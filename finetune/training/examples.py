@@ -5,6 +5,7 @@ that lengths are known and what does not fit is named before anything is trained
 from __future__ import annotations
 
 import dataclasses
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from data import Processor
 from data.image_form import ImageForm
 from data.invalid import SkippedRecords
 from data.lengths import Longest, TextLengths, measure
-from data.records import load_records
+from data.records import image_names, image_places, load_records
 from finetune.config.schema import RunConfig
 from finetune.system.console import show
 from finetune.system.paths import did_you_mean
@@ -55,7 +56,7 @@ def require_paths(config: RunConfig, *splits: str) -> None:
         f"data.{split}.{key}: {path} does not exist{did_you_mean(path)}"
         for split, source in sources.items()
         for key, path in (source.paths if source else {}).items()
-        if not Path(path).exists()
+        if not Path(path).exists() and not (key == "parquet" and glob.has_magic(path))
     ]
     if missing:
         raise ValueError("\n".join(missing))
@@ -145,20 +146,16 @@ def has_locations(records: Dataset) -> bool:
 
 
 def shared_images_note(train: Dataset, validation: Dataset) -> str | None:
-    """What a person should know where files of images are in both, or None."""
-    seen, asked = image_paths(train), image_paths(validation)
+    """What a person should know where images are in both, or None. Those that are files are told by
+    their path, others by the digest of their bytes.
+    """
+    seen, asked = (set(image_names(image_places(records))) for records in (train, validation))
     if not (shared := len(seen & asked)):
         return None
     return (
         f"{shared:,} of the {len(asked):,} images of data.validation are in data.train too: what is answered about "
         "those may be memorised, and says nothing about new images"
     )
-
-
-def image_paths(records: Dataset) -> set[str]:
-    """The files of the records' images."""
-    images = records.select_columns("image").with_format("arrow")[:].column("image").combine_chunks()
-    return set(pc.struct_field(images, "path").unique().to_pylist())
 
 
 def askable(records: Dataset, processor: Processor, skipped: SkippedRecords) -> Dataset:

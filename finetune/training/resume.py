@@ -12,7 +12,7 @@ from finetune.adapters.metadata import WEIGHTS_FILE
 from finetune.config.load import dump_config, load_config
 from finetune.config.schema import RunConfig
 from finetune.config.stages import connector_start
-from finetune.system.atomic import damage, describe, write_text_whole
+from finetune.system.atomic import damage, describe, describe_all, write_text_whole
 from finetune.training.checkpoints import checkpoints, newest_whole
 from finetune.training.result import Result
 
@@ -108,18 +108,19 @@ def start_run(config: RunConfig) -> None:
 
 
 def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
-    """Size and sha256 of every file that the run's examples come from, by its key in the configuration, and of the
-    connector that it starts with.
+    """Size and sha256 of what the run's examples come from, by its key in the configuration, and of the connector that
+    it starts with. A data set on the Hub is not among them: the configuration has its commit.
     """
+    from data.sources import source_files  # only now: it needs `datasets`, which training in itself does not
+
     splits = {"train": config.data.train, "validation": config.data.validation}
     start = connector_start(config)
     weights = find_adapter(Path(start)) / WEIGHTS_FILE if start else None
     name = f"stages/{config.stages[-1].name}/adapter" if config.stages else "connector.start_from"
     return ({name: describe(weights)} if weights and weights.is_file() else {}) | {
-        f"data.{split}.{name}": describe(Path(file))
+        f"data.{split}.{name}": describe_all(files)
         for split, source in splits.items()
-        for name, file in (source.paths if source else {}).items()
-        if Path(file).is_file()
+        for name, files in (source_files(source.model_dump()) if source else {}).items()
     }
 
 

@@ -181,7 +181,7 @@ def test_float16_is_refused_with_the_reason(path: Path, name: str) -> None:
         ("data.train.fraction=0", "data.train.fraction: got 0; expected number > 0, <= 1 or null"),
         (
             "data.train.jsonl=x.jsonl",
-            "data.train.jsonl: expected either questions, images and perhaps annotations, or one of jsonl, coco",
+            "data.train.jsonl: expected either questions, images and perhaps annotations, or one of jsonl, csv",
         ),
         ("data.train.images=null", "data.train.images: the official files are questions, images"),
         ("data.train={}", "data.train.questions: expected either questions, images"),

@@ -343,8 +343,8 @@ def test_prompts_that_the_examples_had_are_not_made_up(copy: Path) -> None:
     save_file(load_file(file), file, metadata_of(file.parent) | {"training": json.dumps({"step": 2})})
     found = card(subject_of(file.parent))
     assert "Trained on `mine.jsonl`" in found
-    assert "The prompts stand in the lines of the training file." in found
-    assert 'text="<image>a prompt like those of the training file"' in found
+    assert "The prompts stand in the training examples." in found
+    assert 'text="<image>a prompt like those of the training examples"' in found
     assert "what is this?" not in found
 
 
