@@ -958,3 +958,18 @@ def test_copies_of_images_have_names_of_their_own(tmp_path: Path) -> None:
         zip(images, (tmp_path / name for name in names), strict=True)
     )
     assert predict.drawing_paths(images, None) == {}
+
+
+def test_locations_of_lines_are_those_of_the_square_for_a_checkpoint_that_pads(base: Path, tmp_path: Path) -> None:
+    line = {"image": "wide.png", "prefix": "detect cat", "suffix": "<loc0000><loc0000><loc1023><loc1023> cat"}
+    Image.new("RGB", (400, 200)).save(tmp_path / "wide.png")
+    (tmp_path / "test.jsonl").write_text(json.dumps(line))
+    padding = Path(shutil.copytree(ROOT / "assets/tiny-base", tmp_path / "padding"))
+    config = json.loads((padding / "config.json").read_text())
+    (padding / "config.json").write_text(json.dumps(config | {"aspect": "pad"}))
+    expected = {base: line["suffix"], padding: "<loc0256><loc0000><loc0767><loc1023> cat"}
+    for number, (model, suffix) in enumerate(expected.items()):
+        output = tmp_path / f"eval{number}"
+        asked = ["--model", str(model), "--jsonl", str(tmp_path / "test.jsonl"), "--output", str(output)]
+        evaluate.main([*asked, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "2"])
+        assert json.loads((output / "answers.jsonl").read_text())["expected"] == [suffix]
