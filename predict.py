@@ -3,12 +3,14 @@
     python predict.py --adapter runs/quickstart --image scene.jpg --prompt "answer en how many circles are there?"
     python predict.py --model assets/tiny-base --image *.jpg --prompt "caption en" --format jsonl
     python predict.py --adapter runs/quickstart --image photos/ other.png --prompt "caption en"
+    python predict.py --adapter runs/mine --image photos/ --prompt "detect cat ; dog" --draw drawn
 
 The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. A folder stands
 for the image files in it, sorted by name: .jpg, .png, .webp and the other formats that can be opened; hidden files and
 folders within are left out. An image that is given twice is asked about once. An image that cannot be used is named,
 the others are answered, and the exit code is 2; with --format jsonl its lines have "error" instead of "answer" and
-"finished".
+"finished". --draw saves each image under its name in a directory, with the boxes that all answers about it name; it
+replaces no file.
 """
 
 from __future__ import annotations
@@ -38,13 +40,14 @@ def main(argv: Sequence[str]) -> None:
         for line in lines(pairs_of(arguments), {}, broken, arguments.format):
             print(line)
         raise ValueError("no image is left to ask about")
-    ask(arguments, broken)
+    drawings = drawing_paths([image for image in arguments.image if image not in broken], arguments.draw)
+    ask(arguments, broken, drawings)
     if broken:
         raise ValueError(f"{len(broken)} of {len(arguments.image)} images could not be used, see above")
 
 
-def ask(arguments: argparse.Namespace, broken: dict[str, str]) -> None:
-    """Open the network, ask every prompt of every image that can be used, and print the answers."""
+def ask(arguments: argparse.Namespace, broken: dict[str, str], drawings: dict[str, Path]) -> None:
+    """Open the network, ask every prompt of every image that can be used, print the answers, and draw their boxes."""
     # Only now: --help does without torch, whose import takes seconds.
     from finetune.adapters.generation_config import max_new_tokens_of
     from finetune.adapters.locate import find_adapter, find_base
@@ -86,6 +89,10 @@ def ask(arguments: argparse.Namespace, broken: dict[str, str]) -> None:
     )
     for line in lines(records, answers, broken, arguments.format):
         print(line)
+    if drawings:
+        boxes = draw(drawings, records, answers, processor.image_form.aspect)
+        said = f"images saved in {arguments.draw}: {len(drawings):,}, with boxes drawn on them: {boxes:,}"
+        print(visible(said), file=sys.stderr)
     unfinished = sum(not answer.finished for answer in answers.values())
     for note in (guessed, unfinished_note(unfinished, len(answers), new_tokens, "--max-new-tokens")):
         if note:
@@ -118,6 +125,55 @@ def broken_images(paths: Sequence[str]) -> dict[str, str]:
         except ValueError as error:
             broken[path] = str(error)
     return broken
+
+
+def drawing_paths(images: Sequence[str], directory: Path | None) -> dict[str, Path]:
+    """Where each image is saved with its boxes, in a directory that is made: under its own name, with a number where
+    another one has that too, and as PNG where its own format cannot be written.
+
+    Raises:
+        ValueError: a file of that name is there, which may be an image of a person's; the directory cannot be made.
+    """
+    from PIL import Image
+
+    if directory is None:
+        return {}
+    writable = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.SAVE}
+    paths: dict[str, Path] = {}
+    for image in images:
+        name = Path(image).name if Path(image).suffix.lower() in writable else f"{Path(image).name}.png"
+        path, number = directory / name, 1
+        while path in paths.values():
+            number += 1
+            path = directory / f"{Path(name).stem}-{number}{Path(name).suffix}"
+        paths[image] = path
+    if there := [str(path) for path in paths.values() if os.path.lexists(path)]:
+        more = f" and {len(there) - 1} more" if there[1:] else ""
+        raise ValueError(
+            f"--draw would replace {there[0]}{more}: expected a directory without files of these names; choose another "
+            "one, or delete them"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--draw {directory} cannot be made: {error.strerror}; choose another directory") from error
+    return paths
+
+
+def draw(paths: dict[str, Path], records: Sequence[dict[str, str]], answers: dict[str, Answer], aspect: str) -> int:
+    """Save each image with the boxes of all answers about it, and return how many boxes that were."""
+    from data.boxes import boxes_in
+    from data.drawing import draw_boxes
+    from data.images import open_image
+
+    drawn = 0
+    for image, path in paths.items():
+        opened = open_image(image)
+        texts = [answers[record["id"]].text for record in records if record["image"] == image]
+        boxes = [box for text in texts for box in boxes_in(text, opened.size, aspect)]
+        draw_boxes(opened, boxes).save(path)
+        drawn += len(boxes)
+    return drawn
 
 
 def pairs_of(arguments: argparse.Namespace) -> list[dict[str, str]]:
@@ -177,6 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--seed", "of the sampling", type=int, default=0)
     option("--batch-size", "prompts at once on the device", type=cli.positive, default=8)
     option("--format", "text: tab-separated lines; jsonl: objects", choices=["text", "jsonl"], default="text")
+    option("--draw", "directory to save each image in with the boxes of its answers", type=path_argument)
     option("--dtype", "of base weights and arithmetic", choices=list(cli.DTYPES), default="bfloat16")
     option("--quantize", cli.QUANTIZE_HELP, choices=["auto", "nf4", "none"], default="auto")
     option("--device", "auto, cpu, cuda, cuda:N or mps", default="auto")

@@ -23,10 +23,14 @@ import evaluate
 import merge_lora
 import predict
 import train
+from data.boxes import boxes_in
+from data.drawing import draw_boxes
+from data.images import open_image
 from data.synthetic import scenes
 from finetune import cli
 from finetune.adapters.metadata import training_facts
 from finetune.config.load import load_config
+from finetune.evaluation.evaluate import Answer
 from finetune.system import terminal
 from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.result import Result
@@ -890,3 +894,82 @@ def test_a_run_does_not_go_on_with_data_edited_meanwhile(unusual: Path, base: Pa
     with pytest.raises(ValueError, match=r"(?s)leads to another result.*data\.train\.annotations: the content"):
         train.main(config)
     train.main([*config, "--accept-changes"])
+
+
+BOXES = ["<loc0256><loc0256><loc0768><loc0768> circle", "nothing", "<loc0000><loc0000><loc1023><loc0512> wall"]
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
+    """The network answers each record with one of these texts, in turn."""
+
+    def answers(model: object, processor: object, records: Any, *_: object, **__: object) -> dict[str, Answer]:
+        return {record["id"]: Answer(texts[k % len(texts)], True, -0.5) for k, record in enumerate(records)}
+
+    monkeypatch.setattr("finetune.evaluation.evaluate.generate_answers", answers)
+
+
+def test_boxes_are_drawn_on_copies_of_the_images(
+    base: Path,
+    image_paths: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of all prompts on one copy, where boxes_in says; an image without a box is saved too; inputs stay."""
+    say(monkeypatch, *BOXES)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not an image")
+    before = [Path(path).read_bytes() for path in image_paths]
+    asked = ["--model", str(base), "--device", "cpu", "--draw", str(tmp_path / "new/drawn"), "--image"]
+    predict.main([*asked, image_paths[0], "--prompt", "detect a", "detect b", "detect c"])
+    (drawn,) = (tmp_path / "new/drawn").iterdir()
+    assert drawn.name == Path(image_paths[0]).name
+    assert f"images saved in {tmp_path}/new/drawn: 1, with boxes drawn on them: 2" in capsys.readouterr().err
+    size = open_image(image_paths[0]).size
+    boxes = [box for text in BOXES for box in boxes_in(text, size)]
+    draw_boxes(image_paths[0], boxes).save(tmp_path / drawn.name)
+    assert drawn.read_bytes() == (tmp_path / drawn.name).read_bytes()
+    asked[-2] = str(tmp_path / "others")
+    with pytest.raises(ValueError, match="1 of 4 images could not be used"):
+        predict.main([*asked, *image_paths, str(broken), "--prompt", "detect a"])
+    assert sorted(path.name for path in (tmp_path / "others").iterdir()) == [Path(path).name for path in image_paths]
+    draw_boxes(image_paths[1], []).save(tmp_path / "plain.jpg")
+    assert (tmp_path / "others" / Path(image_paths[1]).name).read_bytes() == (tmp_path / "plain.jpg").read_bytes()
+    assert [Path(path).read_bytes() for path in image_paths] == before
+
+
+def test_drawing_replaces_no_file(base: Path, image_paths: list[str], tmp_path: Path) -> None:
+    """Neither an input, before minutes are spent on a network, nor one of the same name."""
+    content = Path(image_paths[0]).read_bytes()
+    folder = Path(image_paths[0]).parent
+    asked = ["--model", str(tmp_path / "no network"), "--prompt", "detect a", "--image", image_paths[0], "--draw"]
+    with pytest.raises(ValueError, match=r"--draw would replace .*: expected a directory without files of these names"):
+        predict.main([*asked, str(folder)])
+    assert Path(image_paths[0]).read_bytes() == content
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--draw .*file/x cannot be made"):
+        predict.main([*asked, str(tmp_path / "file/x")])
+
+
+def test_copies_of_images_have_names_of_their_own(tmp_path: Path) -> None:
+    images = ["a/scene.jpg", "b/scene.jpg", "c/scene.jpg", "a/photo", "a/x.unknown"]
+    names = ["scene.jpg", "scene-2.jpg", "scene-3.jpg", "photo.png", "x.unknown.png"]
+    assert predict.drawing_paths(images, tmp_path) == dict(
+        zip(images, (tmp_path / name for name in names), strict=True)
+    )
+    assert predict.drawing_paths(images, None) == {}
+
+
+def test_locations_of_lines_are_those_of_the_square_for_a_checkpoint_that_pads(base: Path, tmp_path: Path) -> None:
+    line = {"image": "wide.png", "prefix": "detect cat", "suffix": "<loc0000><loc0000><loc1023><loc1023> cat"}
+    Image.new("RGB", (400, 200)).save(tmp_path / "wide.png")
+    (tmp_path / "test.jsonl").write_text(json.dumps(line))
+    padding = Path(shutil.copytree(ROOT / "assets/tiny-base", tmp_path / "padding"))
+    config = json.loads((padding / "config.json").read_text())
+    (padding / "config.json").write_text(json.dumps(config | {"aspect": "pad"}))
+    expected = {base: line["suffix"], padding: "<loc0256><loc0000><loc0767><loc1023> cat"}
+    for number, (model, suffix) in enumerate(expected.items()):
+        output = tmp_path / f"eval{number}"
+        asked = ["--model", str(model), "--jsonl", str(tmp_path / "test.jsonl"), "--output", str(output)]
+        evaluate.main([*asked, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "2"])
+        assert json.loads((output / "answers.jsonl").read_text())["expected"] == [suffix]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -86,6 +86,8 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
         show(note)
     quantize = cli.quantization(options.quantize, adapter)
     processor = processor_of(directory, adapted_config(directory, adapter))
+    if processor.image_form.aspect == "pad":  # only now is it known that locations are those of the square
+        records = open_files(options, prompt or default_prompt, "pad")
     records = askable(records, processor, SkippedRecords())
     task = task_named(options.task, official=options.questions is not None)
     result = open_and_evaluate(
@@ -108,10 +110,10 @@ def choose_prompt(adapter: Path | None, given: str | None, default: str) -> str:
     return given
 
 
-def open_files(options: CheckpointOptions, prompt: str) -> Dataset:
-    """The records to evaluate on: of official files, or of lines."""
+def open_files(options: CheckpointOptions, prompt: str, aspect: Literal["squash", "pad"] = "squash") -> Dataset:
+    """The records to evaluate on: of official files, or of lines; with locations as `aspect` says."""
     files = {name: path for name in SOURCE_PATHS if (path := getattr(options, name, None)) is not None}
-    return decodable(first(load_records(**files, prompt=prompt), options.limit))
+    return decodable(first(load_records(**files, prompt=prompt, aspect=aspect), options.limit))
 
 
 def open_and_evaluate(
