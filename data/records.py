@@ -41,7 +41,7 @@ FEATURES = datasets.Features(
     extra=TEXT,  # what else a row of a person's own says, as JSON; "" for nothing
 )
 FORMAT = 5  # goes up when records are written differently, so that cached ones are written again
-AT_ONCE = 1 << 25  # bytes of images that are in memory at once while records are written
+AT_ONCE = 1 << 23  # bytes of images that are in memory at once while records are written
 
 
 def load_records(
