@@ -102,7 +102,8 @@ def load_records(
     records, invalid = memory_mapped(rows, files, [*options, draw.keywords if drawn else ""], cache)
     total = len(records) + len(invalid)
     if len(records) and (folder is not None or questions is None):  # official questions may do without images
-        reasons = with_unusable_image(records, cache, within or folder)
+        within = within if questions is None else Path(records[0]["image"]["path"]).parent
+        reasons = with_unusable_image(records, cache, within)
         invalid += [InvalidRecord(records[position]["id"], reason) for position, reason in reasons.items()]
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
