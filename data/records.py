@@ -43,7 +43,7 @@ FEATURES = datasets.Features(
     extra=TEXT,  # what else a row of a person's own says, as JSON; "" for nothing
 )
 FORMAT = 5  # goes up when records are written differently, so that cached ones are written again
-AT_ONCE = 1 << 25  # bytes of images that are in memory at once while records are written
+AT_ONCE = 1 << 23  # bytes of images that are in memory at once while records are written
 
 
 def load_records(
@@ -109,7 +109,8 @@ def load_records(
     records, invalid = memory_mapped(rows, files, [*options, draw.keywords if drawn else ""], cache)
     total = len(records) + len(invalid)
     if len(records) and (folder is not None or questions is None):  # official questions may do without images
-        reasons = with_unusable_image(records, cache, within or folder)
+        within = within if questions is None else Path(records[0]["image"]["path"]).parent
+        reasons = with_unusable_image(records, cache, within)
         invalid += [InvalidRecord(records[position]["id"], reason) for position, reason in reasons.items()]
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):

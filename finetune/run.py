@@ -182,7 +182,7 @@ def is_finished(config: RunConfig, checkpoint: Path, total: int, accept_changes:
     """Whether a run of `total` steps, whose newest checkpoint this is, has its result and nothing left to do.
 
     Raises:
-        ValueError: the checkpoint has seen more steps.
+        ValueError: the checkpoint has seen more steps; or changes are accepted, which no step is left to make.
     """
     if step_of(checkpoint) > total:
         raise ValueError(
@@ -191,7 +191,12 @@ def is_finished(config: RunConfig, checkpoint: Path, total: int, accept_changes:
         )
     result = Result.read(Path(config.output))
     ended = result is not None and result.finished and result_directory(config).exists()
-    return step_of(checkpoint) == total and not accept_changes and ended
+    if ended and accept_changes and step_of(checkpoint) == total:
+        raise ValueError(
+            f"{config.output} is finished: a change of its configuration would change nothing in it. Make the run "
+            "longer (train.max_steps, train.epochs), or choose another output=..."
+        )
+    return step_of(checkpoint) == total and ended
 
 
 def open_adapted(directory: Path, config: RunConfig, resumes: bool) -> tuple[PaliGemma, str | None]:

@@ -47,8 +47,8 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise ValueError(f"{path_or_hub_id} cannot be written to the Hub's cache ({error}); see HF_HOME") from error
         reason = (
-            f"no directory here, and neither in the Hub's cache nor to be had from it ({type(error).__name__}). Accept "
-            f"the licence at {page}, run `hf auth login` and start again with a network, or give the directory of a "
-            "checkpoint"
+            f"there is no directory {path.absolute()}, and as a Hub id it is neither in the cache nor to be had from "
+            f"there ({type(error).__name__}). Correct the path; or, for a model on the Hub, accept the licence at {page}, "
+            "run `hf auth login` and start again with a network"
         )
     raise ValueError(f"{path_or_hub_id}: {reason}")

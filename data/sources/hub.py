@@ -106,5 +106,6 @@ def explained(id: str, call: Callable[[], Given]) -> Given:
             f"{error}\ncorrect hub or revision; for one that asks for access, accept its terms on the Hub and run "
             "`hf auth login`"
         ) from error
-    except (datasets.exceptions.DatasetsError, ValueError) as error:
-        raise ValueError(f"{id} cannot be loaded: {error}\nwhich of its subsets is meant, subset says") from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        advice = "; name one of them with subset" if "config" in str(error).lower() else ""
+        raise ValueError(f"{id} cannot be loaded: {error}{advice}") from error

@@ -34,9 +34,9 @@ def saved_dataset(path: Path, folder: Path | None, split: str | None = None) -> 
         raise ValueError(
             f"{part} has no {DATASET}; expected a folder that save_to_disk wrote (parquet reads files *.parquet)"
         )
-    state = read_json(part / DATASET)
+    state, dataset = read_json(part / DATASET), opened(part)
     files = [part / DATASET, part / "dataset_info.json", *(part / one["filename"] for one in state["_data_files"])]
-    return table_of(opened(part), str(part), files, folder)
+    return table_of(dataset, str(part), files, folder)
 
 
 def one_split(splits: list[str], split: str | None, name: str) -> str:

@@ -33,7 +33,7 @@ _STEPS = "a number of steps"
 _TOKENS = "tokens of prefix and suffix together; those of the image do not count"
 _TARGETS = "a list of SCOPE.COMPONENT, such as language.q_proj; all-linear is [language.*, vision.*, connector.*]"
 _LAYERS = "a number of decoder layers; auto takes as few as necessary"
-_SOURCE = "jsonl; or questions, annotations and images"
+_SOURCE = "jsonl, parquet, disk or hub; or questions, annotations and images"
 
 # Names that peers use; our keys; note.
 ROWS = (

@@ -175,7 +175,7 @@ def validation_name(subject: Subject, arm: Arm) -> str:
 def opening(subject: Subject) -> str:
     """Code for transformers, with PEFT for an adapter, where they have this network; and the toolkit's command."""
     base, revision = subject.base
-    model = f" --model {code_word(subject.shown_base)}" if subject.is_adapter and base != subject.hub_base else ""
+    model = f" --model {code_word(subject.base_to_open)}" if subject.is_adapter and base != subject.hub_base else ""
     option = "--adapter" if subject.is_adapter else "--model"
     prompt = code_word(example_prompt(subject))
     command = f"python predict.py {option} DIRECTORY{model} --image image.jpg --prompt {prompt}"
@@ -187,7 +187,7 @@ def opening(subject: Subject) -> str:
         )
     values = {
         "name": in_python(subject.name),
-        "base": in_python(subject.shown_base) + (f", revision={in_python(revision)}" if revision else ""),
+        "base": in_python(subject.base_to_open) + (f", revision={in_python(revision)}" if revision else ""),
         "dtype": subject.run.config.model.dtype if subject.run else "bfloat16",
     }
     asking = ASKING.format(text=in_python("<image>" + example_prompt(subject)), new_tokens=new_tokens(subject))

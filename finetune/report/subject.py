@@ -65,6 +65,12 @@ class Subject:
         return base if base and HUB_ID.fullmatch(base) and not Path(base).is_dir() else None
 
     @property
+    def base_to_open(self) -> str:
+        """What opens the base: its id on the Hub, a path that is relative and there, or one to be filled in."""
+        known = self.hub_base or Path(self.shown_base).is_dir()
+        return self.shown_base if known else f"PATH/TO/{self.shown_base}"
+
+    @property
     def shown_base(self) -> str:
         """The base's name without the path to it."""
         base, _ = self.base

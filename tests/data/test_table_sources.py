@@ -206,6 +206,8 @@ def test_folders_that_save_to_disk_did_not_write_are_refused(tmp_path: Path) -> 
     refused("two", r"two has the splits train, test, and none was named: give one with split")
     refused("two", r"two has the splits train, test, and there is no split 'val': give one", split="val")
     refused("one", r"split is 'train', and .*one is one data set without splits: leave split out", split="train")
+    (tmp_path / "one/state.json").write_text("{}")
+    refused("one", r"one cannot be opened: .*; save the data set again")
     (tmp_path / "one/state.json").write_text("{")
     refused("one", r"state\.json cannot be read: .*; save the data set again")
 
@@ -272,7 +274,7 @@ def test_a_data_set_of_the_hub_is_read(on_the_hub: list[Any], captions: datasets
         (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset"), "accept its terms on the Hub"),
         (
             ValueError("Config name is missing. Pick one of: ['en']"),
-            r"(?s)a/b cannot be loaded: .*\['en'\].* subset says",
+            r"(?s)a/b cannot be loaded: .*\['en'\]; name one of them with subset",
         ),
     ],
     ids=lambda value: type(value).__name__,

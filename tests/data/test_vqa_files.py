@@ -392,3 +392,11 @@ def test_memory_is_bounded_and_the_result_is_mapped(tmp_path: Path) -> None:
     assert peak < 2_500_000
     assert arrow < 1_000_000
     assert os.path.getsize(file) > 2_000_000
+
+
+def test_the_folder_of_a_split_may_be_a_link(tmp_path: Path) -> None:
+    arguments = write(tmp_path, make())
+    (tmp_path / "images").rename(tmp_path / "coco")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "val2014").symlink_to(tmp_path / "coco")
+    assert len(load_records(**arguments)) == 18

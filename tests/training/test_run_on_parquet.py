@@ -1,4 +1,4 @@
-"""A run whose images are bytes in Parquet files: trained, interrupted, resumed, evaluated, reported, in a demo."""
+"""A run whose images are bytes in Parquet: trained, interrupted, resumed, evaluated, reported, shown in the demo."""
 
 from __future__ import annotations
 
