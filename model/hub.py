@@ -48,7 +48,7 @@ def fetch(path_or_hub_id: str | Path, revision: str | None = None, weights: bool
             raise ValueError(f"{path_or_hub_id} cannot be written to the Hub's cache ({error}); see HF_HOME") from error
         reason = (
             f"there is no directory {path.absolute()}, and as a Hub id it is neither in the cache nor to be had from "
-            f"there ({type(error).__name__}). Correct the path; or, for a model on the Hub, accept the licence at {page}, "
-            "run `hf auth login` and start again with a network"
+            f"there ({type(error).__name__}). Correct the path; or, for a model on the Hub, accept the licence at "
+            f"{page}, run `hf auth login` and start again with a network"
         )
     raise ValueError(f"{path_or_hub_id}: {reason}")

@@ -893,7 +893,11 @@ def test_a_run_does_not_go_on_with_data_edited_meanwhile(unusual: Path, base: Pa
     annotations.write_text(annotations.read_text().replace('"answer": "yes"', '"answer": "no"', 1))
     with pytest.raises(ValueError, match=r"(?s)leads to another result.*data\.train\.annotations: the content"):
         train.main(config)
-    train.main([*config, "--accept-changes"])
+    before = (unusual / "run/config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="run is finished: a change of its configuration would change nothing in it"):
+        train.main([*config, "train.learning_rate=0.5", "--accept-changes"])
+    assert (unusual / "run/config.yaml").read_bytes() == before
+    train.main([*config, "train.max_steps=5", "--accept-changes"])
 
 
 BOXES = ["<loc0256><loc0256><loc0768><loc0768> circle", "nothing", "<loc0000><loc0000><loc1023><loc0512> wall"]

@@ -314,7 +314,8 @@ def test_an_accepted_change_of_a_stage_leaves_a_run_that_has_begun_where_it_is(
     """Its connector has been trained on since; what it begins with is of no use to it any more."""
     shutil.copytree(finished[0], tmp_path / "run")
     before = digest(tmp_path / "run/stages")
-    train.main(arguments(base, tmp_path / "run", "stages.0.max_steps=4", "--accept-changes"))
+    with pytest.raises(ValueError, match="run is finished: a change of its configuration would change nothing in it"):
+        train.main(arguments(base, tmp_path / "run", "stages.0.max_steps=4", "--accept-changes"))
     assert "changed since, accepted: stages.0.max_steps: was 3, is 4" in capsys.readouterr().out
     assert digest(tmp_path / "run/stages") == before
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
