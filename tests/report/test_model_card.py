@@ -271,8 +271,11 @@ def test_hostile_texts_stay_texts(copy: Path, tmp_path: Path) -> None:
 
 
 def test_the_code_of_a_card_answers(run: Path, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its Python, run as it stands, beside the files it names: PEFT and transformers open what was trained."""
-    for name, target in (("tiny", base), ("adapter", run / "adapter"), ("merged", run / "merged")):
+    """Its Python, run as it stands, beside the files it names: PEFT and transformers open what was trained. A base that
+    was a directory elsewhere has a path to be filled in: its name alone may be another model's on the Hub.
+    """
+    (tmp_path / "PATH/TO").mkdir(parents=True)
+    for name, target in (("PATH/TO/tiny", base), ("adapter", run / "adapter"), ("merged", run / "merged")):
         (tmp_path / name).symlink_to(target)
     Image.new("RGB", (60, 40), "red").save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
