@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 IMAGES = Path(__file__).parent / "images"
 INK, FROZEN, TRAINED = "#1d2433", "#dfe4ec", "#2f7de1"
 PARTS = {"image": "#f2c14e", "prefix": "#7fb7be", "suffix": "#e07a5f"}  # colours of a row's tokens
+# Of the report its beginning and its answers are shown: what stands between them is taken out.
+TO_THE_ANSWERS = """() => {
+    const heading = document.querySelector("h2");
+    while (heading.nextElementSibling.textContent !== "What it answers") heading.nextElementSibling.remove();
+    heading.remove();
+}"""
 ROW = [("image", "image"), ("image", "image"), ("image", "image"), ("prefix", "bos"), ("prefix", "what"),
        ("prefix", "color"), ("prefix", "\\n"), ("suffix", "red"), ("suffix", "eos")]  # fmt: skip
 
@@ -121,6 +127,7 @@ def photograph(run: Path) -> None:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         tab = browser.new_page(viewport={"width": 1100, "height": 1180}, color_scheme="light")
         tab.goto((run / "report.html").resolve().as_uri())
+        tab.evaluate(TO_THE_ANSWERS)
         tab.screenshot(path=str(IMAGES / "report.png"))
         port = free_port()
         words = [sys.executable, "-m", "finetune", "demo", str(run), "--dtype", "float32", "--port", str(port)]

@@ -13,6 +13,7 @@ fails when one of their signatures moves.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,6 +42,11 @@ from finetune.training.resume import judged_by
 from model import PaliGemma, PaliGemmaOutput
 
 Evaluate = Callable[[], dict[str, float]]
+
+# The Trainer's own words, with its own names, for what `find_checkpoint` says of a resumed run with other settings.
+logging.getLogger("transformers.trainer_utils").addFilter(
+    lambda record: "trainer_state.json" not in record.getMessage()
+)
 
 
 class LoRATrainer(Trainer):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 from data import collate
 from finetune import LoRAConfig, inject_lora
@@ -758,3 +761,18 @@ def test_the_trainer_does_not_use_several_devices_by_itself(
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0, or use all with accelerate launch --multi_gpu"):
         trainer_of(run_config(base, tmp_path, ADAPTERS))
+
+
+def test_what_changed_is_not_said_a_second_time_in_the_trainers_own_names(caplog: pytest.LogCaptureFixture) -> None:
+    state: Any = SimpleNamespace(logging_steps=1, eval_steps=1, save_steps=20, train_batch_size=4)
+    arguments: Any = SimpleNamespace(
+        logging_steps=1, eval_steps=1, save_steps=100, per_device_train_batch_size=4, n_gpu=1
+    )
+    logger = logging.getLogger("transformers.trainer_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        compare_trainer_and_checkpoint_args(arguments, state)
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {"something else"}
