@@ -292,9 +292,9 @@ def response(status: int) -> Any:
         (lambda: errors.RevisionNotFoundError("absent", response=response(404)), "no revision 'bf17'"),
         (
             lambda: errors.LocalEntryNotFoundError("offline"),
-            r"licence at https://huggingface\.co/google/paligemma-3b-pt-224, run `hf auth login`.*give the directory",
+            r"licence at https://huggingface\.co/google/paligemma-3b-pt-224, run `hf auth login` and start again",
         ),
-        (lambda: OSError("no route"), "or give the directory"),
+        (lambda: OSError("no route"), "Correct the path; or, for a model on the Hub"),
         (lambda: OSError(errno.ENOSPC, "No space left on device"), r"cannot be written to the Hub's cache .*No space"),
     ],
 )
