@@ -79,10 +79,10 @@ def _messages(values: Mapping[str, Any]) -> list[Message]:
     if missing := [name for name in forms[0] if name not in values]:
         raise ValueError(f"it has no {missing[0]}; expected {FORMS}")
     found: list[Message] = []
-    for name, role in zip(forms[0], ("user", "assistant"), strict=False):
+    for name in forms[0]:
         given = values[name]
         if name in ("prompt", "completion") and isinstance(given, str):
-            given = [{"role": role, "content": given}]
+            given = [{"role": "user" if name == "prompt" else "assistant", "content": given}]
         if not isinstance(given, list) or not given:
             raise ValueError(f"expected a list of messages as {name}, got {given!r:.200}")
         keys = ("from", "value") if name == "conversations" else ("role", "content")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import evaluate
+from finetune.config.schema import Source
 from finetune.evaluation.tasks import TASKS, anls, edits, is_about_right, macro_f1, task_named
 
 
@@ -40,6 +42,11 @@ def test_official_files_are_scored_as_vqa_is_and_all_others_by_right_and_wrong()
     assert task_named("auto", official=True) is TASKS["vqa"]
     assert task_named("auto", official=False) is TASKS["answer"]
     assert task_named("document", official=True) is TASKS["document"]
+
+
+def test_a_configuration_and_evaluate_py_name_every_task() -> None:
+    named = {"auto", *TASKS}
+    assert set(get_args(Source.model_fields["task"].annotation)) == set(evaluate.TASKS) == named
 
 
 def distance(one: str, other: str) -> int:
