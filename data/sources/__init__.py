@@ -60,18 +60,20 @@ def open_table(
     return TABLES[key](Path(given), folder)
 
 
-def source_files(source: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """The files that the rows of a source come from, by its keys; images that are files of their own not included.
-    None of a file that is not there or not what it should be: whoever reads it says so. None of a data set on the Hub,
-    which is what it is by its revision.
+def source_contents(source: Mapping[str, Any]) -> dict[str, tuple[list[Path], str]]:
+    """What the rows of a source come from, by its keys: files, and what they depend on beside those (`Table.about`).
+
+    The content of images that are files of their own is not included. Nothing of a file that is not there or not what
+    it should be: whoever reads it says so. Nothing of a data set on the Hub, which is what it is by its revision.
 
     source: the arguments of `load_records`.
     """
     official = {key: Path(source[key]) for key in ("questions", "annotations") if source.get(key)}
-    found = {key: [path] for key, path in official.items() if path.is_file()}
+    found = {key: ([path], "") for key, path in official.items() if path.is_file()}
     for key in TABLES:
         if source.get(key):
             with contextlib.suppress(ValueError):
                 folder = Path(source["images"]) if source.get("images") else None
-                found[key] = open_table(key, source[key], folder, source.get("split")).files
+                table = open_table(key, source[key], folder, source.get("split"))
+                found[key] = table.files, table.about
     return found

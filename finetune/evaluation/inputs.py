@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.sources import source_files
+from data.sources import source_contents
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import METRICS_FILE
 from finetune.system.atomic import describe, describe_all
@@ -26,7 +26,7 @@ def inputs_of_run(config: RunConfig, limit: int | None) -> dict[str, Any]:
     """What determines the validation questions of a run, and the prompt they are put in."""
     source = config.data.validation
     assert source is not None, "the configuration has data.validation"
-    inputs: dict[str, Any] = {key: describe_all(files) for key, files in source_files(source.model_dump()).items()}
+    inputs: dict[str, Any] = {key: describe_all(*of) for key, of in source_contents(source.model_dump()).items()}
     inputs |= {"task": source.task, "columns": source.columns}
     inputs |= source.model_dump(include={"hub", "subset", "revision"}) if source.hub else {}
     inputs |= {"split": source.split} if source.split and not source.questions else {}

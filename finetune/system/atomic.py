@@ -147,8 +147,10 @@ def describe(path: Path) -> dict[str, int | str]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def describe_all(paths: Sequence[Path]) -> dict[str, int | str]:
-    """Size and sha256 of a file; of several, of all of them with their names."""
+def describe_all(paths: Sequence[Path], about: str = "") -> dict[str, int | str]:
+    """Size and sha256 of a file; of several, of all of them with their names. about: what else they stand with."""
+    if about:
+        return describe_all(paths) | {"about": about}
     if len(paths) == 1:
         return describe(paths[0])
     described = {str(path): describe(path) for path in paths}

@@ -111,16 +111,16 @@ def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
     """Size and sha256 of what the run's examples come from, by its key in the configuration, and of the connector that
     it starts with. A data set on the Hub is not among them: the configuration has its commit.
     """
-    from data.sources import source_files  # only now: it needs `datasets`, which training in itself does not
+    from data.sources import source_contents  # only now: it needs `datasets`, which training in itself does not
 
     splits = {"train": config.data.train, "validation": config.data.validation}
     start = connector_start(config)
     weights = find_adapter(Path(start)) / WEIGHTS_FILE if start else None
     name = f"stages/{config.stages[-1].name}/adapter" if config.stages else "connector.start_from"
     return ({name: describe(weights)} if weights and weights.is_file() else {}) | {
-        f"data.{split}.{name}": describe_all(files)
+        f"data.{split}.{name}": describe_all(*of)
         for split, source in splits.items()
-        for name, files in (source_files(source.model_dump()) if source else {}).items()
+        for name, of in (source_contents(source.model_dump()) if source else {}).items()
     }
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import data.image_check
 from data.invalid import SkippedRecords
 from data.records import FEATURES, ImagesById, decodable, load_records
-from data.sources import hub, source_files
+from data.sources import hub, source_contents
 from data.synthetic import scenes
 from finetune.config.load import ConfigError, dump_config, load_config
 from tests.images import IMAGE, encoded
@@ -320,15 +320,17 @@ def test_the_files_of_a_source(captions: datasets.Dataset, tmp_path: Path) -> No
         captions.to_parquet(tmp_path / f"{name}.parquet")
     captions.save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"of a map, not of the data set")
-    assert source_files({"parquet": str(tmp_path)}) == {"parquet": [tmp_path / "a.parquet", tmp_path / "b.parquet"]}
-    names = sorted(file.name for file in source_files({"disk": str(tmp_path / "saved")})["disk"])
+    assert source_contents({"parquet": str(tmp_path)}) == {
+        "parquet": ([tmp_path / "a.parquet", tmp_path / "b.parquet"], "")
+    }
+    names = sorted(file.name for file in source_contents({"disk": str(tmp_path / "saved")})["disk"][0])
     assert names == ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"]
-    assert source_files({"hub": "a/b", "jsonl": None}) == {}
-    assert source_files({"parquet": str(tmp_path / "gone")}) == {}
+    assert source_contents({"hub": "a/b", "jsonl": None}) == {}
+    assert source_contents({"parquet": str(tmp_path / "gone")}) == {}
     questions = tmp_path / "q.json"
     questions.write_text("{}")
     official = {"questions": str(questions), "annotations": str(tmp_path / "gone"), "images": str(tmp_path)}
-    assert source_files(official) == {"questions": [questions]}
+    assert source_contents(official) == {"questions": ([questions], "")}
 
 
 MINIMAL = "model: {path: p}\ndata: {train: {jsonl: f}}\ntrain: {epochs: 3}\noutput: o\n"

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune.config.load import load_config
 from finetune.evaluation.evaluate import METRICS_FILE
-from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
+from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, inputs_of_run, require_same_inputs
+from finetune.training.resume import contents
+from tests.images import IMAGE
 
 
 def test_a_changed_file_is_a_changed_input(tmp_path: Path) -> None:
@@ -41,4 +44,24 @@ def test_a_limit_beyond_the_records_takes_all_of_them() -> None:
         ["a", "b", "c"],
         ["a", "b"],
         ["a", "b", "c"],
+    ]
+
+
+def test_a_new_image_in_the_folder_of_a_class_is_another_input_and_other_data(tmp_path: Path) -> None:
+    """Such a folder has no file that names its images: their names are what the examples depend on."""
+    for name in ("cats/a.jpg", "dogs/b.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(IMAGE)
+    path = tmp_path / "run.yaml"
+    source = f"{{folder: {tmp_path}}}"
+    path.write_text(f"{{model: {{path: x}}, data: {{train: {source}, validation: {source}}}, train: {{max_steps: 1}}}}")
+    config = load_config(path, [f"output={tmp_path}/run"])
+    before = inputs_of_run(config, None), contents(config)
+    assert (inputs_of_run(config, None), contents(config)) == before
+    (tmp_path / "cats/c.jpg").write_bytes(IMAGE)
+    after = inputs_of_run(config, None), contents(config)
+    assert after[0]["folder"] != before[0]["folder"]
+    assert [key for key in before[1] if before[1][key] != after[1][key]] == [
+        "data.train.folder",
+        "data.validation.folder",
     ]
