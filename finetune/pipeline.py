@@ -25,7 +25,8 @@ import torch
 from data.download.vqav2 import ANNOTATIONS_URL, IMAGES_URL, SPLITS, fetch_vqav2
 from finetune import cli
 from finetune.config.load import dump_config, load_config
-from finetune.config.schema import RunConfig, Source
+from finetune.config.schema import RunConfig
+from finetune.config.source import Source
 from finetune.evaluation.run import evaluate_run
 from finetune.evaluation.table import score_table
 from finetune.preflight.dry_run import dry_run

@@ -18,7 +18,7 @@ from finetune.adapters.locate import find_adapter, find_base
 from finetune.adapters.metadata import training_facts
 from finetune.adapters.network import adapted_config
 from finetune.adapters.storage import load_adapter
-from finetune.config.schema import SOURCE_PATHS
+from finetune.config.source import SOURCE_PATHS
 from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
 from finetune.evaluation.score import Score

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from data.records import decodable
-from finetune.config.schema import SOURCE_PATHS, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.source import SOURCE_PATHS
 from finetune.config.stages import stage_output
 from finetune.config.strict_yaml import dump
 from finetune.evaluation.run import task_of

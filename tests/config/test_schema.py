@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 import data.sources
 from finetune.config.load import ConfigError, load_config
-from finetune.config.schema import SPLITTING, TABLES, RunConfig
+from finetune.config.schema import RunConfig
 from finetune.config.section import Effect
+from finetune.config.source import SPLITTING, TABLES
 from finetune.lora.linear import LoRAConfig
 from tests.config.minimal import keys
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
-from finetune.config.schema import Source
+from finetune.config.source import Source
 from finetune.evaluation.tasks import TASKS, anls, edits, is_about_right, macro_f1, task_named
 
 
