@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from finetune import cli
+from finetune.report.push import add_arguments
 from finetune.system.paths import argument, path_argument
 
 
@@ -23,18 +24,13 @@ def main(argv: Sequence[str]) -> None:
     from finetune.adapters.locate import find_adapter, find_base
     from finetune.adapters.merge import merge_checkpoint
     from finetune.report.model_card import show_card
-    from finetune.report.push import Options, push, require_access
+    from finetune.report.push import push, requested
     from finetune.system import console
     from finetune.system.device import pick_device, pick_dtype
     from finetune.system.lock import locked
     from model import PaliGemmaConfig
 
-    pushed = None
-    if arguments.push:
-        pushed = Options(arguments.output, arguments.push, public=arguments.public, yes=arguments.yes)
-        require_access(pushed)
-    elif arguments.public or arguments.yes:
-        raise ValueError("--public and --yes are of --push: give it, or leave them out")
+    pushed = requested(arguments, arguments.output)
     adapter, base, revision = find_adapter(arguments.adapter), arguments.base, arguments.revision
     if base is None:
         try:
@@ -67,9 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ...")
     parser.add_argument("--force", action="store_true", help="overwrite the merged checkpoint at --output")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="push the merged checkpoint to the Hub, once confirmed")
-    parser.add_argument("--public", action="store_true", help="with --push: a new repository is public")
-    parser.add_argument("--yes", action="store_true", help="with --push: without asking")
+    add_arguments(parser, "the merged checkpoint")
     return parser
 
 

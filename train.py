@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from finetune import cli
 from finetune.config.describe import describe
+from finetune.report.push import add_arguments
 from finetune.system.paths import argument
 
 
@@ -31,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     from finetune.preflight.dry_run import dry_run
     from finetune.preflight.inspection import inspect
     from finetune.preflight.overfit import overfit
+    from finetune.report.push import push, requested
     from finetune.run import learn
     from finetune.system import distributed
     from finetune.system.device import pick_device
@@ -47,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             "--dry-run, --check, --inspect and --overfit look before a run, in one process: leave out the launcher"
         )
+    if looks and arguments.push:
+        raise ValueError("--push is of what is trained: leave it out with --dry-run, --check, --inspect and --overfit")
     if arguments.dry_run:
         dry_run(config, arguments.probe)
         return
@@ -60,8 +65,17 @@ def main(argv: Sequence[str]) -> None:
     if arguments.inspect:
         inspect(config)
         return
+    pushed = distributed.on_main(partial(requested, arguments, Path(config.output)))
+    if pushed and config.lora and Path(config.model.path).is_dir():
+        raise ValueError(
+            f"--push: the adapter would name its base by a path of this machine, {config.model.path}: train from the "
+            f"base's name on the Hub, or push it afterwards, {cli.CONSOLE} push {config.output} --repo {pushed.repo} "
+            "--base OWNER/NAME"
+        )
     with locked(Path(config.output, "run.lock"), Path(config.output), "training"):
         learn(config, [arguments.config, *arguments.overrides], arguments.resume, arguments.accept_changes)
+    if pushed:
+        distributed.on_main(partial(push, pushed))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -95,6 +109,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--probe", action="store_true", help="with --dry-run: time a few steps on this device, with random weights"
     )
+    add_arguments(parser, "the result")
     return parser.parse_intermixed_args(argv)
 
 

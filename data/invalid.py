@@ -32,6 +32,7 @@ class SkippedRecords:
 
     Attributes:
         reasons: why each was skipped, by its id.
+        looked_at: the records that the calls of `add` were about, together.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class SkippedRecords:
     ) -> None:
         self.file, self.share, self.skippable = None if file is None else Path(file), share, skippable
         self.reasons: dict[str, str] = {}
+        self.looked_at = 0
         self._read = 0  # bytes of the file that are known
 
     def add(self, invalid: Iterable[InvalidRecord], total: int) -> None:
@@ -47,6 +49,7 @@ class SkippedRecords:
         Raises:
             ValueError: then more were skipped than may be; names the first. None of them is skipped.
         """
+        self.looked_at += total
         self._catch_up()
         new = {record.id: record.reason for record in invalid if record.id not in self.reasons}
         if not new:

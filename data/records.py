@@ -63,6 +63,7 @@ def load_records(
     cache_dir: File | None = None,
     skipped: SkippedRecords | None = None,
     aspect: Literal["squash", "pad"] = "squash",
+    prefix_of_ids: str = "",
     **tables: File | None,
 ) -> datasets.Dataset:
     """Records of the chosen questions or rows, in the order of their file.
@@ -82,6 +83,7 @@ def load_records(
             see `decodable`.
         aspect: how the network makes images square. With "pad" locations in prefixes and answers, which are those of
             the image, become those of the square around it (data/boxes.py).
+        prefix_of_ids: what all ids begin with, so that those of several sources differ.
 
     Raises:
         ValueError: a file is missing or not what it should be; there are too few questions to draw from; records
@@ -106,6 +108,8 @@ def load_records(
     cache = cache_folder(cache_dir)
     if aspect == "pad":
         rows, options = partial(in_squares, rows), [*options, aspect]
+    if prefix_of_ids:
+        rows, options = partial(with_prefix, rows, prefix_of_ids), [*options, prefix_of_ids]
     records, invalid = memory_mapped(rows, files, [*options, draw.keywords if drawn else ""], cache)
     total = len(records) + len(invalid)
     if len(records) and (folder is not None or questions is None):  # official questions may do without images
@@ -160,6 +164,17 @@ def image_names(places: pa.Table) -> list[str]:
     """What `image_places` found, as one name for each record: the path, or the digest."""
     names: list[str] = pc.coalesce(places["path"], places["digest"]).to_pylist()
     return names
+
+
+def with_prefix(
+    rows: Callable[[], Iterable[dict[str, Any] | InvalidRecord]], prefix: str
+) -> Iterator[dict[str, Any] | InvalidRecord]:
+    """What `rows()` yields, with ids that begin with `prefix`."""
+    for row in rows():
+        if isinstance(row, InvalidRecord):
+            yield row._replace(id=prefix + row.id)
+        else:
+            yield {**row, "id": prefix + row["id"]}
 
 
 def in_squares(

@@ -26,7 +26,6 @@ from data.download.vqav2 import ANNOTATIONS_URL, IMAGES_URL, SPLITS, fetch_vqav2
 from finetune import cli
 from finetune.config.load import dump_config, load_config
 from finetune.config.schema import RunConfig
-from finetune.config.source import Source
 from finetune.evaluation.run import evaluate_run
 from finetune.evaluation.table import score_table
 from finetune.preflight.dry_run import dry_run
@@ -44,7 +43,6 @@ from finetune.system.device import pick_device, pick_dtype
 from finetune.system.lock import locked
 from finetune.system.paths import expand
 from finetune.training.examples import open_records
-from finetune.training.setup import plan_steps
 from model import fetch
 
 CONFIG = "configs/vqav2_8gb.yaml"
@@ -56,7 +54,6 @@ class Pipeline:
     """What each stage works with: the configuration of a run, and the command line."""
 
     config: RunConfig
-    validation: Source
     words: list[str]  # the configuration's file and overrides, as the scripts take them
     options: argparse.Namespace
 
@@ -100,7 +97,7 @@ def download_data(pipeline: Pipeline) -> None:
         return
     seed, names = {"seed": pipeline.config.train.seed}, {"fraction", "count", "sample_by"}
     train, validation = (
-        source.model_dump(include=names) | seed for source in (pipeline.config.data.train, pipeline.validation)
+        pipeline.config.data.only(split).model_dump(include=names) | seed for split in ("train", "validation")
     )
     directory, options = download_directory(pipeline), pipeline.options
     show(fetch_vqav2(directory, options.annotations_url, options.images_url, train, validation, verify=False))
@@ -120,8 +117,9 @@ def download_directory(pipeline: Pipeline) -> Path:
     Raises:
         ValueError: it expects them under other names than those that are downloaded.
     """
-    directory = Path(pipeline.config.data.train.questions or "").parent
-    for split, source in zip(SPLITS, (pipeline.config.data.train, pipeline.validation), strict=True):
+    data = pipeline.config.data
+    directory = Path(data.only("train").questions or "").parent
+    for split, source in zip(SPLITS, (data.only("train"), data.only("validation")), strict=True):
         downloaded = {
             "questions": directory / f"v2_OpenEnded_mscoco_{split}_questions.json",
             "annotations": directory / f"v2_mscoco_{split}_annotations.json",
@@ -207,8 +205,7 @@ def run_stages(pipeline: Pipeline) -> None:
             completed.add(name)
             free_models()
     show_heading(len(CHECKS) + len(STAGES) + 1, "report")
-    records = open_records(pipeline.config, "train")
-    output = write_report(pipeline.config, plan_steps(pipeline.config, len(records)).total)
+    output = write_report(pipeline.config)
     show((output / "report.md").read_text(encoding="utf-8"))
     show(f"saved {output}/report.json and report.md; they contain no names, no absolute paths and no secrets")
 
@@ -244,7 +241,7 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(options.config, options.overrides)
     if config.data.validation is None or config.lora is None:
         raise ValueError(f"{options.config} needs data.validation, to evaluate on, and lora, to train an adapter")
-    run_stages(Pipeline(config, config.data.validation, [options.config, *options.overrides], options))
+    run_stages(Pipeline(config, [options.config, *options.overrides], options))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from finetune.system.progress import progress
 from finetune.training.checkpoints import step_of
 from finetune.training.commits import at_commits
 from finetune.training.examples import (
+    drawn,
     max_new_tokens,
     network_config,
     open_examples,
@@ -49,6 +50,7 @@ from finetune.training.setup import (
     plan_steps,
     require_starts,
     shard_decoder,
+    shortness_note,
     show_trained,
     start_note,
 )
@@ -130,13 +132,16 @@ def learn_one(
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
     if asked and (note := shared_images_note(examples.records, asked)):
         show(f"warning: {note}")
-    batch_sampler = plan_steps(config, len(dataset))
+    batch_sampler = plan_steps(config, examples.sizes)
+    if note := shortness_note(batch_sampler):
+        show(f"warning: {note}")
     if checkpoint and is_finished(config, checkpoint, batch_sampler.total, accept_changes):
         show(f"{config.output} is finished: nothing is left to train; kept {Result.read(Path(config.output))}")
         return False
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
     show_start(config, model, planned, checkpoint, batch_sampler.total)
     distributed.on_main(partial(start_run, config))
+    distributed.on_main(partial(Result.reopen, Path(config.output)))
     evaluated, samples, metric = planned_evaluation(config, planned, new_tokens), Samples(), task_of(config).key
     trainer = LoRATrainer(
         config,
@@ -154,7 +159,7 @@ def learn_one(
     if stop.stopping and trainer.state.global_step < batch_sampler.total:
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {resuming(words)}")
     trainer.finish()
-    conclude(config, batch_sampler.total, after)
+    conclude(config, trainer.state.global_step, batch_sampler.total, after)
     distributed.on_main(partial(show_page, Path(config.output)))
     return distributed.total(stop.received is not None) > 0
 
@@ -191,6 +196,8 @@ def is_finished(config: RunConfig, checkpoint: Path, total: int, accept_changes:
         )
     result = Result.read(Path(config.output))
     ended = result is not None and result.finished and result_directory(config).exists()
+    if result and ended and result.stopped_at == step_of(checkpoint):
+        return not accept_changes  # of patience, or of anything else: then it goes on
     if ended and accept_changes and step_of(checkpoint) == total:
         raise ValueError(
             f"{config.output} is finished: a change of its configuration would change nothing in it. Make the run "
@@ -216,23 +223,28 @@ def open_adapted(directory: Path, config: RunConfig, resumes: bool) -> tuple[Pal
     return model, base_fingerprint
 
 
-def conclude(config: RunConfig, total: int, after: str) -> None:
-    """Note that a run of `total` steps went to its end, and show its result and what to do next."""
-    distributed.on_main(partial(Result.finish, Path(config.output)))
+def conclude(config: RunConfig, step: int, total: int, after: str) -> None:
+    """Note that a run went to its end, or stopped early after `step` of `total`, and show its result and what to do
+    next.
+    """
+    distributed.on_main(partial(Result.finish, Path(config.output), step if step < total else None))
     result = Result.read(Path(config.output))
-    if result and result.step < total:  # a last step that was kept has said so just now
+    if step < total:
+        evaluations = "evaluation" if config.train.patience == 1 else f"{config.train.patience} evaluations"
+        show(f"stopped early, after step {step:,} of {total:,}: the last {evaluations} brought no better result")
+    if result and result.step < step:  # a last step that was kept has said so just now
         show(f"kept {result}")
     show(f"saved {result_directory(config)}; {after}")
 
 
 def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None:
     """A fixed selection of the valid validation questions, whose images were decoded; None where the run has none."""
-    if config.data.validation is None or config.train.eval_every is None:
+    if not config.evaluates:
         return None
     examples = open_examples(config, "validation", processor)
     records, skipped = examples.valid, examples.skipped
     if config.evaluation.count is not None and config.evaluation.count < len(records):
-        records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
+        records = drawn(records, examples.sizes_of_valid, config.evaluation.count, config.train.seed)
     return decodable(records, skipped)
 
 
@@ -271,9 +283,11 @@ def result_directory(config: RunConfig) -> Path:
 
 def facts_of(config: RunConfig, lengths: TextLengths, result: Result) -> TrainingFacts:
     """How the run trains, as far as the use of its result depends on it."""
-    prompt = config.data.prompt if config.data.train.questions else None  # lines have prompts of their own
     return dataclasses.replace(
-        result.facts, prompt=prompt, max_new_tokens=lengths.longest_answer, max_text_tokens=lengths.longest_text
+        result.facts,
+        prompt=config.data.prompt_of_all,
+        max_new_tokens=lengths.longest_answer,
+        max_text_tokens=lengths.longest_text,
     )
 
 

@@ -117,8 +117,7 @@ def test_every_stage_is_shown_in_its_order(finished: Finished) -> None:
 
 def test_only_the_selected_images_are_downloaded(finished: Finished) -> None:
     config = load_config(finished.directory / "run/config.yaml")
-    assert config.data.validation is not None
-    for source, split in ((config.data.train, "train2014"), (config.data.validation, "val2014")):
+    for source, split in ((config.data.only("train"), "train2014"), (config.data.only("validation"), "val2014")):
         records = load_records(questions=source.questions, fraction=source.fraction, count=source.count)
         selected = {image["path"] for image in records["image"]}
         assert {path.name for path in (finished.directory / "vqav2" / split).iterdir()} == selected
@@ -193,7 +192,7 @@ class Calls:
         monkeypatch.setattr(pipeline, "overfit", lambda config, count: self.record(f"overfit {count}"))
         monkeypatch.setattr(pipeline, "learn", lambda config, words: self.record("train"))
         monkeypatch.setattr(pipeline, "evaluate_run", lambda config, words: self.evaluate())
-        monkeypatch.setattr(pipeline, "write_report", lambda config, steps: self.write(Path(config.output)))
+        monkeypatch.setattr(pipeline, "write_report", lambda config: self.write(Path(config.output)))
 
     def record(self, call: str) -> None:
         self.made.append(call)
@@ -268,7 +267,7 @@ def test_a_gpu_is_checked_and_a_step_is_timed_on_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = load_config(QUICKSTART, [*overrides(tmp_path), "model.dtype=bfloat16"])
     assert config.data.validation is not None
-    given = pipeline.Pipeline(config, config.data.validation, [QUICKSTART], pipeline.parse([]))
+    given = pipeline.Pipeline(config, [QUICKSTART], pipeline.parse([]))
     pipeline.check_device(given)
     assert "RTX 3070: 7.00 of 8.00 GiB are free" in capsys.readouterr().out
     pipeline.plan(given)

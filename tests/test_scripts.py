@@ -111,13 +111,13 @@ def test_every_config_runs(base: Path, tmp_path: Path, path: Path) -> None:
     if config.stages:
         short = [stage.model_dump() | {"epochs": None, "max_steps": 1} for stage in config.stages]
         changes.append(f"stages={json.dumps(short)}")
-    for section, source in (("train", config.data.train), ("validation", config.data.validation)):
-        split = "train2014" if section == "train" else "val2014"
-        if source is not None and source.jsonl:
-            changes.append(f"data.{section}.jsonl={base}/data/captions_{split}.jsonl")
-        elif source is not None:
-            changes += [f"data.{section}.{name}={value}" for name, value in files(base, split).items()]
-            changes += [f"data.{section}.fraction=null", f"data.{section}.count=20"]
+    for place, source in (config.data.places("train") | config.data.places("validation")).items():
+        split = "train2014" if "train" in place else "val2014"
+        if source.jsonl:
+            changes.append(f"{place}.jsonl={base}/data/captions_{split}.jsonl")
+        else:
+            changes += [f"{place}.{name}={value}" for name, value in files(base, split).items()]
+            changes += [f"{place}.fraction=null", f"{place}.count=20"]
     if config.data.validation is not None:
         changes += ["train.eval_every=2", "evaluation.count=4"]
     train.main([str(path), *changes])

@@ -83,7 +83,7 @@ def steps(bench: Bench) -> Iterator[Finding]:
         trained, model = arms.library_on(bench.library(torch.float32), bench.adapter_directory(), False, False)
         optimizer = torch.optim.AdamW(trained.values(), LEARNING_RATE, BETAS, weight_decay=0.0)
         losses = []
-        for pairs in BatchSampler(len(examples), size, 0, STEPS):
+        for pairs in BatchSampler((len(examples),), size, 0, STEPS):
             loss = model(**bench.batch([examples[index] for index, _ in pairs]), use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()

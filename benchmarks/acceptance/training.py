@@ -85,7 +85,7 @@ def make_trainer(
         run,
         model,
         data,
-        BatchSampler(len(examples), size, 0, steps),
+        BatchSampler((len(examples),), size, 0, steps),
         execution_plan,
         partial(collate, pad_id=pad),
         save_result=lambda _: None,

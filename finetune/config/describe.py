@@ -31,9 +31,13 @@ def json_schema() -> JsonSchema:
 
 
 def describe() -> str:
-    """Help: every key with its type, default and meaning; `stages.N.name` is that of each item of the list `stages`."""
+    """Help: every key with its type, default and meaning; `stages.N.name` is that of each item of the list `stages`.
+    Sources in a list have the keys of a single one.
+    """
     lines = []
     for name, field in _fields().items():
+        if name.replace(".N.", ".") != name and name.replace(".N.", ".") in _fields():
+            continue
         default = f" = {json.dumps(field['default'])}" if "default" in field and "properties" not in field else ""
         lines.append(f"{name}: {_kind(field)}{' (required)' if field['required'] else default}")
         lines.append(indent(fill(field["description"], 110), "    "))
@@ -49,21 +53,30 @@ def _fields() -> dict[str, JsonSchema]:
 
     def below(section: JsonSchema, prefix: str) -> Iterator[tuple[str, JsonSchema]]:
         for name, field in section["properties"].items():
-            refs = [one["$ref"] for one in (field, *field.get("anyOf", ())) if "$ref" in one]
-            inner = schema["$defs"][refs[0].rpartition("/")[2]] if refs else {}
+            kinds = [field, *_alternatives(field)]
+            inner: JsonSchema = next(
+                (schema["$defs"][one["$ref"].rpartition("/")[2]] for one in kinds if "$ref" in one), {}
+            )
+            items = [one["items"]["$ref"] for one in kinds if "$ref" in one.get("items", {})]
             yield prefix + name, inner | field | {"required": name in section.get("required", ())}
-            if refs:
+            if inner:
                 yield from below(inner, f"{prefix}{name}.")
-            elif "$ref" in (items := field.get("items", {})):
-                yield from below(schema["$defs"][items["$ref"].rpartition("/")[2]], f"{prefix}{name}.N.")
+            if items:
+                yield from below(schema["$defs"][items[0].rpartition("/")[2]], f"{prefix}{name}.N.")
 
     return dict(below(schema, ""))
 
 
+def _alternatives(field: JsonSchema) -> list[JsonSchema]:
+    """The JSON schemas of what a key takes, where it takes one of several."""
+    found = [*field.get("anyOf", ()), *field.get("oneOf", ())]
+    return [inner for one in found for inner in (_alternatives(one) or [one])]
+
+
 def _kind(field: JsonSchema) -> str:
     """What a key takes, in words, from its JSON schema."""
-    if "anyOf" in field:
-        return " or ".join(_kind(one) for one in field["anyOf"])
+    if alternatives := _alternatives(field):
+        return " or ".join(map(_kind, alternatives))
     if "$ref" in field:
         return "section"
     if "const" in field:
@@ -111,9 +124,9 @@ def _siblings(keys: Keys) -> list[str]:
 
 
 def _elsewhere(key: str) -> list[str]:
-    """Dotted names of our keys with this name; those of stages, which repeat others, only where there are no others."""
+    """Dotted names of our keys with this name; those of lists, which repeat others, only where there are no others."""
     found = [name for name in _fields() if name.rpartition(".")[2] == key]
-    return [name for name in found if not name.startswith("stages.")] or found
+    return [name for name in found if ".N." not in name] or found
 
 
 def _meant(keys: Keys) -> str:

@@ -17,6 +17,7 @@ from finetune.adapters.locate import find_adapter
 from finetune.config import strict_yaml
 from finetune.config.describe import UNKNOWN, Keys, explain, unknown_keys, without_alternative
 from finetune.config.schema import RunConfig
+from finetune.config.section import ALTERNATIVE
 from finetune.lora.config import SettingError
 from finetune.system import paths
 
@@ -85,6 +86,7 @@ def complete(document: strict_yaml.Document, lora: dict[str, JsonValue]) -> None
 
 def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails]) -> None:
     """Note what pydantic found wrong with a document, in words and one problem a key."""
+    errors = [{**details, "loc": keys_of(details["loc"])} for details in errors]
     explained: set[Keys] = set()
     misspelled = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
     for details in errors:
@@ -97,6 +99,11 @@ def add_problems(document: strict_yaml.Document, errors: Sequence[ErrorDetails])
             if one not in explained:
                 document.add_problem(one, explain(one, details), others)
             explained.add(one)
+
+
+def keys_of(place: Keys) -> Keys:
+    """The place of an error without the alternatives of a key that were tried."""
+    return tuple(key for key in place if not str(key).startswith(ALTERNATIVE))
 
 
 def places_of(details: ErrorDetails) -> tuple[Keys, list[Keys]]:

@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from finetune.config.section import BelowOne, Count, CountOrZero, Effect, PathText, Positive, Section, Text, error_at
-from finetune.config.source import Source
+from finetune.config.source import Source, Sources, SourcesOrAuto
 from finetune.lora.config import LoRAConfig
 
 CONNECTOR = "connector.*"  # a target: all of it
+SPLITS = ("train", "validation")  # of the data
 
 
 def _refuse_float16(value: object) -> object:
@@ -83,10 +84,12 @@ class ImageOptions(Section):
 class DataConfig(Section):
     """What is learned from."""
 
-    train: Source
-    """Examples to train on."""
-    validation: Source | None = None
-    """Examples to evaluate on."""
+    train: Sources
+    """Examples to train on: a source, or a list of sources that take turns (a mixture)."""
+    validation: SourcesOrAuto | None = None
+    """Examples to evaluate on, likewise, each source of a list by a task of its own. auto: a tenth of the images of
+    data.train, drawn with train.seed, with all examples about them, which are not trained on.
+    """
     prompt: Text = "answer en {question}"
     """Prompt of the official files' questions; {question} is where the question goes."""
     answers: Literal["rotate", "majority"] = "rotate"
@@ -105,13 +108,71 @@ class DataConfig(Section):
     workers: Annotated[CountOrZero, Effect.NOTHING] = 2
     """Processes that prepare examples; 0: the training process itself."""
 
+    def sources(self, split: str) -> tuple[Source, ...]:
+        """Those of "train" or "validation"; where that is held out of data.train, those of data.train."""
+        given = getattr(self, split)
+        if given == "auto":
+            given = self.train
+        return () if given is None else (given,) if isinstance(given, Source) else given
+
+    def only(self, split: str) -> Source:
+        """The one source of a split. ValueError where there are none, several, or those of the other split."""
+        given = getattr(self, split)
+        if not isinstance(given, Source):
+            raise ValueError(f"data.{split} is {given!r:.100}; expected a single source")
+        return given
+
+    def places(self, split: str) -> dict[str, Source]:
+        """The same by their keys: data.train, or data.train.0 and so on."""
+        sources = self.sources(split)
+        if len(sources) == 1 and not isinstance(getattr(self, split), tuple):
+            return {f"data.{split}": sources[0]}
+        return {f"data.{split}.{number}": source for number, source in enumerate(sources)}
+
+    def title(self, split: str) -> str:
+        """The names of the files or data sets of "train" or "validation"; "" where there are none."""
+        listed = " and ".join(dict.fromkeys(source.title for source in self.sources(split)))
+        return f"a tenth of {listed}" if getattr(self, split) == "auto" else listed
+
+    @property
+    def prompt_of_all(self) -> str | None:
+        """The prompt of every training question; None where examples have prompts of their own."""
+        return self.prompt if all(source.questions for source in self.sources("train")) else None
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _are_told_apart(cls, given: SourcesOrAuto | None, info: ValidationInfo) -> SourcesOrAuto | None:
+        split = info.field_name
+        if not isinstance(given, tuple):
+            for key in ("name", "weight"):
+                if isinstance(given, Source) and getattr(given, key) is not None:
+                    raise error_at(f"{split}.{key}", "it is for a list of sources: leave it out", str(split))
+            return given
+        names = [source.called for source in given]
+        for number, name in enumerate(names):
+            if (first := names.index(name)) < number:
+                both = f"{split}.{number} and {split}.{first} are both called {name}: give them names of their own"
+                raise error_at(f"{split}.{number}.name", both, f"{split}.{first}.name")
+        weighted = [source.weight is not None for source in given]
+        if split == "validation" and any(weighted):
+            key = f"{split}.{weighted.index(True)}.weight"
+            raise error_at(key, "every validation source is answered in full: leave it out, or give count", split)
+        if any(weighted) and not all(weighted):
+            key = f"{split}.{weighted.index(False)}.weight"
+            raise error_at(
+                key, "another source has a weight: give each one, or none", f"{split}.{weighted.index(True)}.weight"
+            )
+        return given
+
     @field_validator("train")
     @classmethod
-    def _answered(cls, train: Source) -> Source:
-        if train.questions and not train.annotations:
-            raise error_at(
-                "train.annotations", "training needs the answers: give the annotations of questions", "train.questions"
-            )
+    def _answered(cls, train: Sources) -> Sources:
+        several = isinstance(train, tuple)
+        for number, source in enumerate(train if isinstance(train, tuple) else (train,)):
+            if source.questions and not source.annotations:
+                key = f"train.{number}" if several else "train"
+                message = "training needs the answers: give the annotations of questions"
+                raise error_at(f"{key}.annotations", message, f"{key}.questions")
         return train
 
     @field_validator("truncate_answers")
@@ -167,8 +228,11 @@ class TrainConfig(Section):
     """Steps between lines in metrics.jsonl."""
     save_every: Annotated[Count, Effect.NOTHING] = 100
     """Steps between checkpoints."""
-    eval_every: Count | None = None
-    """Steps between evaluations on data.validation; null: none during training."""
+    eval_every: Count | Literal["auto"] | None = "auto"
+    """Steps between evaluations on data.validation. auto: those of an epoch, and at most 20 evaluations in a run; none
+    where there is no data.validation. null: none during training."""
+    patience: Count | None = None
+    """Stop early after so many evaluations in a row without a better result; null: train to the end."""
     keep_checkpoints: Annotated[Count, Effect.NOTHING] = 2
     """Newest checkpoints to keep."""
     on_full_disk: Annotated[Literal["stop", "go_on"], Effect.NOTHING] = "stop"
@@ -274,6 +338,12 @@ class RunConfig(Section):
     """Directory of the run, such as runs/NAME."""
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates while it trains."""
+        unanswered = any(source.questions and not source.annotations for source in self.data.sources("validation"))
+        return self.data.validation is not None and not unanswered and self.train.eval_every is not None
+
     @field_validator("lora")
     @classmethod
     def _can_train(cls, lora: LoRAConfig | None, info: ValidationInfo) -> LoRAConfig | None:
@@ -339,16 +409,21 @@ class RunConfig(Section):
     @field_validator("train")
     @classmethod
     def _can_evaluate(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
-        if train.eval_every and "data" in info.data:
-            validation = info.data["data"].validation
-            if validation is None or (validation.questions and not validation.annotations):
-                raise error_at(
-                    "train.eval_every",
-                    "evaluating needs data.validation, with annotations where it has questions",
-                    "data.validation",
-                    "data.validation.annotations",
-                    "data.validation.questions",
-                )
+        if "data" not in info.data:
+            return train
+        data = info.data["data"]
+        unanswered = [source for source in data.sources("validation") if source.questions and not source.annotations]
+        for key in ("eval_every", "patience"):
+            given = getattr(train, key)
+            if given in (None, "auto") or (data.validation and not unanswered):
+                continue
+            raise error_at(
+                f"train.{key}",
+                f"evaluating needs data.validation, with annotations where it has questions; or set train.{key}=null",
+                "data.validation",
+                "data.validation.annotations",
+                "data.validation.questions",
+            )
         return train
 
     @model_validator(mode="after")

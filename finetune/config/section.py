@@ -1,7 +1,7 @@
 """What the sections of a configuration share: their base class, the types of values, and what another value changes."""
 
 from enum import StrEnum
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 from pydantic_core import PydanticCustomError
@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+ALTERNATIVE = "|"  # begins what pydantic adds to the place of an error: which of a key's alternatives was read
 
 
 class Effect(StrEnum):
@@ -36,7 +37,7 @@ class Section(BaseModel):
     @classmethod
     def sections(cls) -> dict[str, type["Section"]]:
         """The keys that are sections."""
-        kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in cls.model_fields.items()}
+        kinds = {name: [field.annotation, *_alternatives(field.annotation)] for name, field in cls.model_fields.items()}
         return {
             name: kind
             for name, union in kinds.items()
@@ -53,6 +54,11 @@ class Section(BaseModel):
         # A value that is no section, such as lora, says it for all keys within.
         said = cls.model_fields[name].metadata if name in cls.model_fields else []
         return next((effect for effect in said if isinstance(effect, Effect)), Effect.RESULT)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """What a union is of, at any depth."""
+    return [inner for one in get_args(annotation) for inner in (one, *_alternatives(one))]
 
 
 def error_at(key: str, message: str, *others: str) -> PydanticCustomError:

@@ -3,12 +3,13 @@
 Not here: reading them (data/sources, data/records.py).
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from finetune.config.section import Count, PathText, Section, Text, error_at
+from finetune.config.section import ALTERNATIVE, Count, PathText, Positive, Section, Text, error_at
 
 OFFICIAL = ("questions", "annotations")  # keys of the VQA files
 TABLES = (  # keys of all other sources that are paths, data.sources.TABLES
@@ -30,6 +31,13 @@ ROLES = ("image", "prefix", "question", "suffix", "id")  # of columns, as in dat
 class Source(Section):
     """Examples: from the official VQA files (questions, annotations, images), or from one other source (and images)."""
 
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")] | None = None
+    """In a list of sources what this one is called in figures and ids, such as captions. null: as its file or data set.
+    """
+    weight: Positive | None = None
+    """In a list of data.train how often this source is drawn, relative to the others: 3 beside 1 is three of four
+    examples. null, for all of them: as often as they have examples.
+    """
     questions: PathText | None = None
     """Official questions file (JSON)."""
     annotations: PathText | None = None
@@ -86,11 +94,16 @@ class Source(Section):
         return {key: path for key in SOURCE_PATHS if (path := getattr(self, key))}
 
     @property
-    def name(self) -> str:
-        """Of its file, without the path; or its id on the Hub."""
+    def title(self) -> str:
+        """The name of its file, without the path; or its id on the Hub."""
         if self.hub:
             return self.hub
         return Path(next(path for key, path in self.paths.items() if key != "images")).name
+
+    @property
+    def called(self) -> str:
+        """Its name in a list of sources."""
+        return self.name or re.sub(r"[^\w-]+", "-", Path(self.title).stem)
 
     @field_validator("split")  # the last of those that say where examples are
     @classmethod
@@ -124,3 +137,15 @@ class Source(Section):
             excluded = f"count ({count}) excludes fraction ({info.data['fraction']}): give one of them"
             raise error_at("count", excluded, "fraction")
         return count
+
+
+def _alternative(value: object) -> str:
+    kind = "auto" if isinstance(value, str) else "several" if isinstance(value, list | tuple) else "one"
+    return ALTERNATIVE + kind
+
+
+One = Annotated[Source, Tag(ALTERNATIVE + "one")]
+Several = Annotated[tuple[Source, ...], Field(min_length=1), Tag(ALTERNATIVE + "several")]
+Auto = Annotated[Literal["auto"], Tag(ALTERNATIVE + "auto")]
+Sources = Annotated[One | Several, Discriminator(_alternative)]
+SourcesOrAuto = Annotated[One | Several | Auto, Discriminator(_alternative)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.sources import source_contents
 from finetune.config.schema import RunConfig
+from finetune.config.source import Source
 from finetune.evaluation.evaluate import METRICS_FILE
 from finetune.system.atomic import describe, describe_all
 
@@ -24,15 +25,23 @@ INPUTS_KEY = "made_of"
 
 def inputs_of_run(config: RunConfig, limit: int | None) -> dict[str, Any]:
     """What determines the validation questions of a run, and the prompt they are put in."""
-    source = config.data.validation
-    assert source is not None, "the configuration has data.validation"
+    sources = config.data.sources("validation")
+    found = {source.called: inputs_of_source(source, config.train.seed) for source in sources}
+    inputs: dict[str, Any] = found if len(sources) > 1 else next(iter(found.values()))
+    if config.data.validation == "auto":
+        inputs |= {"held_out_by": config.train.seed}
+    return inputs | {"prompt": config.data.prompt, "limit": limit}
+
+
+def inputs_of_source(source: Source, seed: int) -> dict[str, Any]:
+    """What determines the records of a source."""
     inputs: dict[str, Any] = {key: describe_all(*of) for key, of in source_contents(source.model_dump()).items()}
     inputs |= {"task": source.task, "columns": source.columns}
     inputs |= source.model_dump(include={"hub", "subset", "revision"}) if source.hub else {}
     inputs |= {"split": source.split} if source.split and not source.questions else {}
     if source.fraction is not None or source.count is not None:
-        inputs |= source.model_dump(include={"fraction", "count", "sample_by"}) | {"seed": config.train.seed}
-    return inputs | {"prompt": config.data.prompt, "limit": limit}
+        inputs |= source.model_dump(include={"fraction", "count", "sample_by"}) | {"seed": seed}
+    return inputs
 
 
 def file_digests(**files: str | None) -> dict[str, Any]:

@@ -110,17 +110,16 @@ def evaluate_arm(
     )
     show_unfinished(name, result, "evaluation.max_new_tokens")
     if directory:
-        source = config.data.validation
         facts = {"model": str(arm.checkpoint), "adapter": str(arm.adapter) if arm.adapter else None}
-        facts |= {"validation": source.name if source else None}
+        facts |= {"validation": config.data.title("validation")}
         distributed.on_main(partial(result.save, directory / name, records, **facts, **{INPUTS_KEY: inputs}))
     return result.score
 
 
 def task_of(config: RunConfig) -> Task:
     """What the run's validation answers are judged by."""
-    source = config.data.validation or config.data.train
-    return task_named(source.task, official=source.questions is not None)
+    sources = config.data.sources("validation") or config.data.sources("train")
+    return task_named(sources[0].task, official=sources[0].questions is not None)
 
 
 def arms_of(config: RunConfig, words: Sequence[str], names: Sequence[str]) -> dict[str, Arm]:

@@ -25,6 +25,7 @@ from finetune.training.setup import (
     plan_steps,
     random_model,
     require_starts,
+    shortness_note,
     start_note,
     table_of_adapters,
 )
@@ -124,14 +125,11 @@ def workload_of(
     if examples is None:
         return None, StepWorkload(size, size, planner.tokens, planner.supervised)
     records, lengths = examples.records, examples.lengths
-    steps = plan_steps(config, len(records))
+    steps = plan_steps(config, examples.sizes)
     images = images_per_step(steps, records["image_id"][:])
     show(f"{len(records):,} examples, {steps.total:,} steps, up to {steps.total * size * planner.tokens:,} tokens")
-    if size > len(records):
-        show(
-            f"warning: a step of train.batch_size={size} is more than the {len(records):,} examples of data.train: it "
-            "takes some of them more than once; a smaller train.batch_size makes more steps of an epoch"
-        )
+    if note := shortness_note(steps):
+        show(f"warning: {note}")
     tokens = planner.config.num_image_tokens + 1 + math.ceil(lengths.mean_text)
     return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_answer))
 
@@ -181,7 +179,7 @@ def planned_evaluation(config: RunConfig, planned: RunPlan, new_tokens: int) -> 
     """The run, with as many questions at once in its evaluations as fit the budget; shown where they are fewer."""
     asked, budget = config.evaluation.batch_size, planned.plan.budget
     size = planned.planner.evaluation_batch(asked, new_tokens, budget)
-    if size < asked and config.data.validation is not None and config.train.eval_every is not None:
+    if size < asked and config.evaluates:
         show(
             f"evaluations answer {size} questions at once, not {asked}: those would take "
             f"{planned.planner.evaluation(asked, new_tokens) / GIB:.2f} of {budget / GIB:.2f} GiB"

@@ -7,6 +7,7 @@ One that cannot has a learning rate, targets or examples that no amount of data 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +23,7 @@ from finetune.evaluation.evaluate import generate_answers
 from finetune.preflight.run_plan import plan_run
 from finetune.system.console import new_table, show
 from finetune.training.batch_sampler import BatchSampler
-from finetune.training.examples import network_config, open_examples, open_processor
+from finetune.training.examples import in_turns, network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import Collate, Example
 from finetune.training.progress import ProgressBar
@@ -53,10 +54,18 @@ class Overfit:
         """All answers are right, and the loss has halved: the network may have known the answers before."""
         return self.right == len(self.answers) and self.losses[-1] < self.losses[0] / 2
 
+    @property
+    def still_falls(self) -> bool:
+        """Whether the loss of the last tenth of the steps is below that of the tenth before by 2% or more."""
+        tenth = len(self.losses) // 10
+        last, before = (statistics.fmean(self.losses[-n * tenth :][:tenth]) for n in (1, 2)) if tenth else (1.0, 1.0)
+        return last < 0.98 * before
+
 
 def overfit(config: RunConfig, count: int) -> None:
-    """Train on the first `count` examples alone, and show whether they were learned. Nothing is written. With the
-    connector of the last stage, where that was trained; otherwise as the run would be without its stages.
+    """Train on the first `count` examples alone, those of several sources in turns, and show whether they were learned.
+    Nothing is written. With the connector of the last stage, where that was trained; otherwise as the run would be
+    without its stages.
 
     Raises:
         ValueError: they were not; says what to look at.
@@ -74,7 +83,7 @@ def overfit(config: RunConfig, count: int) -> None:
         raise ValueError(f"--overfit {count}: expected 1 to {len(records):,}, the examples of data.train")
     plan = plan_run(config, network_config(directory, config), examples.longest).plan
     model = open_model(directory, config)
-    records = records.select(range(count))
+    records = records.select(in_turns(examples.sizes_of_valid, count))
     dataset = PaliGemmaDataset(records, processor, config.data.answers, skipped=examples.skipped)
     adapt(model, config)
     show_trained(model)
@@ -104,10 +113,14 @@ def show_outcome(config: RunConfig, found: Overfit) -> None:
         f"{found.losses[0]:.3f} -> {found.losses[-1]:.3f}"
     )
     if not found.learned:
-        raise ValueError(
-            f"the examples were not learned: {outcome}. Look at train.learning_rate ({config.train.learning_rate}), "
-            "at lora.targets (what is trained is said above), and with --inspect at the examples"
+        rate = config.train.learning_rate
+        where = (
+            f"The loss still falls: try a larger train.learning_rate, such as {5 * rate:g} (it is {rate:g})"
+            if found.still_falls
+            else f"Look at train.learning_rate ({rate:g}), at lora.targets (what is trained is said above), and with "
+            "--inspect at the examples"
         )
+        raise ValueError(f"the examples were not learned: {outcome}. {where}")
     show(f"it learns: {outcome}")
 
 
@@ -151,7 +164,7 @@ def train_until_learned(
             run,
             model,
             dataset,
-            BatchSampler(count, count, run.train.seed, MAX_STEPS),
+            BatchSampler((count,), count, run.train.seed, MAX_STEPS),
             execution,
             collate,
             save_result=lambda _: None,

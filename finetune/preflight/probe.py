@@ -118,7 +118,7 @@ def time_step(
     with tempfile.TemporaryDirectory() as directory:
         run = run.model_copy(update={"output": directory})
         rows = RandomExamples(model.config, workload, execution.micro_batch)
-        steps = BatchSampler(len(rows), len(rows), run.train.seed, 1)
+        steps = BatchSampler((len(rows),), len(rows), run.train.seed, 1)
         trainer = LoRATrainer(run, model, rows, steps, execution, collate, save_result=lambda _: None)
         try:
             return time_phases(trainer, [rows[index] for index in range(len(rows))])

@@ -138,7 +138,7 @@ def about(subject: Subject) -> str:
         merged = "with a LoRA adapter merged into it" if subject.adapter else "fine-tuned in full"
         said = f"PaliGemma ({base}) {merged}. It answers questions about images."
     if subject.run:
-        said += f" Trained on {code(subject.run.config.data.train.name)}"
+        said += f" Trained on {code(subject.run.config.data.title('train'))}"
         said += f", in steps of {subject.run.config.train.batch_size:,} examples."
     step, value = subject.facts.step, subject.facts.metric_value
     if step is not None:
@@ -168,8 +168,8 @@ def scores(subject: Subject) -> str:
 
 def validation_name(subject: Subject, arm: Arm) -> str:
     """The file of questions that an arm answered; by the configuration where its figures do not say."""
-    source = subject.run.config.data.validation if subject.run else None
-    return str(arm.metrics.get("validation") or (source.name if source else "not named"))
+    title = subject.run.config.data.title("validation") if subject.run else ""
+    return str(arm.metrics.get("validation") or title or "not named")
 
 
 def opening(subject: Subject) -> str:
@@ -204,7 +204,7 @@ def in_python(text: str) -> str:
 
 def example_prompt(subject: Subject) -> str:
     """A prompt worded as in training, where that is known; a placeholder where each example had its own."""
-    if subject.facts.prompt is None and subject.run and not subject.run.config.data.train.questions:
+    if subject.facts.prompt is None and subject.run and not subject.run.config.data.prompt_of_all:
         return "a prompt like those of the training examples"
     return (subject.facts.prompt or "answer en {question}").replace("{question}", "what is this?")
 
@@ -218,7 +218,7 @@ def training(subject: Subject) -> str:
     said = []
     if subject.facts.prompt:
         said.append(f"The prompt of a question: {code(subject.facts.prompt)}.")
-    elif subject.run and not subject.run.config.data.train.questions:
+    elif subject.run and not subject.run.config.data.prompt_of_all:
         said.append("The prompts stand in the training examples.")
     if subject.adapter and (quantized := trained_on(subject.adapter)):
         said.append(f"The decoder's weights were kept in {quantized.upper()} while it was trained.")

@@ -134,7 +134,7 @@ def differences(first: RunConfig, other: RunConfig) -> list[str]:
 def summary(run: RunData) -> str:
     """What was trained on what, and what came of it, in a sentence."""
     model = public(run.config)["model"]["path"]
-    said = f"{model} was trained on {run.config.data.train.name}"
+    said = f"{model} was trained on {run.config.data.title('train')}"
     arm = run.trained
     if arm is None and run.config.data.validation is None:
         return f"{said}. The run has no data.validation, and so nothing to evaluate on."

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from finetune.report.subject import Subject
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NOBODY = "nobody is there to confirm what is pushed: add --yes"
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -62,6 +64,30 @@ class Options:
 
 def options_of(arguments: argparse.Namespace) -> Options:
     return Options(arguments.directory, arguments.repo, arguments.base, arguments.public, arguments.yes)
+
+
+def add_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """The options of a script that pushes what it has made. what: that, in words."""
+    parser.add_argument("--push", metavar="OWNER/NAME", help=f"push {what} to the Hub, once confirmed")
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository is public")
+    parser.add_argument("--yes", action="store_true", help="with --push: without asking")
+
+
+def requested(arguments: argparse.Namespace, directory: Path) -> Options | None:
+    """What these options ask for, with access to the repository, before the work that takes long; or None.
+
+    Raises:
+        ValueError: there is no access; nobody could confirm; an option stands without --push.
+    """
+    if not arguments.push:
+        if arguments.public or arguments.yes:
+            raise ValueError("--public and --yes are of --push: give it, or leave them out")
+        return None
+    options = Options(directory, arguments.push, public=arguments.public, yes=arguments.yes)
+    if not options.yes and not sys.stdin.isatty():
+        raise ValueError(NOBODY)
+    require_access(options)
+    return options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +239,7 @@ def confirmed() -> bool:
     try:
         return input("push? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError as error:
-        raise ValueError("nobody is there to confirm: add --yes") from error
+        raise ValueError(NOBODY) from error
 
 
 @contextlib.contextmanager

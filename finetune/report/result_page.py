@@ -38,14 +38,14 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenize
 PATHS = {"path", *SOURCE_PATHS, "start_from", "output"}  # keys whose values are paths
 
 
-def write_report(config: RunConfig, steps: int) -> Path:
-    """Write both files, and return their directory. steps: the optimizer steps of the whole run."""
+def write_report(config: RunConfig) -> Path:
+    """Write both files, and return their directory."""
     config = at_commits(config)
     output = Path(config.output)
     report = {
         "metric": task_of(config).metric,
         "scores": scores_of(config),
-        "training": training_of(output, steps) | {"stages": stages_of(config)},
+        "training": training_of(output) | {"stages": stages_of(config)},
         "data": data_of(config),
         "environment": environment_of(pick_device(config.model.device)),
         "configuration": public(config),
@@ -86,12 +86,12 @@ def figures_of(scored: Score) -> dict[str, Any]:
     }
 
 
-def training_of(output: Path, steps: int) -> dict[str, Any]:
-    """Training time, that before interruptions included, and the step whose adapter was kept."""
-    kept = Result.read(output) or Result(steps, "not known")
+def training_of(output: Path) -> dict[str, Any]:
+    """Steps and time of training, those before interruptions included, and the step whose adapter was kept."""
+    trained = {"steps": 0, "hours": 0.0} | last_line(output)
+    kept = Result.read(output) or Result(trained["steps"], "not known")
     return {
-        "hours": last_line(output).get("hours", 0.0),
-        "steps": steps,
+        **trained,
         "kept_step": kept.step,
         "kept_for": kept.why,
         "score_at_kept_step": kept.metric_value,
@@ -149,17 +149,15 @@ def public(config: RunConfig) -> dict[str, Any]:
     """The configuration without tracking, and with shortened paths."""
     output = os.path.abspath(config.output)
 
-    def shown(section: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: shown(value)
-            if isinstance(value, dict)
-            else shortened(value, output)
-            if key in PATHS and value is not None
-            else value
-            for key, value in section.items()
-        }
+    def shown(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: shown(inner, name) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [shown(inner, key) for inner in value]
+        return shortened(value, output) if key in PATHS and value is not None else value
 
-    return shown(config.model_dump(mode="json", exclude={"tracking"}))
+    found: dict[str, Any] = shown(config.model_dump(mode="json", exclude={"tracking"}))
+    return found
 
 
 def shortened(path: str, output: str) -> str:

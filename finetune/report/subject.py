@@ -84,8 +84,7 @@ class Subject:
             return training_facts(self.adapter)
         if self.run is None or self.run.result is None:
             return TrainingFacts()
-        data = self.run.config.data
-        return dataclasses.replace(self.run.result.facts, prompt=data.prompt if data.train.questions else None)
+        return dataclasses.replace(self.run.result.facts, prompt=self.run.config.data.prompt_of_all)
 
     @property
     def opens_elsewhere(self) -> bool:

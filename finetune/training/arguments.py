@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import TrainingArguments
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, TrainConfig
+from finetune.training.batch_sampler import BatchSampler
+
+MOST_EVALUATIONS = 20  # of a run, where it is left to us
 
 
 class Arguments(TrainingArguments):
@@ -18,15 +23,24 @@ class Arguments(TrainingArguments):
         return False
 
 
+def evaluation_interval(train: TrainConfig, steps: BatchSampler) -> int | None:
+    """Steps between evaluations; None: there are none during training."""
+    if train.eval_every != "auto":
+        return train.eval_every
+    epoch = math.ceil(steps.num_records / steps.batch_size)
+    return min(steps.total, max(epoch, math.ceil(steps.total / MOST_EVALUATIONS)))
+
+
 def training_arguments(
-    config: RunConfig, total: int, device: torch.device, evaluates: bool, saves: bool
+    config: RunConfig, steps: BatchSampler, device: torch.device, evaluates: bool, saves: bool
 ) -> TrainingArguments:
-    """The Trainer's arguments for `total` steps. evaluates, saves: whether it evaluates and writes checkpoints.
+    """The Trainer's arguments for these steps. evaluates, saves: whether it evaluates and writes checkpoints.
 
     Raises:
         ValueError: several devices are visible to one process.
     """
-    train = config.train
+    train, total = config.train, steps.total
+    interval = evaluation_interval(train, steps) if evaluates else None
     schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
     arguments = Arguments(
         output_dir=config.output,
@@ -42,8 +56,8 @@ def training_arguments(
         logging_nan_inf_filter=False,
         save_strategy="steps" if saves else "no",
         save_steps=train.save_every,
-        eval_strategy="steps" if evaluates and train.eval_every else "no",
-        eval_steps=train.eval_every,
+        eval_strategy="steps" if interval else "no",
+        eval_steps=interval,
         use_cpu=device.type == "cpu",
         report_to="none",
         disable_tqdm=True,

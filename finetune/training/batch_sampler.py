@@ -1,8 +1,11 @@
 """Which examples make up optimizer step k: a pure function of the seed and k.
 
-The records are drawn in epochs, each in an order of its own; the steps cut that endless sequence into effective
-batches, across the ends of epochs. So the state of the data in a checkpoint is one integer, and how a batch is cut into
-micro-batches, on how many devices, changes nothing about what is learned.
+The records of a source are drawn in epochs, each in an order of its own. Several sources take turns: source s has its
+draw j, counted from 0, at time (j + 1/2) / share, and all draws are taken in the order of their times. So of the first
+n draws every source has its share to within one or two, and where the shares are those of the records, an epoch draws
+each record once. The steps cut that endless sequence into effective batches, across the ends of epochs. So the state of
+the data in a checkpoint is one integer, and how a batch is cut into micro-batches, on how many devices, changes nothing
+about what is learned.
 """
 
 from __future__ import annotations
@@ -13,39 +16,56 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSampler:
     """The effective batches of a run.
 
-    Iterating gives `total` batches of (record, epoch): the index of a record, and the epoch, counted from 0, that it is
-    drawn in. Which of a record's answers an epoch takes is the data set's business.
+    Iterating gives `total` batches of (record, epoch): the index of a record, and the epoch of its source, counted from
+    0, that it is drawn in. Which of a record's answers an epoch takes is the data set's business.
+
+    Attributes:
+        sizes: the number of records of each source; the indices of a source follow those of the one before it.
+        batch_size: examples of a step.
+        seed: of the orders.
+        total: steps.
+        weights: how often the sources are drawn, relative to each other; none: as often as they have records.
     """
 
-    num_records: int
+    sizes: tuple[int, ...]
     batch_size: int
     seed: int
     total: int
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.num_records, self.batch_size, self.total) < 1:
+        if min(*self.sizes, self.batch_size, self.total) < 1:
             raise ValueError(
-                f"{self.num_records} records in {self.total} steps of {self.batch_size}: expected at least one of each"
+                f"{self.sizes} records in {self.total} steps of {self.batch_size}: expected at least one of each"
+            )
+        if self.weights and (len(self.weights) != len(self.sizes) or min(self.weights) <= 0):
+            raise ValueError(
+                f"weights are {self.weights}; expected a positive one for each of {len(self.sizes)} sources"
             )
 
-    @classmethod
-    def for_epochs(cls, num_records: int, batch_size: int, seed: int, epochs: float) -> BatchSampler:
-        """As many steps as `epochs` passes over the records take, the last one filled up."""
-        return cls(num_records, batch_size, seed, max(1, math.ceil(round(epochs * num_records / batch_size, 6))))
+    @property
+    def num_records(self) -> int:
+        """Of all sources: so many draws are an epoch of the run."""
+        return sum(self.sizes)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of all draws, the share of each source."""
+        weights = self.weights or self.sizes
+        return tuple(weight / sum(weights) for weight in weights)
 
     def __getitem__(self, step: int) -> list[tuple[int, int]]:
         """The (record, epoch) pairs of one step, counted from 0."""
         if not 0 <= step < self.total:
             raise IndexError(f"step {step} of {self.total}")
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        pairs = (divmod(position, self.num_records) for position in positions)
-        return [(self.order(epoch)[position], epoch) for epoch, position in pairs]
+        return [self.draw(position) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return (self[step] for step in range(self.total))
@@ -53,9 +73,19 @@ class BatchSampler:
     def __len__(self) -> int:
         return self.total
 
-    def order(self, epoch: int) -> list[int]:
-        """The order in which an epoch draws the records."""
-        return shuffled(self.num_records, self.seed, epoch)
+    def draw(self, position: int) -> tuple[int, int]:
+        """The record of one draw, counted from 0 over all steps, and the epoch of its source."""
+        source, own = 0, position
+        if len(self.sizes) > 1:
+            source, own = (int(found[position]) for found in turns(self.shares, self.total * self.batch_size))
+        epoch, place = divmod(own, self.sizes[source])
+        order = shuffled(self.sizes[source], self.seed, epoch, source)
+        return sum(self.sizes[:source]) + int(order[place]), epoch
+
+
+def steps_of_epochs(num_records: int, batch_size: int, epochs: float) -> int:
+    """As many steps as `epochs` passes over the records take, the last one filled up."""
+    return max(1, math.ceil(round(epochs * num_records / batch_size, 6)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +111,22 @@ class RankShard:
         return len(self.batch_sampler)
 
 
-@functools.lru_cache(maxsize=2)  # a step touches one epoch, or two at their border
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
-    return order
+@functools.lru_cache(maxsize=1)
+def turns(shares: tuple[float, ...], count: int) -> tuple[Tensor, Tensor]:
+    """Of the first `count` draws from several sources: whose each is, and which of its source's, both i64[count]. More
+    draws begin with the same ones.
+    """
+    # In a time t a source has at most t * share + 1/2 draws, and `count` draws are over before count + sources / 2.
+    own = [torch.arange(math.ceil((count + len(shares)) * share) + 1) for share in shares]
+    times = torch.cat([(draws.double() + 0.5) / share for draws, share in zip(own, shares, strict=True)])
+    order = torch.argsort(times, stable=True)[:count]  # of two at one time, the source that is named first
+    sources = torch.cat([torch.full_like(draws, source) for source, draws in enumerate(own)])
+    return sources[order], torch.cat(own)[order]
+
+
+@functools.lru_cache(maxsize=32)  # a step touches one epoch of a source, or two at their border
+def shuffled(count: int, seed: int, epoch: int, source: int = 0) -> Tensor:
+    """The order i64[count] in which an epoch draws the records of a source."""
+    # Of a seed the generator uses 32 bits; the last factor spreads the sources over these.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + source * 2_654_435_761) % 2**63)
+    return torch.randperm(count, generator=generator)

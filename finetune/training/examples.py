@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import math
+from collections.abc import Sequence
+from itertools import accumulate, islice, starmap, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +16,10 @@ import pyarrow.compute as pc
 
 from data import Processor
 from data.image_form import ImageForm
-from data.invalid import SkippedRecords
+from data.invalid import InvalidRecord, SkippedRecords
 from data.lengths import Longest, TextLengths, measure
 from data.records import image_names, image_places, load_records
+from data.splits import hold_out
 from finetune.config.schema import RunConfig
 from finetune.system.console import show
 from finetune.system.paths import did_you_mean
@@ -33,11 +37,22 @@ class Examples:
     records: Dataset
     lengths: TextLengths
     skipped: SkippedRecords
+    sizes: tuple[int, ...]
+    """The number of records of each source, in the order of the records."""
 
     @property
     def longest(self) -> Longest:
         """What the plan takes from the data."""
         return Longest(self.lengths.longest_text, self.lengths.longest_answer)
+
+    @property
+    def sizes_of_valid(self) -> tuple[int, ...]:
+        """The number of valid records of each source."""
+        if not self.skipped.reasons:
+            return self.sizes
+        ids, ends = self.records["id"][:], accumulate(self.sizes)
+        parts = [ids[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
+        return tuple(sum(id not in self.skipped.reasons for id in part) for part in parts)
 
     @property
     def valid(self) -> Dataset:
@@ -51,11 +66,11 @@ def require_paths(config: RunConfig, *splits: str) -> None:
     Raises:
         ValueError: names all that are missing, by their keys.
     """
-    sources = {split: getattr(config.data, split) for split in splits}
     missing = [
-        f"data.{split}.{key}: {path} does not exist{did_you_mean(path)}"
-        for split, source in sources.items()
-        for key, path in (source.paths if source else {}).items()
+        f"{place}.{key}: {path} does not exist{did_you_mean(path)}"
+        for split in splits
+        for place, source in config.data.places(split).items()
+        for key, path in source.paths.items()
         if not Path(path).exists() and not (key == "parquet" and glob.has_magic(path))
     ]
     if missing:
@@ -63,13 +78,61 @@ def require_paths(config: RunConfig, *splits: str) -> None:
 
 
 def open_records(config: RunConfig, split: str, skipped: SkippedRecords | None = None) -> Dataset:
-    """The records of data.train or data.validation (`split`), as `load_records` opens them, with locations as
-    image.aspect says; those that cannot be used go to `skipped`, by default where the configuration says.
+    """The records of data.train or data.validation (`split`), those of one source after those of another, as
+    `open_sources` opens them.
     """
-    source = getattr(config.data, split).model_dump(exclude={"task"})
-    prompt, seed = config.data.prompt, config.train.seed
-    skipped, aspect = skipped or skipped_records(config, split), config.image.aspect or "squash"
-    return load_records(**source, prompt=prompt, seed=seed, skipped=skipped, aspect=aspect)
+    return joined(open_sources(config, split, skipped))
+
+
+def open_sources(config: RunConfig, split: str, skipped: SkippedRecords | None = None) -> list[Dataset]:
+    """The records of each source of data.train or data.validation (`split`), as `load_records` opens them, with
+    locations as image.aspect says, without those that are held out for the other split, and of several sources with
+    ids that begin with the source's name. Those that cannot be used go to `skipped`, by default where the configuration
+    says.
+    """
+    sources, skipped = config.data.sources(split), skipped or skipped_records(config, split)
+    several = len(sources) > 1
+    opened: dict[str, Dataset] = {}
+    found = SkippedRecords(share=math.inf) if several else skipped  # of several sources the share is that of all
+    try:
+        for source in sources:
+            opened[source.called] = load_records(
+                **source.model_dump(exclude={"task", "name", "weight"}),
+                prompt=config.data.prompt,
+                seed=config.train.seed,
+                skipped=found,
+                aspect=config.image.aspect or "squash",
+                prefix_of_ids=f"{source.called}/" if several else "",
+            )
+    finally:  # of a source without any that can be used, too
+        if several:
+            skipped.add(starmap(InvalidRecord, found.reasons.items()), found.looked_at)
+    if config.data.validation == "auto":
+        return [getattr(parts, split) for parts in hold_out(opened, config.train.seed).values()]
+    return list(opened.values())
+
+
+def joined(sources: Sequence[Dataset]) -> Dataset:
+    """The records of all sources, as one data set."""
+    if len(sources) == 1:
+        return sources[0]
+    from datasets import concatenate_datasets  # only now: it takes seconds
+
+    return concatenate_datasets(list(sources))
+
+
+def in_turns(sizes: Sequence[int], count: int) -> list[int]:
+    """The first `count` positions of joined records, the sources, which have these sizes, taking turns."""
+    of_sources = (range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
+    positions = (position for turn in zip_longest(*of_sources) for position in turn if position is not None)
+    return list(islice(positions, count))
+
+
+def drawn(records: Dataset, sizes: Sequence[int], count: int, seed: int) -> Dataset:
+    """`count` of joined records at random, of each source as many as of another, as far as it has them."""
+    ends = accumulate(sizes)
+    parts = [records.select(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    return joined([part.shuffle(seed=seed) for part in parts]).select(in_turns(sizes, count))
 
 
 def skipped_records(config: RunConfig, split: str, listed: bool = True) -> SkippedRecords:
@@ -125,7 +188,8 @@ def open_examples(
             and the checkpoint pads its images where the configuration does not say so.
     """
     skipped = skipped or skipped_records(config, split)
-    records = open_records(config, split, skipped)
+    sources = open_sources(config, split, skipped)
+    records = joined(sources)
     if processor.image_form.aspect != (config.image.aspect or "squash") and has_locations(records):
         raise ValueError(
             f"data.{split} has locations such as <loc0000>, and {config.model.path} pads its images, which moves them: "
@@ -136,7 +200,7 @@ def open_examples(
     skipped.add(lengths.invalid.values(), len(records))
     for note in lengths.notes():
         show(f"data.{split}: {note}")
-    return Examples(records, lengths, skipped)
+    return Examples(records, lengths, skipped, tuple(map(len, sources)))
 
 
 def has_locations(records: Dataset) -> bool:

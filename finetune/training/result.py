@@ -31,6 +31,8 @@ class Result:
     validation_loss: float | None = None
     finished: bool = False
     """Whether the run went to its end, so that no later step can be better."""
+    stopped_at: int | None = None
+    """The step after which a finished run stopped early (`train.patience`)."""
 
     def __str__(self) -> str:
         figures = {self.metric: self.metric_value, "validation loss": self.validation_loss}
@@ -67,11 +69,25 @@ class Result:
             return None
 
     @classmethod
-    def finish(cls, output: Path) -> None:
-        """Note that the run went to its end. Where that finds no room, it is taken for one that did not."""
+    def finish(cls, output: Path, stopped_at: int | None = None) -> None:
+        """Note that the run went to its end, or stopped early after a step. Where that finds no room, it is taken for
+        one that did not.
+        """
         if result := cls.read(output):
-            with contextlib.suppress(OSError), dataclasses.replace(result, finished=True).written(output):
+            ended = dataclasses.replace(result, finished=True, stopped_at=stopped_at)
+            with contextlib.suppress(OSError), ended.written(output):
                 pass
+
+    @classmethod
+    def reopen(cls, output: Path) -> None:
+        """Note that a run which went to its end goes on. ValueError where that finds no room."""
+        if (result := cls.read(output)) is None or not result.finished:
+            return
+        try:
+            with dataclasses.replace(result, finished=False, stopped_at=None).written(output):
+                pass
+        except OSError as error:
+            raise ValueError(f"{output / RESULT_FILE} cannot be written: {error}; make room and start again") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.adapters.locate import find_adapter
 from finetune.adapters.metadata import WEIGHTS_FILE
 from finetune.config.load import dump_config, load_config
-from finetune.config.schema import RunConfig
+from finetune.config.schema import SPLITS, RunConfig
 from finetune.config.stages import connector_start
 from finetune.system.atomic import damage, describe, describe_all, write_text_whole
 from finetune.training.checkpoints import checkpoints, newest_whole
@@ -113,23 +113,27 @@ def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
     """
     from data.sources import source_contents  # only now: it needs `datasets`, which training in itself does not
 
-    splits = {"train": config.data.train, "validation": config.data.validation}
+    # What is held out of data.train is among its files.
+    splits = SPLITS if config.data.validation != "auto" else ("train",)
     start = connector_start(config)
     weights = find_adapter(Path(start)) / WEIGHTS_FILE if start else None
     name = f"stages/{config.stages[-1].name}/adapter" if config.stages else "connector.start_from"
     return ({name: describe(weights)} if weights and weights.is_file() else {}) | {
-        f"data.{split}.{name}": describe_all(*of)
-        for split, source in splits.items()
-        for name, of in (source_contents(source.model_dump()) if source else {}).items()
+        f"{place}.{name}": describe_all(*of)
+        for split in splits
+        for place, source in config.data.places(split).items()
+        for name, of in source_contents(source.model_dump()).items()
     }
 
 
 def judged_by(config: RunConfig) -> dict[str, Any]:
     """What a run's figures depend on beside the weights: the validation data and how answers to them are generated."""
     of_answers = {"prompt": config.data.prompt, "max_text_tokens": config.data.max_text_tokens}
-    files = {key: about for key, about in contents(config).items() if key.startswith("data.validation.")}
+    held_out = config.data.validation == "auto"
+    begin = "data.train" if held_out else "data.validation"
+    files = {key: about for key, about in contents(config).items() if key.startswith(begin)}
     asked = {"seed": config.train.seed, "evaluation": config.evaluation.model_dump(exclude={"batch_size"})}
-    validation = config.data.validation.model_dump() if config.data.validation else None
+    validation = config.data.model_dump()["train" if held_out else "validation"]
     return {"validation": validation, "files": files, **of_answers, **asked}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,11 +20,13 @@ from finetune.lora.nf4 import open_base, quantize
 from finetune.system import distributed, sharding
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
-from finetune.training.batch_sampler import BatchSampler
+from finetune.training.batch_sampler import BatchSampler, steps_of_epochs
 from finetune.training.examples import network_config
 from model import PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
 from model.random_init import from_random
+
+FEW_STEPS = 50
 
 
 def open_model(directory: Path, config: RunConfig) -> PaliGemma:
@@ -54,12 +57,31 @@ def random_model(directory: Path, config: RunConfig, device: torch.device) -> Pa
     return from_random(directory, config.train.seed, dtype, device)
 
 
-def plan_steps(config: RunConfig, examples: int) -> BatchSampler:
-    train = config.train
-    if train.max_steps:
-        return BatchSampler(examples, train.batch_size, train.seed, train.max_steps)
-    assert train.epochs is not None, "the configuration has epochs or max_steps"
-    return BatchSampler.for_epochs(examples, train.batch_size, train.seed, train.epochs)
+def plan_steps(config: RunConfig, sizes: Sequence[int]) -> BatchSampler:
+    """The steps of a run whose sources of training examples have these sizes."""
+    train, weights = config.train, [source.weight for source in config.data.sources("train")]
+    assert train.max_steps or train.epochs, "the configuration has epochs or max_steps"
+    total = train.max_steps or steps_of_epochs(sum(sizes), train.batch_size, train.epochs or 1)
+    given = tuple(weight for weight in weights if weight is not None)
+    return BatchSampler(tuple(sizes), train.batch_size, train.seed, total, given)
+
+
+def shortness_note(steps: BatchSampler) -> str | None:
+    """What a person should know of a run that can learn little, because it has few steps or few examples; or None."""
+    size, examples = steps.batch_size, steps.num_records
+    if size > examples:
+        return (
+            f"a step of train.batch_size={size} is more than the {examples:,} examples of data.train: it takes some of "
+            "them more than once; a smaller train.batch_size makes more steps of an epoch"
+        )
+    if steps.total >= FEW_STEPS:
+        return None
+    smaller = max(1, size * steps.total // FEW_STEPS)
+    more = f"a smaller train.batch_size, such as {smaller}, makes more steps of an epoch; or " if size > 1 else ""
+    return (
+        f"the run has {steps.total:,} steps, and fewer than {FEW_STEPS} rarely teach an adapter much: {more}raise "
+        "train.epochs or train.max_steps"
+    )
 
 
 def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:

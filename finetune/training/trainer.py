@@ -81,9 +81,7 @@ class LoRATrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         save_checkpoints: bool = True,
     ) -> None:
-        arguments = training_arguments(
-            config, batch_sampler.total, model.device, evaluate is not None, save_checkpoints
-        )
+        arguments = training_arguments(config, batch_sampler, model.device, evaluate is not None, save_checkpoints)
         self.run, self.network, self.batch_sampler = config, model, batch_sampler
         self.rank_shard = RankShard(batch_sampler, distributed.rank(), distributed.count())
         self.save_result, self.evaluate_now, self.evaluated_step = save_result, evaluate, -1
@@ -204,8 +202,18 @@ class LoRATrainer(Trainer):
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.is_past_its_best:
+            self.control.should_training_stop = self.control.should_save = True
         self.network.train()
         return metrics
+
+    @property
+    def is_past_its_best(self) -> bool:
+        """Whether as many evaluations as `train.patience` allows were not better than the best one before them."""
+        patience = self.run.train.patience
+        if patience is None or self.best is None or not self.args.eval_steps:
+            return False
+        return self.state.global_step - self.best.step >= patience * self.args.eval_steps
 
     def finish(self) -> None:
         """After training: evaluate, where the last step did not; with nothing to evaluate, keep the last state."""

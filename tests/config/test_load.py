@@ -63,7 +63,7 @@ def test_a_later_override_wins_and_sections_are_made_on_the_way(path: Path) -> N
     config = load_config(path, overrides)
     assert config.lora == LoRAConfig(rank=3, alpha=4)
     assert config.data.validation is not None
-    assert config.data.validation.jsonl == "v.jsonl"
+    assert config.data.only("validation").jsonl == "v.jsonl"
 
 
 def test_an_override_replaces_what_the_file_has_wrong(path: Path) -> None:
@@ -136,7 +136,7 @@ def test_all_problems_are_listed_at_once_with_line_value_and_expectation(path: P
         "run.yaml:10: train.lr: unknown key; did you mean train.learning_rate?",
         "run.yaml:11: train.zzz: unknown key; expected epochs, max_steps, batch_size, micro_batch, recompute, "
         "learning_rate, schedule, warmup, weight_decay, beta1, beta2, max_grad_norm, seed, log_every, save_every, "
-        "eval_every, keep_checkpoints, on_full_disk",
+        "eval_every, patience, keep_checkpoints, on_full_disk",
         "override 'train.batch=3': train.batch: unknown key; did you mean batch_size?",
         "run.yaml:20: output: got 3; expected text, in quotes",
         'run.yaml:21: tracking.wandb: got "yes"; expected off | offline | online',
@@ -365,7 +365,8 @@ def test_evaluation_during_training_needs_answers(path: Path) -> None:
 
 def test_missing_sections_are_named_with_their_meaning(path: Path) -> None:
     assert problems(path, text="model: {path: x}\ndata: {}\n") == [
-        "run.yaml:2: data.train: required, but not given: Examples to train on.",
+        "run.yaml:2: data.train: required, but not given: Examples to train on: a source, or a list of sources that "
+        "take turns (a mixture).",
         "run.yaml:1: train: required, but not given: How it is learned. A step is one update of the weights, by "
         "batch_size examples.",
         "run.yaml:1: output: required, but not given: Directory of the run, such as runs/NAME.",

@@ -21,7 +21,8 @@ image: {size: null, aspect: null, tiles: null}
 connector: {learning_rate: null, start: pretrained, start_from: null, latents: 64, depth: 3, factor: 2, seed: null}
 data:
   train:
-    {questions: q.json, annotations: a.json, images: coco, jsonl: null, columns: null, task: auto, split: null,
+    {name: null, weight: null, questions: q.json, annotations: a.json,
+     images: coco, jsonl: null, columns: null, task: auto, split: null,
      fraction: null, count: null, sample_by: image, csv: null, tsv: null, messages: null, folder: null, coco: null,
      parquet: null, disk: null, hub: null, subset: null, revision: null}
   validation: null
@@ -36,7 +37,7 @@ train:
   {epochs: null, max_steps: 100, batch_size: 64, micro_batch: auto, recompute: auto, learning_rate: 1e-4,
    schedule: cosine, warmup: 0.05, weight_decay: 0, beta1: 0.9, beta2: 0.999, max_grad_norm: 1, seed: 0,
    log_every: 10, save_every: 100,
-   eval_every: null, keep_checkpoints: 2, on_full_disk: stop}
+   eval_every: auto, patience: null, keep_checkpoints: 2, on_full_disk: stop}
 stages: []
 memory: {budget_gib: null}
 evaluation: {count: 512, batch_size: 16, max_new_tokens: auto}
@@ -72,9 +73,9 @@ def test_which_keys_may_change_in_a_run_that_is_resumed(path: Path) -> None:
 @pytest.mark.parametrize("key", TABLES)
 def test_every_source_has_a_key(path: Path, key: str) -> None:
     given = f"data.train={{{key}: in/x, images: photos, columns: {{suffix: label}}, count: 3}}"
-    source = load_config(path, [given]).data.train
+    source = load_config(path, [given]).data.only("train")
     assert source.paths == {"images": "photos", key: "in/x"}
-    assert source.name == "x"
+    assert source.title == "x"
     if key not in SPLITTING:
         with pytest.raises(ConfigError, match=rf"data\.train\.split: it is for the official .*, not for {key}"):
             load_config(path, [given, "data.train.split=train2014"])

@@ -180,8 +180,8 @@ def test_a_configuration_names_it_and_a_padding_network_gets_locations_of_the_sq
         f"train: {{max_steps: 1}}\noutput: '{tmp_path}/run'\n"
     )
     config = load_config(path)
-    assert config.data.train.coco == str(file)
-    assert config.data.train.paths == {"coco": str(file)}
+    assert config.data.only("train").coco == str(file)
+    assert config.data.only("train").paths == {"coco": str(file)}
     answer = open_records(config, "train")[0]["answer"]
     assert answer == "<loc0256><loc0256><loc0767><loc0767> zebra"
     (padded,) = open_records(load_config(path, ["image.aspect=pad"]), "train")["answers"][0]

@@ -408,8 +408,7 @@ def test_a_directory_that_cannot_be_written_is_named(server: Server, tmp_path: P
 def test_the_default_selection_is_that_of_the_configuration() -> None:
     """And so are the paths: configs/vqav2_8gb.yaml runs on what a download without arguments writes."""
     config, given = load_config(ROOT / "configs/vqav2_8gb.yaml"), vqav2.parse([])
-    train, validation = config.data.train, config.data.validation
-    assert validation is not None
+    train, validation = config.data.only("train"), config.data.only("validation")
     assert (train.fraction, train.count, train.sample_by) == (given.fraction, None, given.sample_by)
     assert (validation.fraction, validation.count, validation.sample_by) == (None, given.validation, given.sample_by)
     assert config.train.seed == given.seed

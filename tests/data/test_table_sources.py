@@ -349,7 +349,7 @@ def test_a_configuration_names_them(tmp_path: Path, source: str) -> None:
     config = load_config(tmp_path / "mine.yaml", [f"data.train={source}"])
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
-    assert config.data.train.name in ("train-*.parquet", "saved", "owner/name")
+    assert config.data.title("train") in ("train-*.parquet", "saved", "owner/name")
 
 
 @pytest.mark.parametrize(

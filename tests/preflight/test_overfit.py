@@ -61,6 +61,13 @@ def test_more_examples_than_there_are_cannot_be_learned(scenes: Path, tmp_path: 
         train.main([*arguments(scenes, tmp_path), "--overfit", count])
 
 
+def test_a_loss_that_still_falls_asks_for_a_larger_learning_rate() -> None:
+    falling = [2.0 - step / 100 for step in range(100)]
+    assert Overfit(falling, []).still_falls
+    assert not Overfit([*falling[:50], *[1.5] * 50], []).still_falls
+    assert not Overfit([1.0, 0.5], []).still_falls  # too few steps to say so
+
+
 def test_what_was_known_before_is_not_learned() -> None:
     right, wrong = ("is it red?", "yes", "yes"), ("is it red?", "yes", "no")
     assert Overfit([2.0, 0.1], [right, right]).learned

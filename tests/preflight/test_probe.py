@@ -54,7 +54,7 @@ def step_of_the_trainer(run: RunConfig, execution: ExecutionPlan, workload: Step
             return rows[pair[0]]
 
     pairs = Pairs(model.config, workload, workload.examples)
-    steps = BatchSampler(len(pairs), workload.examples, 0, run.train.max_steps)
+    steps = BatchSampler((len(pairs),), workload.examples, 0, run.train.max_steps)
     collated = partial(collate, pad_id=0)
     LoRATrainer(run, model, pairs, steps, execution, collated, save_result=lambda _: None, callbacks=[watch]).train()
     return statistics.median(after - before for before, after in zip(watch.ends, watch.ends[1:], strict=False))
@@ -183,8 +183,8 @@ def test_too_little_memory_is_said_with_what_to_change(tmp_path: Path, monkeypat
 
 
 def test_images_of_a_step_are_counted_once() -> None:
-    assert images_per_step(BatchSampler(8, 8, 0, 3), ["a", "b"] * 4) == 2
-    assert images_per_step(BatchSampler(6, 2, 0, 300), ["a", "b", "c", "d", "e", "f"]) == 2
+    assert images_per_step(BatchSampler((8,), 8, 0, 3), ["a", "b"] * 4) == 2
+    assert images_per_step(BatchSampler((6,), 2, 0, 300), ["a", "b", "c", "d", "e", "f"]) == 2
 
 
 def test_a_dry_run_of_a_small_run_shows_its_work_and_a_step_larger_than_the_data(

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard, errors
 
 import merge_lora
+import train
 from finetune import LoRAConfig, inject_lora, save_adapter
 from finetune import __main__ as console
 from finetune.lora.protocol import trained_parameters
@@ -25,7 +26,7 @@ from finetune.report.model_card import NOTICE, show_card
 from finetune.report.push import Options, push
 from finetune.system.atomic import MANIFEST, write_whole
 from model import PaliGemma
-from tests.test_scripts import ROOT
+from tests.test_scripts import ROOT, base_with_scenes, overrides
 
 httpx: Any = importlib.import_module(errors.HTTPError.__module__.split(".")[0])  # httpx, or what followed it
 BASE = ROOT / "assets/tiny-base"
@@ -155,7 +156,7 @@ def test_where_nobody_can_be_asked_yes_has_to_be_given(
         raise EOFError
 
     monkeypatch.setattr(builtins, "input", ended)
-    with pytest.raises(ValueError, match="nobody is there to confirm: add --yes"):
+    with pytest.raises(ValueError, match="nobody is there to confirm what is pushed: add --yes"):
         push(Options(adapter, "me/mine"))
     assert hub.commits == []
     push(Options(adapter, "me/mine", public=True, yes=True))
@@ -275,6 +276,21 @@ def test_merging_does_not_begin_where_the_push_could_not_follow(hub: Hub, adapte
             [str(adapter), "--base", str(BASE), "--output", str(tmp_path / "merged"), "--push", "me/mine", "--yes"]
         )
     assert not (tmp_path / "merged").exists()
+
+
+def test_training_pushes_its_result(hub: Hub, tmp_path: Path) -> None:
+    base = base_with_scenes(tmp_path / "base")
+    argv = ["configs/quickstart.yaml", *overrides(base, tmp_path / "run", "lora=null"), "--push", "me/mine"]
+    with pytest.raises(ValueError, match=r"train from the base's name on the Hub, or push it afterwards, .* --base"):
+        train.main([*argv, "--yes", "lora={}"])
+    with pytest.raises(ValueError, match="--push is of what is trained: leave it out"):
+        train.main([*argv, "--yes", "--dry-run"])
+    with pytest.raises(ValueError, match="nobody is there to confirm what is pushed: add --yes"):
+        train.main(argv)
+    assert not (tmp_path / "run" / "model").exists()
+    train.main([*argv, "--yes"])
+    assert hub.made == [("me/mine", True)]
+    assert hub.commits[0]["model.safetensors"] == (tmp_path / "run/model/model.safetensors").read_bytes()
 
 
 def test_help_names_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:

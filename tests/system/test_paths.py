@@ -74,13 +74,13 @@ def config(folder: Path, name: str, **paths: str) -> RunConfig:
 
 def test_every_path_of_a_configuration_is_expanded(tmp_path: Path) -> None:
     read = config(tmp_path, "run.yaml")
-    assert (read.model.path, read.data.train.jsonl, read.output) == (
+    assert (read.model.path, read.data.only("train").jsonl, read.output) == (
         "/home/anna/base",
         "/data/my set/a.jsonl",
         "/data/my set/out",
     )
     official = "{questions: ~/q, annotations: ~/a, images: $DATA}"
-    source = load_config(tmp_path / "run.yaml", [f"data.train={official}"]).data.train
+    source = load_config(tmp_path / "run.yaml", [f"data.train={official}"]).data.only("train")
     assert (source.questions, source.annotations, source.images) == ("/home/anna/q", "/home/anna/a", "/data/my set")
     with pytest.raises(ConfigError, match=r"output: '~/\$NOT_SET' names the environment variable 'NOT_SET'"):
         load_config(tmp_path / "run.yaml", ["output=~/$NOT_SET"])

@@ -25,14 +25,14 @@ def test_a_run_stays_with_the_commit_that_it_began_with(tmp_path: Path, monkeypa
     monkeypatch.setattr("finetune.training.commits.commit_of", commit_of)
     config = config_of(tmp_path)
     begun = at_commits(config)
-    assert (begun.data.train.revision, begun.data.validation and begun.data.validation.revision) == (FIRST, FIRST)
-    assert begun.data.train.split == "train"
+    assert (begun.data.only("train").revision, begun.data.only("validation").revision) == (FIRST, FIRST)
+    assert begun.data.only("train").split == "train"
     assert contents(begun) == {}
     start_run(begun)
     at[None] = LATER
     assert at_commits(config) == begun  # the data set went on, the run does not
     assert not differences(begun, at_commits(config_of(tmp_path, "data.train.revision=v1")))
-    assert at_commits(config_of(tmp_path / "other")).data.train.revision == LATER
+    assert at_commits(config_of(tmp_path / "other")).data.only("train").revision == LATER
     for changed in ("revision=v2", "hub=mine/others", "subset=en"):
         changes = differences(begun, at_commits(config_of(tmp_path, f"data.train.{changed}")))["result"]
         assert f"data.train.revision: was {FIRST}, is {LATER}" in changes

@@ -78,7 +78,7 @@ def test_a_run_on_parquet_from_its_start_to_its_report(tmp_path: Path, monkeypat
     images = {json.loads(line)["image_id"] for line in answers}
     page = (tmp_path / "run/report.html").read_text()
     assert page.count("data:image/jpeg;base64,") >= len(images)
-    report = json.loads((write_report(load_config(CONFIG, words("run")), 4) / "report.json").read_text())
+    report = json.loads((write_report(load_config(CONFIG, words("run"))) / "report.json").read_text())
     assert report["scores"]["adapter"]["questions"] == 20
     assert str(tmp_path) not in json.dumps(report["configuration"]["data"])
     found = examples_of(tmp_path / "run")

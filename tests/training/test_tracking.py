@@ -55,7 +55,7 @@ def kept(count: int) -> Samples:
 
 def driven(backend: Any, output: Path, samples: Samples) -> None:
     """A run of one log and one evaluation, as the Trainer calls its callbacks."""
-    metrics: Any = MetricsFile(output / "metrics.jsonl", BatchSampler(40, 10, 0, 9))
+    metrics: Any = MetricsFile(output / "metrics.jsonl", BatchSampler((40,), 10, 0, 9))
     tracker: Any = Tracker("there", backend, metrics, samples)
     state = SimpleNamespace(global_step=2)
     for callback in (metrics, tracker):
@@ -184,5 +184,5 @@ def test_without_its_package_a_run_goes_on(
 )
 def test_what_tracks_a_run_is_what_its_configuration_says(overrides: list[str], names: list[str]) -> None:
     config = load_config(ROOT / "configs/quickstart.yaml", overrides)
-    made = callbacks_for(config, BatchSampler(40, 10, 0, 9))
+    made = callbacks_for(config, BatchSampler((40,), 10, 0, 9))
     assert [callback.name for callback in made if isinstance(callback, Tracker)] == names

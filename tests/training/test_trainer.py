@@ -20,9 +20,10 @@ from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 from data import collate
 from finetune import LoRAConfig, inject_lora
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, TrainConfig
 from finetune.lora.protocol import check_gradients, trained_parameters
 from finetune.system import atomic
+from finetune.training.arguments import evaluation_interval
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.checkpoints import checkpoints, keep_newest, newest_whole
 from finetune.training.execution_plan import ExecutionPlan
@@ -86,7 +87,7 @@ def trainer_of(
         inject_lora(model, config.lora, config.train.seed)
     rounding.in_dtype(model, dtype).to(device)
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    batch_sampler = BatchSampler(40, config.train.batch_size, config.train.seed, config.train.max_steps or 1)
+    batch_sampler = BatchSampler((40,), config.train.batch_size, config.train.seed, config.train.max_steps or 1)
     keywords = {"save_result": lambda _: None, **keywords}
     size = config.train.micro_batch
     plan = keywords.pop("execution_plan", None) or ExecutionPlan(int(size))
@@ -268,7 +269,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(base: Path, tmp_path: Path) -
 
 def test_training_lowers_the_loss_and_logs_every_step(base: Path, tmp_path: Path) -> None:
     config = run_config(base, tmp_path, ADAPTERS, max_steps=30)
-    steps = BatchSampler(40, 10, 0, 30)
+    steps = BatchSampler((40,), 10, 0, 30)
     trainer_of(config, callbacks=callbacks_for(config, steps)).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -349,6 +350,51 @@ def test_the_best_so_far_of_another_evaluation_does_not_count(base: Path, tmp_pa
     resumed.judged_by = {**resumed.judged_by, "evaluation": {"count": 7}}
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints/step-000002"))
     assert [step for step, _ in kept_by(resumed)] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stop", [0, 3, 4])
+def test_patience_ends_a_run_that_gets_no_better(base: Path, tmp_path: Path, stop: int) -> None:
+    """Of accuracies 5, 9, 8, 9 with a higher loss, and 7, that of step 2 is the best: three in a row do not beat it.
+    Resumed in between it stops at the same step.
+    """
+    figures = {1: (5.0, 1.0), 2: (9.0, 1.0), 3: (8.0, 1.0), 4: (9.0, 1.5), 5: (7.0, 0.1), 6: (99.0, 0.0)}
+    checkpoint = None
+    if stop:
+        evaluations(base, tmp_path, figures, patience=9).train()
+        checkpoint = str(tmp_path / f"checkpoints/step-{stop:06d}")
+    trainer = evaluations(base, tmp_path, figures, patience=3)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.finish()
+    assert trainer.state.global_step == 5
+    assert trainer.best is not None
+    assert trainer.best.step == 2
+
+
+def test_a_run_that_stops_early_saves_where_it_is(base: Path, tmp_path: Path) -> None:
+    """So that it need not train those steps again to find that it is finished."""
+    figures = {1: (5.0, 1.0), 2: (4.0, 1.0), 3: (4.0, 1.0)}
+    trainer = evaluations(base, tmp_path, figures, patience=2)
+    trainer.args.save_steps = 100
+    trainer.train()
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("records", "batch_size", "total", "given", "interval"),
+    [
+        (40, 10, 12, "auto", 4),  # an epoch
+        (5, 10, 12, "auto", 1),
+        (40, 10, 200, "auto", 10),  # an epoch is 4 steps: 50 evaluations would be too many
+        (4000, 10, 50, "auto", 50),  # less than an epoch: at the end
+        (40, 10, 12, 5, 5),
+        (40, 10, 12, None, None),
+    ],
+)
+def test_evaluations_are_an_epoch_apart(
+    records: int, batch_size: int, total: int, given: Any, interval: int | None
+) -> None:
+    train = TrainConfig(max_steps=total, batch_size=batch_size, eval_every=given)
+    assert evaluation_interval(train, BatchSampler((records,), batch_size, 0, total)) == interval
 
 
 def test_without_evaluation_the_last_adapter_is_the_result(base: Path, tmp_path: Path) -> None:
@@ -560,7 +606,7 @@ def test_training_bfloat16_weights_themselves_is_refused(base: Path, tmp_path: P
             config,
             model,
             Examples(),
-            BatchSampler(40, 10, 0, 1),
+            BatchSampler((40,), 10, 0, 1),
             ExecutionPlan(1),
             partial(collate, pad_id=0),
             lambda _: None,
@@ -577,7 +623,7 @@ def test_recomputation_and_the_towers_leave_change_nothing(base: Path, tmp_path:
 
 def test_warm_up_and_cosine(base: Path, tmp_path: Path) -> None:
     config = run_config(base, tmp_path, ADAPTERS, max_steps=20, warmup=0.2, batch_size=2, micro_batch=2)
-    trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 2, 0, 20))).train()
+    trainer_of(config, callbacks=callbacks_for(config, BatchSampler((40,), 2, 0, 20))).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] / 1e-2 for line in lines if "learning_rate" in line]
     # The rate of a step is logged after the schedule has moved on: the fourth line shows the peak.
@@ -596,7 +642,7 @@ def rates_of(output: Path) -> dict[int, float]:
 def trained_with_log(config: RunConfig, checkpoint: Path | None = None) -> LoRATrainer:
     """Trained from the start or a checkpoint; `used` holds the rate that each step was taken with."""
     assert config.train.max_steps is not None
-    trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, config.train.max_steps)))
+    trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler((40,), 10, 0, config.train.max_steps)))
     used: dict[int, float] = {}
     step = trainer.training_step
 
@@ -644,7 +690,7 @@ def test_a_resumed_run_learns_as_its_configuration_says_and_not_as_the_checkpoin
         asked.append(resumed.state.global_step)
         return {"accuracy": 1.0}
 
-    callbacks = callbacks_for(changed, BatchSampler(40, 10, 0, 9))
+    callbacks = callbacks_for(changed, BatchSampler((40,), 10, 0, 9))
     resumed = trainer_of(changed, evaluate=evaluate, callbacks=callbacks)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints/step-000004"))
     (group,) = resumed.bare_optimizer.param_groups
@@ -669,7 +715,7 @@ def test_wandb_that_fails_is_said_once_and_does_not_end_the_run(
 
     monkeypatch.setattr(wandb, "init", fail)
     config = with_wandb(run_config(base, tmp_path, ADAPTERS), "online")
-    trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, 6)))
+    trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler((40,), 10, 0, 6)))
     trainer.train()
     assert trainer.state.global_step == 6
     assert capsys.readouterr().err.count("wandb: starting failed (ConnectionError: no route to host)") == 1
@@ -694,7 +740,7 @@ def test_wandb_gets_config_and_logs(base: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(wandb, "init", init)
     config = with_wandb(run_config(base, tmp_path, ADAPTERS), "offline")
-    trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, 6))).train()
+    trainer_of(config, callbacks=callbacks_for(config, BatchSampler((40,), 10, 0, 6))).train()
     assert [step for step, logs in logged if "loss" in logs] == [1, 2, 3, 4, 5, 6]
     assert logged[-1] == (-1, {})
 
@@ -711,7 +757,7 @@ def test_a_resumed_run_continues_its_page_in_wandb(base: Path, tmp_path: Path, m
     monkeypatch.setattr(wandb, "init", init)
     for name, checkpoint in (("run", None), ("run", "step-000004"), ("other", None)):
         config = with_wandb(run_config(base, tmp_path / name, ADAPTERS, save_every=2), "offline")
-        trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, 6)))
+        trainer = trainer_of(config, callbacks=callbacks_for(config, BatchSampler((40,), 10, 0, 6)))
         trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / name / "checkpoints" / checkpoint))
     first, again, other = (keywords["id"] for keywords in begun)
     assert first == again != other
@@ -722,7 +768,7 @@ def test_wandb_itself_takes_a_resumed_run_for_the_same(base: Path, tmp_path: Pat
     """Offline: two directories to upload, of one run."""
     for checkpoint in (None, str(tmp_path / "checkpoints/step-000004")):
         config = with_wandb(run_config(base, tmp_path, ADAPTERS, save_every=2), "offline")
-        trainer_of(config, callbacks=callbacks_for(config, BatchSampler(40, 10, 0, 6))).train(
+        trainer_of(config, callbacks=callbacks_for(config, BatchSampler((40,), 10, 0, 6))).train(
             resume_from_checkpoint=checkpoint
         )
     ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}

@@ -1,0 +1,51 @@
+"""Validation records that are held out of training records, by image: what is asked about was never trained on."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import datasets
+
+from data.records import image_names, image_places
+
+SHARE = 0.1  # of the images
+
+
+class Split(NamedTuple):
+    """The records of a source to train on, and those to validate on."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+
+
+def hold_out(sources: Mapping[str, datasets.Dataset], seed: int, share: float = SHARE) -> dict[str, Split]:
+    """Of each source what is trained on and what is held out: a share of the images of all sources, and with an image
+    all records about it, of whichever source.
+
+    An image is told by its path, or the digest of its bytes; which ones are drawn depends on the seed and on their
+    `image_id`s alone, so that the folder may lie elsewhere.
+
+    Raises:
+        ValueError: there are fewer than two images, or all those of a source, or none of them, would be held out.
+    """
+    names = {name: image_names(image_places(records)) for name, records in sources.items()}
+    drawn_by: dict[str, str] = {}
+    for name, records in sources.items():
+        for image, image_id in zip(names[name], records["image_id"][:], strict=True):
+            drawn_by.setdefault(image, hashlib.sha256(f"{seed}/{image_id}".encode()).hexdigest())
+    if len(drawn_by) < 2:
+        raise ValueError(f"there are images to hold out from two on, and data.train has {len(drawn_by)}")
+    order = sorted(drawn_by, key=lambda image: (drawn_by[image], image))
+    held = set(order[: max(1, round(share * len(order)))])
+    found: dict[str, Split] = {}
+    for name, records in sources.items():
+        positions: tuple[list[int], list[int]] = ([], [])
+        for position, image in enumerate(names[name]):
+            positions[image in held].append(position)
+        if not all(positions):
+            taken = "none" if positions[0] else "all"
+            raise ValueError(
+                f"of the images of {name}, {taken} would be held out: give data.validation examples of its own"
+            )
+        found[name] = Split(*map(records.select, positions))
+    return found
