@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -22,6 +23,14 @@ transformers.utils.logging.disable_progress_bar()
 # How long an example takes says something about the machine, and what else it does, not about what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of all collections to come: the Trainer asks for one at each start, and going through
+    half a million objects takes longer than a tiny run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
