@@ -71,6 +71,8 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
             `find_checkpoint` of the run and of each stage: before weights are read, and before any stage is trained.
     """
     require_paths(config, "train", "validation")
+    if config.data.validation:
+        task_of(config).require()
     config = at_commits(config)
     network_config(fetch(config.model.path, config.model.revision, weights=False), config)
     *stages, run = runs_of(config)
@@ -233,7 +235,9 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None
     records, skipped = examples.valid, examples.skipped
     if config.evaluation.count is not None and config.evaluation.count < len(records):
         records = records.shuffle(seed=config.train.seed).select(range(config.evaluation.count))
-    return decodable(records, skipped)
+    records = decodable(records, skipped)
+    task_of(config).require(records.remove_columns("image"))
+    return records
 
 
 def evaluation_of(

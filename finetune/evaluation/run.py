@@ -23,7 +23,8 @@ from finetune.config.schema import RunConfig
 from finetune.evaluation.checkpoint import open_and_evaluate, show_unfinished
 from finetune.evaluation.inputs import INPUTS_KEY, first, inputs_of_run, require_same_inputs
 from finetune.evaluation.score import Score
-from finetune.evaluation.tasks import Task, task_named
+from finetune.evaluation.task_choice import task_of_source
+from finetune.evaluation.tasks import Task
 from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
@@ -71,6 +72,7 @@ def evaluate_run(
     if config.data.validation is None:
         raise ValueError(f"{words[0]} has no data.validation: nothing to evaluate on")
     require_paths(config, "validation")
+    task_of(config).require()
     device = pick_device(config.model.device)
     distributed.init(device)
     config = at_commits(config)
@@ -82,6 +84,7 @@ def evaluate_run(
             for name in arms:
                 distributed.on_main(partial(require_same_inputs, directory / name, inputs))
         records = records_of_run(config, limit, listed=limit is None and output is None)
+        task_of(config).require(records.remove_columns("image"))
         dtype, new_tokens = pick_dtype(config.model.dtype, device), new_tokens_of_run(config)
         return {
             name: evaluate_arm(config, name, arm, records, dtype, device, new_tokens, directory, inputs)
@@ -119,8 +122,7 @@ def evaluate_arm(
 
 def task_of(config: RunConfig) -> Task:
     """What the run's validation answers are judged by."""
-    source = config.data.validation or config.data.train
-    return task_named(source.task, official=source.questions is not None)
+    return task_of_source(config.data.validation or config.data.train)
 
 
 def arms_of(config: RunConfig, words: Sequence[str], names: Sequence[str]) -> dict[str, Arm]:

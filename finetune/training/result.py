@@ -103,7 +103,7 @@ def judge(step: int, metrics: Mapping[str, float], metric: str, best: Result | N
     metrics: `metric`, of which more is better, and perhaps `loss`.
     """
     made = Result(step, f"best {metric}", metric, finite(metrics[metric]), finite(metrics.get("loss")))
-    if best is None:
+    if best is None or best.metric != metric:  # chosen by another figure, which does not compare
         return made
     if made.rank < best.rank:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from finetune.evaluation.answer import texts_alone
 from finetune.evaluation.table import score_table
 from finetune.evaluation.tasks import TASKS
 
@@ -14,8 +15,9 @@ def test_every_answer_type_has_a_column_and_every_model_a_row() -> None:
         {"id": "1", "answers": ["yes"], "answer_type": "yes/no", "question_type": ""},
         {"id": "2", "answers": ["2"], "answer_type": "number", "question_type": ""},
     ]
+    answers = texts_alone({"1": "yes", "2": "3"})
     score = TASKS["vqa"].score
-    scores = {"base": score({"1": "no"}, records[:1]), "adapter": score({"1": "yes", "2": "3"}, records)}
+    scores = {"base": score(texts_alone({"1": "no"}), records[:1]), "adapter": score(answers, records)}
     console = Console(width=120, color_system=None)
     with console.capture() as captured:
         console.print(score_table(scores))
