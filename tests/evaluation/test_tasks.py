@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 import evaluate
 from finetune.config.source import Source
 from finetune.evaluation.answer import texts_alone
+from finetune.evaluation.task_choice import task_of_source
 from finetune.evaluation.tasks import TASKS, anls, edits, f1_by_label, is_about_right, task_named
 
 
@@ -43,6 +46,15 @@ def test_official_files_are_scored_as_vqa_is_and_all_others_by_right_and_wrong()
     assert task_named("auto", official=True) is TASKS["vqa"]
     assert task_named("auto", official=False) is TASKS["answer"]
     assert task_named("document", official=True) is TASKS["document"]
+
+
+@pytest.mark.parametrize(("key", "value", "task"), [("bbox", [0, 0, 2, 2], "detect"), ("caption", "a dog", "caption")])
+def test_cocos_boxes_and_captions_are_judged_as_such(tmp_path: Path, key: str, value: object, task: str) -> None:
+    file = tmp_path / "coco.json"
+    file.write_text(json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 1, key: value}]}))
+    assert task_of_source(Source(coco=str(file))) is TASKS[task]
+    assert task_of_source(Source(coco=str(file), task="answer")) is TASKS["answer"]
+    assert task_of_source(Source(jsonl=str(file))) is TASKS["answer"]
 
 
 def test_a_configuration_and_evaluate_py_name_every_task() -> None:
