@@ -127,6 +127,12 @@ def boxes_of(one: Asked, size: tuple[int, int], aspects: Mapping[str, str]) -> I
             yield DrawnBox(whose, label, *(round(place, 1) for place in (left, top, right - left, bottom - top)))
 
 
+def names_of_boxes(cards: list[Card]) -> list[str]:
+    """Whose boxes may be on the images, expected ones first; nobody's where no image has any."""
+    arms = dict.fromkeys(arm for card in cards for one in card.questions for arm in one.answers)
+    return [EXPECTED, *arms] if any(card.has_boxes for card in cards) else []
+
+
 def short(text: str) -> str:
     """A text to be shown, with locations as numbers: "<loc0010><loc0200> x" becomes "[10 200] x"."""
     return LOCATIONS.sub(lambda run: f"[{' '.join(str(int(at)) for at in re.findall('[0-9]{4}', run[0]))}]", text)

@@ -21,7 +21,7 @@ from finetune.evaluation.score import PERCENT
 from finetune.evaluation.tasks import TASKS
 from finetune.lora.linear import adapter_table, inject_lora
 from finetune.report import charts
-from finetune.report.gallery import EXPECTED, WIDTH, Card, cards_of, short
+from finetune.report.gallery import WIDTH, Card, cards_of, names_of_boxes, short
 from finetune.report.labels import confusion_matrix, figures_by_label
 from finetune.report.result_page import environment_of, public
 from finetune.report.run_data import TRAINED, Arm, RunData, read_run
@@ -81,8 +81,9 @@ def render(template: str, **values: Any) -> str:
     """A page from a template; what is not Markup is escaped."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"percent": lambda value: f"{value:.2f}", "short": short}
-    environment.globals |= {"layer_width": WIDTH, "expected_boxes": EXPECTED}
+    environment.filters["percent"] = lambda value: f"{value:.2f}"
+    environment.filters["short"], environment.filters["names_of_boxes"] = short, names_of_boxes
+    environment.globals["layer_width"] = WIDTH
     return environment.get_template(template).render(values)
 
 
