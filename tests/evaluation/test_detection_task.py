@@ -23,7 +23,7 @@ def record(id: str, *answers: str, image: str = "") -> dict[str, Any]:
 
 
 def test_an_answer_is_worth_the_f1_of_its_boxes() -> None:
-    right = {"1": f"{CAT} ; {OTHER_CAT}", "2": DOG, "3": "", "4": "", "5": DOG}
+    right = {"3": "", "1": f"{CAT} ; {OTHER_CAT}", "2": DOG, "4": "", "5": DOG}
     texts = {"1": CAT, "2": f"{CAT} ; {DOG}", "3": "", "4": "<loc0000><loc0000><loc0100><loc0100> cow", "5": "nothing"}
     found = TASK.score(texts_alone(texts), [record(id, text) for id, text in right.items()])
     assert found.values == pytest.approx({"1": 200 / 3, "2": 200 / 3, "3": 100, "4": 0, "5": 0})

@@ -80,7 +80,8 @@ def test_a_run_is_judged_by_the_metric_of_its_task(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, captions: bool
 ) -> None:
-    words = words_of(tmp_path, captions)
+    """Also where nothing would be evaluated before the end."""
+    words = [*words_of(tmp_path, captions), "train.eval_every=null"]
     package = "pycocoevalcap.cider.cider" if captions else "pycocotools.cocoeval"
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"needs {package.partition('.')[0]}: pip install"):
@@ -95,3 +96,5 @@ def test_texts_that_hold_no_boxes_are_named_before_anything_is_trained(tmp_path:
     with pytest.raises(ValueError, match="has 2 different right answers, and boxes are scored against one"):
         learn(load_config(words[0], words[1:]), words)
     assert not (tmp_path / "run/checkpoints").exists()
+    with pytest.raises(ValueError, match=r"data\.validation: the record '\d+' has 2 different right answers"):
+        train.main([*words, "--check"])
