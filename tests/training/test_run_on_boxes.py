@@ -87,6 +87,7 @@ def test_a_missing_package_is_named_before_anything_is_trained(
     with pytest.raises(ValueError, match=f"needs {package.partition('.')[0]}: pip install"):
         learn(load_config(words[0], words[1:]), words)
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("finetune.evaluation.run.records_of_run", lambda *_, **__: pytest.fail("images were decoded"))
     with pytest.raises(ValueError, match=f"needs {package.partition('.')[0]}: pip install"):
         evaluate.main([*words, "--arm", "base"])
 
@@ -95,6 +96,6 @@ def test_texts_that_hold_no_boxes_are_named_before_anything_is_trained(tmp_path:
     words = [*words_of(tmp_path, captions=True), "data.validation.task=detect"]
     with pytest.raises(ValueError, match="has 2 different right answers, and boxes are scored against one"):
         learn(load_config(words[0], words[1:]), words)
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert not (tmp_path / "run/config.yaml").exists()
     with pytest.raises(ValueError, match=r"data\.validation: the record '\d+' has 2 different right answers"):
         train.main([*words, "--check"])
