@@ -25,7 +25,8 @@ def check(config: RunConfig) -> None:
         ValueError: more cannot be used than the configuration lets be skipped; all of them are listed in any case.
     """
     processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config)
-    refused, opened = [], []
+    refused: list[str] = []
+    opened = []
     for part in ("train", "validation") if config.data.validation else ("train",):
         skipped, total, usable = SkippedRecords(share=math.inf), 0, 0
         try:

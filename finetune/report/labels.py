@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from finetune.evaluation.vqa_accuracy import normalize_answer
 from finetune.report.run_data import Arm
 
-MOST_LABELS = 20
+MOST_LABELS = 20  # of the matrix
+MOST_FIGURES = 100  # of the table with a figure for each label
 OTHER = "other"
 
 

@@ -22,7 +22,7 @@ from finetune.evaluation.tasks import TASKS
 from finetune.lora.linear import adapter_table, inject_lora
 from finetune.report import charts
 from finetune.report.gallery import WIDTH, Card, cards_of, names_of_boxes, short
-from finetune.report.labels import confusion_matrix, figures_by_label
+from finetune.report.labels import MOST_FIGURES, confusion_matrix, figures_by_label
 from finetune.report.result_page import environment_of, public
 from finetune.report.run_data import TRAINED, Arm, RunData, read_run
 from finetune.system.atomic import write_text_whole
@@ -83,7 +83,7 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = lambda value: f"{value:.2f}"
     environment.filters["short"], environment.filters["names_of_boxes"] = short, names_of_boxes
-    environment.globals["layer_width"] = WIDTH
+    environment.globals |= {"layer_width": WIDTH, "most_labels": MOST_FIGURES}
     return environment.get_template(template).render(values)
 
 

@@ -16,6 +16,7 @@ import evaluate
 import train
 from finetune import __main__ as console
 from finetune.report import charts, gallery
+from finetune.report.labels import MOST_FIGURES
 from finetune.report.page import write_comparison, write_page
 from finetune.report.run_data import Arm, latest, read_run
 from tests.test_scripts import ROOT, base_with_scenes, overrides
@@ -342,12 +343,13 @@ def test_a_figure_that_is_no_percentage_is_not_called_one(run: Path, tmp_path: P
 
 
 def test_labels_that_are_confused_are_a_matrix(run: Path, tmp_path: Path) -> None:
-    figures = {"task": "classify", "by_label": {"yes": 40.0, "2": 20.0}, "label_metric": "F1"}
+    many = {str(k): 50.0 + k / 10 for k in range(MOST_FIGURES)}
+    figures = {"task": "classify", "by_label": {"yes": 40.0, **many, "2": 20.0}, "label_metric": "F1"}
     page = rewritten(run, tmp_path / "run", figures, {})
     cells = [attributes for attributes in page.of("td") if (attributes.get("style") or "").startswith("--share: ")]
     assert len(cells) > 9
     assert "What was answered instead of what" in page.text
-    assert "F1 of each label, in percent" in page.text
+    assert "F1 of each label, in percent, the lowest first; 1 higher ones are left out." in page.text
 
 
 def test_charts_are_the_same_bytes_for_the_same_data() -> None:
