@@ -1,4 +1,4 @@
-"""VQA accuracy of a run, of a checkpoint, or of a results file.
+"""How well a run, a checkpoint, or a results file answers, by the metric of its task.
 
     python evaluate.py CONFIG.yaml [section.key=value ...]        base, adapter, and the merged checkpoint if it exists
     python evaluate.py --model PATH [--adapter DIR] --questions F --annotations F --images DIR
@@ -8,8 +8,8 @@
 The first form reads the configuration of a run, takes its data.validation, and writes OUTPUT/eval/ARM/results.json (the
 official format) and metrics.json for each ARM; with --limit it writes nothing. In every form --output DIR says where to
 write. Figures of other questions are not overwritten. JSON lines are as in training, `{"image": ..., "prefix": ...,
-"suffix": ...}`; an answer counts if it equals the suffix, or one of several. With `accelerate launch --multi_gpu
-evaluate.py ...` the GPUs share the images.
+"suffix": ...}`; an answer counts if it equals the suffix, or one of several, unless --task says otherwise. With
+`accelerate launch --multi_gpu evaluate.py ...` the GPUs share the images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, int | str] = {
     "device": "auto",
     "task": "auto",
 }
-TASKS = ("auto", "vqa", "answer", "classify", "document", "chart")
+TASKS = ("auto", "vqa", "answer", "classify", "document", "chart", "detect", "caption")
 RUN, CHECKPOINT, RESULTS = "CONFIG.yaml", "--model (or --adapter)", "--results"
 # The arguments that each form accepts.
 ACCEPTED = {

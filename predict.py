@@ -27,7 +27,7 @@ from finetune.system.paths import argument, path_argument
 from finetune.system.terminal import json_line, one_line, visible
 
 if TYPE_CHECKING:
-    from finetune.evaluation.evaluate import Answer
+    from finetune.evaluation.answer import Answer
 
 
 def main(argv: Sequence[str]) -> None:

@@ -195,6 +195,11 @@ class Processor:
         end = tokens.index(self.eos_id) if self.eos_id in tokens else len(tokens)
         return self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
 
+    def token_text(self, token: int) -> str:
+        """A token as the vocabulary has it, with a space where that writes one; `<7>` where it has none with id 7."""
+        text: str | None = self.tokenizer.id_to_token(token)
+        return f"<{token}>" if text is None else text.replace("▁", " ")
+
     def _ids(self, text: str, name: str) -> list[int]:
         """Tokens of a person's text, the `name` of an example. ValueError where it holds what no text may hold."""
         if re.search("[\ud800-\udfff]", text):

@@ -18,6 +18,7 @@ from finetune.adapters.metadata import TrainingFacts
 from finetune.config.schema import RunConfig
 from finetune.config.stages import runs_of
 from finetune.evaluation.evaluate import evaluate, mean_loss
+from finetune.evaluation.mixture import figures
 from finetune.evaluation.run import task_of
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
@@ -73,6 +74,8 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
             `find_checkpoint` of the run and of each stage: before weights are read, and before any stage is trained.
     """
     require_paths(config, "train", "validation")
+    if config.data.validation:
+        task_of(config).require()
     config = at_commits(config)
     network_config(fetch(config.model.path, config.model.revision, weights=False), config)
     *stages, run = runs_of(config)
@@ -245,7 +248,9 @@ def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None
     records, skipped = examples.valid, examples.skipped
     if config.evaluation.count is not None and config.evaluation.count < len(records):
         records = drawn(records, examples.sizes_of_valid, config.evaluation.count, config.train.seed)
-    return decodable(records, skipped)
+    records = decodable(records, skipped)
+    task_of(config).require(records.remove_columns("image"))
+    return records
 
 
 def evaluation_of(
@@ -270,9 +275,8 @@ def evaluation_of(
         answering, losing = progress("answering"), progress("loss of the answers")
         evaluated = evaluate(model, processor, records, task, new_tokens, batch_size=rows, progress=answering)
         samples.keep(records, evaluated.answers)
-        by_type = {f"{task.key}_{name}": value for name, value in evaluated.score.by_answer_type.items()}
         loss = mean_loss(model, processor, records, rows, losing)
-        return {"loss": loss, task.key: evaluated.score.overall, **by_type, "unfinished": evaluated.unfinished}
+        return {"loss": loss, **figures(task, evaluated.score), "unfinished": evaluated.unfinished}
 
     return measure
 

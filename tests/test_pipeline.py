@@ -21,6 +21,7 @@ from data.records import load_records
 from data.synthetic import scenes
 from finetune import pipeline
 from finetune.config.load import load_config
+from finetune.evaluation.answer import texts_alone
 from finetune.evaluation.score import Score
 from finetune.evaluation.tasks import TASKS
 from finetune.system import distributed
@@ -202,7 +203,7 @@ class Calls:
     def evaluate(self) -> dict[str, Score]:
         self.record("evaluate")
         asked = {"id": "1", "answers": ["yes"], "answer_type": "", "question_type": ""}
-        return {"base": TASKS["vqa"].score({"1": "yes"}, [asked])}
+        return {"base": TASKS["vqa"].score(texts_alone({"1": "yes"}), [asked])}
 
     def write(self, output: Path) -> Path:
         self.made.append("report")

@@ -27,6 +27,7 @@ from finetune.adapters.metadata import CONFIG_FILE, WEIGHTS_FILE
 from finetune.adapters.storage import PREFIX, WRITTEN, adapter_tensors, peft_config
 from finetune.config.load import ConfigError, dump_config, load_config
 from finetune.config.schema import RunConfig
+from finetune.evaluation.answer import texts_alone
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.vqa_accuracy import normalize_answer, vqa_accuracy
 from finetune.lora.protocol import adapters
@@ -237,7 +238,9 @@ def test_any_answers_score_as_the_literal_program_does(prediction: str, answers:
     program.evaluate()
     assert vqa_accuracy(prediction, answers) == program.evalQA[0]
     record = {"id": "0", "answers": answers, "answer_type": "other", "question_type": "what"}
-    assert TASKS["vqa"].score({"0": prediction}, [record]).to_dict()["overall"] == program.accuracy["overall"]
+    assert (
+        TASKS["vqa"].score(texts_alone({"0": prediction}), [record]).to_dict()["overall"] == program.accuracy["overall"]
+    )
     assert normalize_answer(prediction) == REFERENCE.normalize(prediction)
 
 

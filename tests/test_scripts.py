@@ -30,7 +30,7 @@ from data.synthetic import scenes
 from finetune import cli
 from finetune.adapters.metadata import training_facts
 from finetune.config.load import load_config
-from finetune.evaluation.evaluate import Answer
+from finetune.evaluation.answer import Answer
 from finetune.system import terminal
 from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.result import Result

@@ -18,15 +18,19 @@ The file is read at once, into memory. Not here: keypoints, masks and panoptic s
 """
 
 import json
+import mmap
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from data.boxes import Box, boxes_text, require_label
 from data.files import require_file
 from data.sources.rows import Table
 
 CAPTION_PROMPT = "caption en"
+ANNOTATIONS = re.compile(rb'"annotations"\s*:\s*\[\s*')
+LONGEST = 1 << 20  # bytes of an annotation, which may have the outline of an object
 
 
 def coco(file: Path, folder: Path | None) -> Table:
@@ -49,6 +53,24 @@ def coco(file: Path, folder: Path | None) -> Table:
         yield from enumerate(lost, start=len(content["images"]) + 1)
 
     return Table(str(file), "entry", rows, [file], folder or file.parent.absolute())
+
+
+def contents_of(file: Path) -> Literal["boxes", "captions"] | None:
+    """What the annotations of a file are, by the first of them: it is searched for, the file is not read as a whole.
+    None where that does not tell; `coco` says what is wrong with such a file.
+    """
+    try:
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for match in ANNOTATIONS.finditer(content):
+                begin = content[match.end() : match.end() + LONGEST].decode(errors="replace")
+                if begin.startswith("]") and content.find(b'"categories"') >= 0:
+                    return "boxes"
+                first, _ = json.JSONDecoder().raw_decode(begin)
+                if isinstance(first, dict) and {"caption", "bbox"} & first.keys():
+                    return "captions" if "caption" in first else "boxes"
+    except (OSError, ValueError, RecursionError):
+        return None
+    return None
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -72,9 +72,10 @@ class Source(Section):
     """Branch, tag or commit of a data set on the Hub. A run stays with the commit that it began with."""
     columns: dict[Literal["image", "prefix", "question", "suffix", "id"], Text] | None = None
     """Other names of a source's columns, such as {question: query, suffix: label}."""
-    task: Literal["auto", "vqa", "answer", "classify", "document", "chart"] = "auto"
+    task: Literal["auto", "vqa", "answer", "classify", "document", "chart", "detect", "caption"] = "auto"
     """What answers to these examples are judged by. vqa: the official accuracy; answer: right or wrong, by VQA's text
-    rules; classify: that, and F1 by label; document: ANLS; chart: relaxed accuracy. auto: vqa for the official files,
+    rules; classify: that, and F1 by label; document: ANLS; chart: relaxed accuracy; detect: COCO's mAP of boxes (needs
+    pycocotools); caption: CIDEr-D (needs pycocoevalcap). auto: vqa for the official files, detect or caption for coco,
     answer for all others.
     """
     split: Text | None = None

@@ -52,11 +52,5 @@ def ask(
         **inputs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     ((ids, log_probs),) = new.rows(processor.eos_id)
-    tokens = [Token(token_text(network, i), math.exp(p)) for i, p in zip(ids, log_probs, strict=True)]
+    tokens = [Token(processor.token_text(i), math.exp(p)) for i, p in zip(ids, log_probs, strict=True)]
     return Answered(processor.decode(ids), ids, tokens, ids[-1] == processor.eos_id)
-
-
-def token_text(network: Network, token: int) -> str:
-    """A token as the vocabulary has it, with a space where that writes one."""
-    text: str | None = network.processor.tokenizer.id_to_token(token)
-    return f"<{token}>" if text is None else text.replace("▁", " ")

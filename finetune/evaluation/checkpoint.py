@@ -70,6 +70,8 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     if model is None:
         assert adapter is not None, "the options have a model or an adapter"
         model, revision = find_base(adapter)
+    task = task_named(options.task, official=options.questions is not None)
+    task.require()
     prompt = None if options.jsonl else choose_prompt(adapter, options.prompt, default_prompt)
     facts = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": prompt}
     files = file_digests(questions=options.questions, annotations=options.annotations, jsonl=options.jsonl)
@@ -89,7 +91,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     if processor.image_form.aspect == "pad":  # only now is it known that locations are those of the square
         records = open_files(options, prompt or default_prompt, "pad")
     records = askable(records, processor, SkippedRecords())
-    task = task_named(options.task, official=options.questions is not None)
+    task.require(records.remove_columns("image"))
     result = open_and_evaluate(
         directory, adapter, processor, records, task, dtype, device, options.batch_size, new_tokens, quantize
     )

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from data import Processor, collate
+from finetune.evaluation.answer import Answer
 from finetune.evaluation.score import Score
 from finetune.evaluation.tasks import Task
 from finetune.evaluation.vqa_accuracy import write_results
@@ -60,11 +60,11 @@ class Evaluation:
         write_results(directory / "results.json", self.answers)
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self.answered(records))
         (directory / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
-        generated = {"unfinished": self.unfinished, "max_new_tokens": self.max_new_tokens}
+        generated = {"task": self.task.name, "unfinished": self.unfinished, "max_new_tokens": self.max_new_tokens}
         write_metrics(directory, self.score, **generated, **facts)
 
     def answered(self, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        """The lines of `answers.jsonl`: `score` in percent, `confidence` as `Answer` has it."""
+        """The lines of `answers.jsonl`: `score` as the task values the answer, `confidence` as `Answer` has it."""
         for record in records:
             answer = self.generated[record["id"]]
             yield {
@@ -75,7 +75,7 @@ class Evaluation:
                 "question_type": record["question_type"],
                 "expected": list(record["answers"]),
                 "answer": answer.text,
-                "score": round(100 * self.task.value(answer.text, record), 2),
+                "score": round(self.score.values[record["id"]], 2),
                 "confidence": round(answer.confidence, 4),
                 "finished": answer.finished,
             }
@@ -86,21 +86,6 @@ def write_metrics(directory: Path, score: Score, **facts: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     metrics = json.dumps({**score.to_dict(), **facts}, indent=2, ensure_ascii=False) + "\n"
     (directory / METRICS_FILE).write_text(metrics, encoding="utf-8")
-
-
-class Answer(NamedTuple):
-    """A generated text, whether it ended in `<eos>` (otherwise `max_new_tokens` cut it off), and the mean
-    log-probability of its tokens, `<eos>` included.
-    """
-
-    text: str
-    finished: bool
-    log_prob: float
-
-    @property
-    def confidence(self) -> float:
-        """The geometric mean of the tokens' probabilities."""
-        return math.exp(self.log_prob)
 
 
 def unfinished_note(unfinished: int, answers: int, max_new_tokens: int, where: str) -> str | None:
@@ -123,8 +108,7 @@ def evaluate(
 ) -> Evaluation:
     """Answers to all records, scored by the task's metric; `settings` as in `generate_answers`."""
     answers = generate_answers(model, processor, records, max_new_tokens, **settings)
-    texts = {name: answer.text for name, answer in answers.items()}
-    return Evaluation(answers, task, task.score(texts, records), max_new_tokens)
+    return Evaluation(answers, task, task.score(answers, records), max_new_tokens)
 
 
 def generate_answers(
@@ -143,17 +127,25 @@ def generate_answers(
         inputs: dict[str, Any] = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
         settings = {"max_new_tokens": max_new_tokens, "is_done": sharding.every_process, **sampling}
         new = model.generate_scored(**inputs, image_features=features, **settings)
-        given = (
-            Answer(processor.decode(tokens), tokens[-1] == processor.eos_id, statistics.fmean(log_probs))
-            for tokens, log_probs in new.rows(processor.eos_id)
-        )
+        given = (answer_of(processor, ids, log_probs) for ids, log_probs in new.rows(processor.eos_id))
         return dict(zip((row["id"] for row in rows), given, strict=True))
 
     answers: dict[str, Answer] = {}
     for answered in in_batches(model, processor, records, batch_size, answer, progress):
         answers |= answered
     answers = {name: answer for shard in distributed.gather(answers) for name, answer in shard.items()}
-    return {record["id"]: Answer(*answers[record["id"]]) for record in records}  # a list, from another process
+    return {record["id"]: gathered(*answers[record["id"]]) for record in records}
+
+
+def answer_of(processor: Processor, ids: list[int], log_probs: list[float]) -> Answer:
+    """An answer of its tokens, `<eos>` among them unless it was cut off, and their log-probabilities."""
+    tokens = zip(map(processor.token_text, ids), log_probs, strict=True)
+    return Answer(processor.decode(ids), ids[-1] == processor.eos_id, statistics.fmean(log_probs), tuple(tokens))
+
+
+def gathered(text: str, finished: bool, log_prob: float, tokens: Iterable[tuple[str, float]]) -> Answer:
+    """An answer, which came as lists where another process made it."""
+    return Answer(text, finished, log_prob, tuple((token, found) for token, found in tokens))
 
 
 @torch.inference_mode()

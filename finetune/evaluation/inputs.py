@@ -15,6 +15,7 @@ from data.sources import source_contents
 from finetune.config.schema import RunConfig
 from finetune.config.source import Source
 from finetune.evaluation.evaluate import METRICS_FILE
+from finetune.evaluation.task_choice import task_of_source
 from finetune.system.atomic import describe, describe_all
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def inputs_of_run(config: RunConfig, limit: int | None) -> dict[str, Any]:
 def inputs_of_source(source: Source, seed: int) -> dict[str, Any]:
     """What determines the records of a source."""
     inputs: dict[str, Any] = {key: describe_all(*of) for key, of in source_contents(source.model_dump()).items()}
-    inputs |= {"task": source.task, "columns": source.columns}
+    # Of COCO's JSON the task itself: what auto meant there has changed.
+    inputs |= {"task": task_of_source(source).name if source.coco else source.task, "columns": source.columns}
     inputs |= source.model_dump(include={"hub", "subset", "revision"}) if source.hub else {}
     inputs |= {"split": source.split} if source.split and not source.questions else {}
     if source.fraction is not None or source.count is not None:

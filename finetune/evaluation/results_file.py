@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.records import load_records
+from finetune.evaluation.answer import texts_alone
 from finetune.evaluation.evaluate import write_metrics
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
 from finetune.evaluation.score import Score
@@ -34,7 +35,7 @@ def score_results(
     if limit is not None:
         excluded = set(records["id"][limit:])
         answers = {name: text for name, text in answers.items() if name not in excluded}
-    scored = TASKS["vqa"].score(answers, first(records, limit))
+    scored = TASKS["vqa"].score(texts_alone(answers), first(records, limit))
     if output:
         write_metrics(output, scored, results=results, **{INPUTS_KEY: inputs})
     show(f"results: {results}")

@@ -21,9 +21,11 @@ from finetune.adapters.generation_config import max_new_tokens_of
 from finetune.adapters.network import adapted_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation.checkpoint import open_and_evaluate, show_unfinished
-from finetune.evaluation.inputs import INPUTS_KEY, first, inputs_of_run, require_same_inputs
+from finetune.evaluation.inputs import INPUTS_KEY, inputs_of_run, require_same_inputs
+from finetune.evaluation.mixture import MixtureTask
 from finetune.evaluation.score import Score
-from finetune.evaluation.tasks import Task, task_named
+from finetune.evaluation.task_choice import task_of_source
+from finetune.evaluation.tasks import Task
 from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
@@ -31,8 +33,10 @@ from finetune.system.lock import locked
 from finetune.training.commits import at_commits
 from finetune.training.examples import (
     askable,
+    in_turns,
+    joined,
     open_processor,
-    open_records,
+    open_sources,
     processor_of,
     require_paths,
     skipped_records,
@@ -62,7 +66,7 @@ def evaluate_run(
     Args:
         words: the configuration's file and overrides, as they are on the command line.
         names: the arms to evaluate; all by default.
-        limit: evaluate on the first questions only.
+        limit: evaluate on the first questions only, those of several sources in turns.
         output: directory for answers and figures, instead of the run's own.
 
     Raises:
@@ -71,6 +75,7 @@ def evaluate_run(
     if config.data.validation is None:
         raise ValueError(f"{words[0]} has no data.validation: nothing to evaluate on")
     require_paths(config, "validation")
+    task_of(config).require()
     device = pick_device(config.model.device)
     distributed.init(device)
     config = at_commits(config)
@@ -82,6 +87,7 @@ def evaluate_run(
             for name in arms:
                 distributed.on_main(partial(require_same_inputs, directory / name, inputs))
         records = records_of_run(config, limit, listed=limit is None and output is None)
+        task_of(config).require(records.remove_columns("image"))
         dtype, new_tokens = pick_dtype(config.model.dtype, device), new_tokens_of_run(config)
         return {
             name: evaluate_arm(config, name, arm, records, dtype, device, new_tokens, directory, inputs)
@@ -119,7 +125,8 @@ def evaluate_arm(
 def task_of(config: RunConfig) -> Task:
     """What the run's validation answers are judged by."""
     sources = config.data.sources("validation") or config.data.sources("train")
-    return task_named(sources[0].task, official=sources[0].questions is not None)
+    tasks = {source.called: task_of_source(source) for source in sources}
+    return MixtureTask(tasks) if len(tasks) > 1 else next(iter(tasks.values()))
 
 
 def arms_of(config: RunConfig, words: Sequence[str], names: Sequence[str]) -> dict[str, Arm]:
@@ -150,7 +157,11 @@ def records_of_run(config: RunConfig, limit: int | None, listed: bool) -> Datase
     skipped = skipped_records(config, "validation", listed=listed)
     if skipped.file:
         distributed.on_main(partial(skipped.file.unlink, missing_ok=True))  # from an earlier evaluation
-    records = decodable(first(open_records(config, "validation", skipped), limit), skipped)
+    sources = open_sources(config, "validation", skipped)
+    records = joined(sources)
+    if limit is not None and limit < len(records):
+        records = records.select(in_turns([len(source) for source in sources], limit))
+    records = decodable(records, skipped)
     base = fetch(config.model.path, config.model.revision, weights=False)
     records = askable(records, open_processor(base, config), skipped)
     if skipped.reasons:

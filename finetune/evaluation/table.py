@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from finetune.evaluation.score import Score
+from finetune.evaluation.score import PERCENT, Score
 from finetune.system.console import new_table
 
 
@@ -14,12 +14,19 @@ def score_table(scores: Mapping[str, Score]) -> Table:
     """Scores by one metric, of the same questions."""
     first = next(iter(scores.values()))
     types = sorted({name for score in scores.values() for name in score.by_answer_type})
-    title = f"{first.metric}, percent"
-    table = new_table("", "overall", "95%", *types, *first.others, "questions", title=title)
+    names = list(dict.fromkeys(name for score in scores.values() for name in score.others))
+    headed = names if first.unit == PERCENT else [f"{name}, percent" for name in names]
+    title = f"{first.metric}, {first.unit}"
+    sources = {name: score.metric for name, score in first.by_source.items()}
+    of_sources = [f"{name}: {metric}" for name, metric in sources.items()]
+    table = new_table("", "overall", "95%", *of_sources, *types, *headed, "questions", title=title)
     for name, score in scores.items():
         low, high = score.interval
         by_type = (f"{score.by_answer_type[kind]:.2f}" if kind in score.by_answer_type else "" for kind in types)
-        others = (f"{value:.2f}" for value in score.others.values())
+        others = (f"{score.others[name]:.2f}" if name in score.others else "" for name in names)
         overall = f"{score.overall:.2f}", f"{low:.2f} to {high:.2f}"
-        table.add_row(name, *overall, *by_type, *others, f"{score.questions:,}")
+        by_source = (
+            f"{score.by_source[source].overall:.2f}" if source in score.by_source else "" for source in sources
+        )
+        table.add_row(name, *overall, *by_source, *by_type, *others, f"{score.questions:,}")
     return table

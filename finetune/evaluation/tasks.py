@@ -1,7 +1,9 @@
 """What answers are judged by: a task has one metric, by which steps of a run are compared, and perhaps others too.
 
 A configuration names the task of its validation examples (`data.validation.task`); by default official VQA files are
-scored as VQA is, everything else by whether the answer is right (`answer`).
+scored as VQA is, COCO's boxes and captions as such, everything else by whether the answer is right (`answer`). Here are
+the metrics of answers that are right or wrong, or nearly right; not here: the official VQA accuracy (vqa_accuracy.py),
+boxes (detection_task.py), captions (captions.py).
 """
 
 from __future__ import annotations
@@ -10,26 +12,60 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from finetune.evaluation.score import Score, mean_score
+from finetune.evaluation.answer import Answer
+from finetune.evaluation.captions import CaptionTask
+from finetune.evaluation.detection_task import DetectTask
+from finetune.evaluation.score import PERCENT, Score, mean_score, require_answered
 from finetune.evaluation.vqa_accuracy import normalize_answer, strip_answer, vqa_accuracy
 
 Record = Mapping[str, Any]
 Value = Callable[[str, Record], float]  # (answer, record) -> how good it is, 0 to 1
 
 
+class Task(Protocol):
+    """One way of judging answers. More is better."""
+
+    @property
+    def name(self) -> str:
+        """In a configuration."""
+
+    @property
+    def key(self) -> str:
+        """Of its metric, in metrics.jsonl and result.json."""
+
+    @property
+    def metric(self) -> str:
+        """In words."""
+
+    @property
+    def unit(self) -> str:
+        """Of the metric, such as percent."""
+
+    def require(self, records: Iterable[Record] = ()) -> None:
+        """Look, before any answer is made, whether answers to these records can be scored.
+
+        Raises:
+            ValueError: a package is missing; or a record has nothing that this task can compare an answer with.
+        """
+
+    def score(self, answers: Mapping[str, Answer], records: Iterable[Record]) -> Score:
+        """Of one answer per record, by id.
+
+        Raises:
+            ValueError: as `require`; the ids of answers and records differ; or there is nothing to score.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """One way of judging answers.
+class MeanTask:
+    """A task whose metric is the mean of what each answer is worth, 0 to 1.
 
     Attributes:
-        name: in a configuration.
-        key: of its metric, in metrics.jsonl and result.json.
-        metric: in words.
         value: of one answer.
         others: further metrics by name: of one answer each, to be averaged.
-        corpus: further metrics by name: of all answers at once.
+        labels: F1 of each label, of all answers at once, where answers are labels.
     """
 
     name: str
@@ -37,16 +73,28 @@ class Task:
     metric: str
     value: Value
     others: Mapping[str, Value] = dataclasses.field(default_factory=dict)
-    corpus: Mapping[str, Callable[[Sequence[str], Sequence[Record]], float]] = dataclasses.field(default_factory=dict)
+    labels: Callable[[Sequence[str], Sequence[Record]], dict[str, float]] | None = None
+    unit: str = PERCENT
 
-    def score(self, predictions: Mapping[str, str], records: Iterable[Record]) -> Score:
-        """Of one prediction per record, by id; raises ValueError as `mean_score` does."""
+    def require(self, records: Iterable[Record] = ()) -> None:
+        """Nothing: every text can be compared with another one."""
+
+    def score(self, answers: Mapping[str, Answer], records: Iterable[Record]) -> Score:
+        """See `Task.score`."""
         records = list(records)
-        found = mean_score(self.metric, self.value, predictions, records)
-        texts = [predictions[record["id"]] for record in records]
-        means = {name: mean_score(name, value, predictions, records).overall for name, value in self.others.items()}
-        of_all = {name: 100 * value(texts, records) for name, value in self.corpus.items()}
-        return dataclasses.replace(found, others=means | of_all)
+        require_answered(answers, records)
+        texts = [answers[record["id"]].text for record in records]
+
+        def values(of: Value) -> dict[str, float]:
+            return {record["id"]: of(text, record) for text, record in zip(texts, records, strict=True)}
+
+        found = mean_score(self.metric, values(self.value), records)
+        others = {name: mean_score(name, values(of), records).overall for name, of in self.others.items()}
+        if self.labels is None:
+            return dataclasses.replace(found, others=others)
+        by_label = {label: 100 * value for label, value in self.labels(texts, records).items()}
+        others |= {"macro F1": sum(by_label.values()) / len(by_label)}
+        return dataclasses.replace(found, others=others, by_label=by_label, label_metric="F1")
 
 
 def is_vqa_right(answer: str, record: Record) -> float:
@@ -111,9 +159,9 @@ def number_in(text: str) -> float | None:
         return None
 
 
-def macro_f1(answers: Sequence[str], records: Sequence[Record]) -> float:
-    """The mean over labels of F1, which takes 2 right / (answered + expected); labels are the right answers that occur,
-    and an answer that is none of them is a miss for its own.
+def f1_by_label(answers: Sequence[str], records: Sequence[Record]) -> dict[str, float]:
+    """F1 of each label, 2 right / (answered + expected), 0 to 1. Labels are the right answers that occur, by VQA's text
+    rules; an answer that is none of them is a miss for its own. Their mean is macro F1.
     """
     right: Counter[str] = Counter()
     answered: Counter[str] = Counter()
@@ -123,21 +171,30 @@ def macro_f1(answers: Sequence[str], records: Sequence[Record]) -> float:
         answered[given] += 1
         expected[wanted] += 1
         right[wanted] += given == wanted
-    return sum(2 * right[label] / (answered[label] + expected[label]) for label in expected) / len(expected)
+    return {label: 2 * right[label] / (answered[label] + expected[label]) for label in expected}
 
 
-TASKS = {
+TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("vqa", "accuracy", "VQA accuracy", is_vqa_right),
-        Task("answer", "accuracy", "accuracy", is_right, {"exact match": is_exact}),
-        Task("classify", "accuracy", "accuracy", is_right, {"exact match": is_exact}, {"macro F1": macro_f1}),
-        Task("document", "anls", "ANLS", anls, {"accuracy": is_right}),
-        Task("chart", "accuracy", "relaxed accuracy", is_about_right, {"exact match": is_exact}),
+        MeanTask("vqa", "accuracy", "VQA accuracy", is_vqa_right),
+        MeanTask("answer", "accuracy", "accuracy", is_right, {"exact match": is_exact}),
+        MeanTask("classify", "accuracy", "accuracy", is_right, {"exact match": is_exact}, f1_by_label),
+        MeanTask("document", "anls", "ANLS", anls, {"accuracy": is_right}),
+        MeanTask("chart", "accuracy", "relaxed accuracy", is_about_right, {"exact match": is_exact}),
+        DetectTask(),
+        CaptionTask(),
     )
 }
 
 
-def task_named(name: str, official: bool) -> Task:
-    """The task of a configuration's `task`. official: whether the examples are official VQA files."""
-    return TASKS[("vqa" if official else "answer") if name == "auto" else name]
+def task_named(name: str, official: bool, contents: Literal["boxes", "captions"] | None = None) -> Task:
+    """The task of a configuration's `task`.
+
+    Args:
+        official: whether the examples are official VQA files.
+        contents: of COCO's JSON, where the examples are that.
+    """
+    if name == "auto":
+        name = "vqa" if official else {"boxes": "detect", "captions": "caption", None: "answer"}[contents]
+    return TASKS[name]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from data.invalid import SkippedRecords
 from data.records import decodable
 from finetune.config.schema import RunConfig
+from finetune.evaluation.run import task_of
 from finetune.system.console import show
 from finetune.training.examples import open_examples, open_processor, shared_images_note, skipped_records, valid
 from model import fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def check(config: RunConfig) -> None:
@@ -20,15 +25,19 @@ def check(config: RunConfig) -> None:
         ValueError: more cannot be used than the configuration lets be skipped; all of them are listed in any case.
     """
     processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config)
-    refused, opened = [], []
+    refused: list[str] = []
+    opened = []
     for part in ("train", "validation") if config.data.validation else ("train",):
         skipped, total, usable = SkippedRecords(share=math.inf), 0, 0
         try:
             examples = open_examples(config, part, processor, skipped)
             records, longest = examples.records, examples.longest
             opened.append(records)
-            total, usable = len(records), len(valid(decodable(records, skipped), skipped))
+            good = valid(decodable(records, skipped), skipped)
+            total, usable = len(records), len(good)
             show(f"data.{part}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
+            if part == "validation":
+                require_judgeable(config, good, refused)
         except ValueError:
             if not skipped.reasons:  # the file itself cannot be read
                 raise
@@ -44,3 +53,11 @@ def check(config: RunConfig) -> None:
         show(f"warning: {note}")
     if refused:
         raise ValueError("\n".join(refused))
+
+
+def require_judgeable(config: RunConfig, records: Dataset, refused: list[str]) -> None:
+    """Add to `refused` why the task cannot judge answers to these records, if it cannot."""
+    try:
+        task_of(config).require(records.remove_columns("image"))
+    except ValueError as error:
+        refused.append(f"data.validation: {error}")

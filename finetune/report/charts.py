@@ -44,8 +44,18 @@ def curves(lines: Mapping[str, Series], label: str) -> str:
         return to_svg(figure, f"{label} over steps")
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], intervals: Mapping[str, tuple[float, float]], label: str) -> str:
-    """Percentages side by side: `groups` by what is scored, then by arm; intervals of arms where there is one group."""
+def bars(
+    groups: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, tuple[float, float]],
+    label: str,
+    highest: float | None = 100,
+) -> str:
+    """Figures side by side: `groups` by what is scored, then by arm; intervals of arms where there is one group.
+
+    highest: where the axis ends; None: where the figures and intervals do.
+    """
+    shown = [value for group in groups.values() for value in group.values()] + [end for _, end in intervals.values()]
+    most = highest or max([*shown, 1.0])
     arms = list(dict.fromkeys(arm for group in groups.values() for arm in group))
     height = 0.9 + 0.24 * sum(len(group) + 0.6 for group in groups.values())
     with matplotlib.rc_context(STYLE):
@@ -58,13 +68,14 @@ def bars(groups: Mapping[str, Mapping[str, float]], intervals: Mapping[str, tupl
                 low, high = intervals.get(arm, (value, value)) if len(groups) == 1 else (value, value)
                 if high > low:
                     axes.plot([low, high], [row, row], color=INK, linewidth=1.2)
-                axes.text(max(value, high) + 1, row, f"{value:.1f}", va="center", fontsize=9)
+                axes.text(max(value, high) + most / 100, row, f"{value:.1f}", va="center", fontsize=9)
                 row += 1
             row += 0.6
         axes.set_yticks(ticks if len(groups) > 1 else range(len(arms)), list(groups) if len(groups) > 1 else arms)
         axes.invert_yaxis()
-        axes.set_xlim(0, 110)
-        axes.set_xticks([0, 25, 50, 75, 100])
+        axes.set_xlim(0, 1.1 * most)
+        if highest:
+            axes.set_xticks([highest * quarter / 4 for quarter in range(5)])
         axes.set_xlabel(label)
         if len(groups) > 1:
             handles = [Patch(color=color_of(arm, arms), label=arm) for arm in arms]

@@ -20,6 +20,7 @@ from finetune.adapters.metadata import (
     trained_on,
 )
 from finetune.config.strict_yaml import dump
+from finetune.evaluation.tasks import TASKS
 from finetune.report.markdown import code, code_word, fenced, plain
 from finetune.report.result_page import public
 from finetune.report.run_data import Arm
@@ -28,6 +29,7 @@ from finetune.system.console import show
 from finetune.system.terminal import UNSAFE, one_line
 
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+TASK_TYPES = {"detect": "object-detection", "caption": "image-to-text"}  # the Hub's names, where they are others
 IN_PEFT = """\
 import torch
 from peft import PeftModel
@@ -111,11 +113,11 @@ def evaluation_results(subject: Subject) -> list[EvalResult]:
     found = [arm for name, arm in subject.arms.items() if name != "base"]
     return [
         EvalResult(
-            task_type="visual-question-answering",
+            task_type=TASK_TYPES.get(arm.task, "visual-question-answering"),
             dataset_type="custom",
             dataset_name=one_line(validation_name(subject, arm)),
-            metric_type="accuracy",
-            metric_name=f"{arm.metric}, percent",
+            metric_type=TASKS[arm.task].key if arm.task in TASKS else "accuracy",
+            metric_name=f"{arm.metric}, {arm.unit}",
             metric_value=arm.metrics["overall"],
             metric_args={"interval_95": list(arm.interval), "questions": arm.metrics["questions"]},
         )
@@ -157,10 +159,20 @@ def scores(subject: Subject) -> str:
     arm = next(iter(arms.values()))
     first = arm.metrics
     types = sorted(first["by_answer_type"])
-    rows = [[f"{arm.metric}, percent", "overall", "95% interval", *map(plain, types)], ["---"] * (3 + len(types))]
+    rows = [[f"{arm.metric}, {arm.unit}", "overall", "95% interval", *map(plain, types)], ["---"] * (3 + len(types))]
     for name, arm in arms.items():
         by_type = (f"{arm.metrics['by_answer_type'].get(kind, 0.0):.2f}" for kind in types)
         rows.append([name, f"{arm.metrics['overall']:.2f}", "{:.2f} to {:.2f}".format(*arm.interval), *by_type])
+    for name in first.get("by_source", {}):
+        found = {key: of.by_source[name] for key, of in arms.items() if name in of.by_source}
+        rows += [
+            [
+                f"{key}, {plain(name)}: {of.metric}, {of.unit}",
+                f"{of.metrics['overall']:.2f}",
+                "{:.2f} to {:.2f}".format(*of.interval),
+            ]
+            for key, of in found.items()
+        ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     asked = f"{first['questions']:,} questions about {first['images']:,} images"
     return f"{table}\n\nOn {asked} of {code(validation_name(subject, arm))}, answered greedily."

@@ -17,10 +17,13 @@ from data.invalid import SkippedRecords
 from data.records import ImagesById
 from finetune.config.schema import RunConfig
 from finetune.config.strict_yaml import dump
+from finetune.evaluation.mixture import MixtureTask
+from finetune.evaluation.score import PERCENT
 from finetune.evaluation.tasks import TASKS
 from finetune.lora.linear import adapter_table, inject_lora
 from finetune.report import charts
-from finetune.report.gallery import Card, cards_of
+from finetune.report.gallery import WIDTH, Card, cards_of, names_of_boxes, short
+from finetune.report.labels import MOST_FIGURES, confusion_matrix, figures_by_label
 from finetune.report.result_page import environment_of, public
 from finetune.report.run_data import TRAINED, Arm, RunData, read_run
 from finetune.system.atomic import write_text_whole
@@ -35,7 +38,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 CURVES = {
     "loss": "training loss",
     "eval_loss": "validation loss",
-    **{f"eval_{task.key}": f"validation {task.key}, percent" for task in TASKS.values()},
+    **{f"eval_{task.key}": f"validation {task.key}, {task.unit}" for task in TASKS.values()},
+    f"eval_{MixtureTask.key}": "validation, mean of the metrics of all sources",
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradients",
     "memory_gib": "memory, GiB",
@@ -80,6 +84,8 @@ def render(template: str, **values: Any) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = lambda value: f"{value:.2f}"
+    environment.filters["short"], environment.filters["names_of_boxes"] = short, names_of_boxes
+    environment.globals |= {"layer_width": WIDTH, "most_labels": MOST_FIGURES}
     return environment.get_template(template).render(values)
 
 
@@ -91,11 +97,15 @@ def of_run(run: RunData) -> dict[str, Any]:
         "summary": summary(run),
         "scores": scores,
         "arms": run.arms,
+        "sources": sources(run.arms),
         "by_type": by_type_chart(run.arms),
         "question_types": question_types(run.arms),
         "curves": curves_of({run.name: run}),
         "cards": cards(run),
-        "confusions": run.trained.confusions if run.trained else [],
+        "confusions": confusions(run.trained),
+        "matrix": confusion_matrix(run.trained) if run.trained else None,
+        "labels": figures_by_label(run.arms),
+        "label_metric": next((arm.metrics.get("label_metric", "") for arm in run.arms.values()), ""),
         "adapted": adapted(run),
         "facts": facts(run),
         "configuration": dump(public(run.config)),
@@ -114,7 +124,7 @@ def of_several(runs: dict[str, RunData]) -> dict[str, Any]:
         "scores": scores_chart(trained),
         "by_type": by_type_chart(trained),
         "curves": curves_of(runs),
-        "cards": differing(first, trained),
+        "cards": differing(first, trained, {name: aspect_of(run) for name, run in runs.items()}),
         "facts": (found := {name: facts(run) for name, run in runs.items()}),
         "rows": list(dict.fromkeys(key for of_one in found.values() for key in of_one)),
     }
@@ -140,18 +150,34 @@ def summary(run: RunData) -> str:
         return f"{said}. The run has no data.validation, and so nothing to evaluate on."
     if arm is None:
         return f"{said}. It has not been evaluated yet: evaluate.py does that, and writes this page again."
-    said += f". Of {arm.metrics['questions']:,} validation questions it answers "
-    said += f"{arm.metrics['overall']:.2f}% rightly (95% confidence: {arm.interval[0]:.2f} to {arm.interval[1]:.2f})"
-    base = run.base_beside(arm)
-    said += f"; the base answers {base.metrics['overall']:.2f}%." if base else "."
+    base, questions = run.base_beside(arm), f"{arm.metrics['questions']:,} validation questions"
+    interval = f"(95% confidence: {arm.interval[0]:.2f} to {arm.interval[1]:.2f})"
+    if arm.metric.endswith("accuracy"):
+        said += f". Of {questions} it answers {arm.metrics['overall']:.2f}% rightly {interval}"
+        said += f"; the base answers {base.metrics['overall']:.2f}%." if base else "."
+    else:
+        said += f". Its answers to {questions} have {arm.metric} {arm.metrics['overall']:.2f}, {arm.unit} {interval}"
+        said += f"; those of the base {base.metrics['overall']:.2f}." if base else "."
     if run.is_outdated(arm):
         said += " The weights were written after that: evaluate.py measures them as they are now."
     return said
 
 
 def metric_of(arms: dict[str, Arm]) -> str:
-    """What arms are judged by, in words."""
-    return " or ".join(dict.fromkeys(arm.metric for arm in arms.values()))
+    """What arms are judged by, in words, and its unit."""
+    return " or ".join(dict.fromkeys(f"{arm.metric}, {arm.unit}" for arm in arms.values()))
+
+
+def highest_of(arms: dict[str, Arm]) -> float | None:
+    """What the metric of arms can reach, where that is 100 percent; else None."""
+    return 100 if all(arm.unit == PERCENT for arm in arms.values()) else None
+
+
+def confusions(arm: Arm | None) -> list[tuple[str, int, list[tuple[str, int]]]]:
+    """The most frequent answers and what was answered instead; none where each answer is its own, and where the matrix
+    says it.
+    """
+    return arm.confusions if arm and arm.task not in ("classify", "detect", "caption") else []
 
 
 def scores_chart(arms: dict[str, Arm]) -> Markup | None:
@@ -159,7 +185,17 @@ def scores_chart(arms: dict[str, Arm]) -> Markup | None:
         return None
     overall = {name: arm.metrics["overall"] for name, arm in arms.items()}
     intervals = {name: arm.interval for name, arm in arms.items()}
-    return Markup(charts.bars({"": overall}, intervals, f"{metric_of(arms)}, percent, with 95% intervals"))
+    return Markup(charts.bars({"": overall}, intervals, f"{metric_of(arms)}, with 95% intervals", highest_of(arms)))
+
+
+def sources(arms: dict[str, Arm]) -> list[tuple[str, str, int, dict[str, Arm]]]:
+    """Of each source its name, metric with unit, questions, and the figures of each arm; none where there is one."""
+    named = dict.fromkeys(name for arm in arms.values() for name in arm.by_source)
+    found = {name: {arm: of.by_source[name] for arm, of in arms.items() if name in of.by_source} for name in named}
+    return [
+        (name, metric_of(of_source), next(iter(of_source.values())).metrics["questions"], of_source)
+        for name, of_source in found.items()
+    ]
 
 
 def by_type_chart(arms: dict[str, Arm]) -> Markup | None:
@@ -168,7 +204,7 @@ def by_type_chart(arms: dict[str, Arm]) -> Markup | None:
     if not types:
         return None
     groups = {kind: {arm: by_type[kind] for arm, by_type in accuracies.items() if kind in by_type} for kind in types}
-    return Markup(charts.bars(groups, {}, f"{metric_of(arms)}, percent"))
+    return Markup(charts.bars(groups, {}, metric_of(arms), highest_of(arms)))
 
 
 def question_types(arms: dict[str, Arm]) -> list[tuple[str, int, dict[str, float]]]:
@@ -186,7 +222,13 @@ def question_types(arms: dict[str, Arm]) -> list[tuple[str, int, dict[str, float
 def curves_of(runs: dict[str, RunData]) -> list[Markup]:
     """A chart of every figure that was logged more than once."""
     found = []
-    for key, label in CURVES.items():
+    names = {source.called for run in runs.values() for source in run.config.data.sources("validation")}
+    of_sources = {
+        f"eval_{name}_{task.key}": f"{name}: validation {task.key}, {task.unit}"
+        for name in sorted(names)
+        for task in TASKS.values()
+    }
+    for key, label in (CURVES | of_sources).items():
         series = {name: data for name, run in runs.items() if len((data := run.series(key))[0]) > 1}
         if series:
             found.append(Markup(charts.curves(series, label)))
@@ -197,7 +239,12 @@ def curves_of(runs: dict[str, RunData]) -> list[Markup]:
 def cards(run: RunData) -> list[Card]:
     """The gallery: base and trained network side by side; none where the images are no longer there."""
     arms = {name: run.arms[name] for name in ("base", *TRAINED) if name in run.arms and run.arms[name].answers}
-    return cards_of(arms, images(run)) if arms else []
+    return cards_of(arms, images(run), dict.fromkeys(arms, aspect_of(run))) if arms else []
+
+
+def aspect_of(run: RunData) -> str:
+    """How its network makes images square, as far as locations depend on it."""
+    return run.config.image.aspect or "squash"
 
 
 def images(run: RunData) -> Mapping[str, Any]:
@@ -211,7 +258,7 @@ def images(run: RunData) -> Mapping[str, Any]:
     return ImagesById(records)
 
 
-def differing(first: RunData, arms: dict[str, Arm]) -> list[Card]:
+def differing(first: RunData, arms: dict[str, Arm], aspects: dict[str, str]) -> list[Card]:
     """Images of questions that one run answers and another does not."""
     if len(arms) < 2:
         return []
@@ -221,7 +268,7 @@ def differing(first: RunData, arms: dict[str, Arm]) -> list[Card]:
         name: Arm(arm.name, arm.metrics, {key: line for key, line in arm.answers.items() if key in told_apart})
         for name, arm in arms.items()
     }
-    return cards_of(some, images(first)) if told_apart else []
+    return cards_of(some, images(first), aspects) if told_apart else []
 
 
 def adapted(run: RunData) -> list[tuple[str, str, int, int, int]]:

@@ -22,6 +22,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.source import SOURCE_PATHS
 from finetune.config.stages import stage_output
 from finetune.config.strict_yaml import dump
+from finetune.evaluation.answer import texts_alone
 from finetune.evaluation.run import task_of
 from finetune.evaluation.score import Score
 from finetune.evaluation.vqa_accuracy import read_results
@@ -44,6 +45,7 @@ def write_report(config: RunConfig) -> Path:
     output = Path(config.output)
     report = {
         "metric": task_of(config).metric,
+        "unit": task_of(config).unit,
         "scores": scores_of(config),
         "training": training_of(output) | {"stages": stages_of(config)},
         "data": data_of(config),
@@ -67,7 +69,7 @@ def scores_of(config: RunConfig) -> dict[str, Any]:
         file = Path(config.output) / "eval" / arm / "results.json"
         if not file.exists():
             continue
-        answers = read_results(file)
+        answers = texts_alone(read_results(file))
         scores[arm] = figures_of(task.score(answers, records)) | {
             "by_answer_type": {
                 name: figures_of(task.score({record["id"]: answers[record["id"]] for record in some}, some))
@@ -173,7 +175,10 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as a page of Markdown."""
     scores, training = report["scores"], report["training"]
     types = list(next(iter(scores.values()))["by_answer_type"]) if scores else []
-    rows = [[f"{report['metric']}, percent", "all", *map(plain, types), "questions"], ["---"] * (3 + len(types))]
+    rows = [
+        [f"{report['metric']}, {report['unit']}", "all", *map(plain, types), "questions"],
+        ["---"] * (3 + len(types)),
+    ]
     for arm, found in scores.items():
         cells = [found, *(found["by_answer_type"][name] for name in types)]
         rows.append([arm, *map(cell, cells), f"{found['questions']:,}"])

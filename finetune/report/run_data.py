@@ -13,6 +13,7 @@ from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import ANSWERS_FILE, METRICS_FILE
 from finetune.evaluation.inputs import INPUTS_KEY
+from finetune.evaluation.score import PERCENT
 from finetune.training.result import Result
 
 ARMS = ("base", "adapter", "model", "merged")
@@ -31,6 +32,26 @@ class Arm:
     def metric(self) -> str:
         """What it is judged by, in words."""
         return str(self.metrics.get("metric", "VQA accuracy"))
+
+    @property
+    def unit(self) -> str:
+        """Of its score."""
+        return str(self.metrics.get("unit", PERCENT))
+
+    @property
+    def task(self) -> str:
+        """What its answers were judged by, by name; "" where its figures do not say."""
+        return str(self.metrics.get("task", ""))
+
+    @property
+    def by_label(self) -> dict[str, float]:
+        """A further metric of each label, in percent; empty where answers have none."""
+        return dict(self.metrics.get("by_label", {}))
+
+    @property
+    def by_source(self) -> dict[str, Arm]:
+        """The figures of each source, where the questions are of several."""
+        return {name: Arm(self.name, found, {}) for name, found in self.metrics.get("by_source", {}).items()}
 
     @property
     def interval(self) -> tuple[float, float]:

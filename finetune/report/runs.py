@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from finetune.report.run_data import RunData
 
-NOT_COMPARED = ("output", "tracking.")  # keys that differ between any two runs, or change nothing
-
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"{cli.CONSOLE} runs", description=__doc__)
@@ -111,7 +109,11 @@ def state_of(run: RunData) -> str:
 
 
 def differences_of(runs: dict[str, RunData]) -> dict[str, dict[str, str]]:
-    """Of each run, the keys that not all runs have the same value of; none where there is one run, or no difference."""
+    """Of each run, the keys that lead to another result and that not all runs have the same value of; none where there
+    is one run, or no difference.
+    """
+    from finetune.config.schema import RunConfig
+    from finetune.config.section import Effect
     from finetune.training.resume import flat
 
     values = {name: flat(run.config.model_dump(mode="json")) for name, run in runs.items()}
@@ -119,7 +121,7 @@ def differences_of(runs: dict[str, RunData]) -> dict[str, dict[str, str]]:
     differing = [
         key
         for key in keys
-        if not key.startswith(NOT_COMPARED) and len({repr(of_one.get(key)) for of_one in values.values()}) > 1
+        if RunConfig.effect_of(key) is Effect.RESULT and len({repr(of_one.get(key)) for of_one in values.values()}) > 1
     ]
     if not differing:
         return {}

@@ -31,6 +31,8 @@ class Result:
     validation_loss: float | None = None
     finished: bool = False
     """Whether the run went to its end, so that no later step can be better."""
+    better_since: int | None = None
+    """The first step whose figures are these, which are better than all before; None: this one."""
     stopped_at: int | None = None
     """The step after which a finished run stopped early (`train.patience`)."""
 
@@ -119,12 +121,13 @@ def judge(step: int, metrics: Mapping[str, float], metric: str, best: Result | N
     metrics: `metric`, of which more is better, and perhaps `loss`.
     """
     made = Result(step, f"best {metric}", metric, finite(metrics[metric]), finite(metrics.get("loss")))
-    if best is None:
+    if best is None or best.metric != metric:  # chosen by another figure, which does not compare
         return made
     if made.rank < best.rank:
         return None
     if made.rank == best.rank:
-        return dataclasses.replace(made, why=f"{metric} and validation loss as at step {best.step}, and later")
+        why, since = f"{metric} and validation loss as at step {best.step}, and later", best.better_since or best.step
+        return dataclasses.replace(made, why=why, better_since=since)
     if made.metric_value == best.metric_value:
         return dataclasses.replace(made, why=f"{metric} as at step {best.step}, and a lower validation loss")
     return made

@@ -133,7 +133,7 @@ def judged_by(config: RunConfig) -> dict[str, Any]:
     begin = "data.train" if held_out else "data.validation"
     files = {key: about for key, about in contents(config).items() if key.startswith(begin)}
     asked = {"seed": config.train.seed, "evaluation": config.evaluation.model_dump(exclude={"batch_size"})}
-    validation = config.data.model_dump()["train" if held_out else "validation"]
+    validation = config.data.model_dump(mode="json")["train" if held_out else "validation"]
     return {"validation": validation, "files": files, **of_answers, **asked}
 
 

@@ -209,11 +209,12 @@ class LoRATrainer(Trainer):
 
     @property
     def is_past_its_best(self) -> bool:
-        """Whether as many evaluations as `train.patience` allows were not better than the best one before them."""
+        """Whether as many evaluations as `train.patience` allows brought nothing better than the one before them."""
         patience = self.run.train.patience
         if patience is None or self.best is None or not self.args.eval_steps:
             return False
-        return self.state.global_step - self.best.step >= patience * self.args.eval_steps
+        best = self.best.better_since or self.best.step
+        return self.state.global_step - best >= patience * self.args.eval_steps
 
     def finish(self) -> None:
         """After training: evaluate, where the last step did not; with nothing to evaluate, keep the last state."""

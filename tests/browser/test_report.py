@@ -11,7 +11,8 @@ import pytest
 from data.records import load_records
 from data.synthetic import scenes
 from finetune.config.load import dump_config, load_config
-from finetune.evaluation.evaluate import Answer, Evaluation
+from finetune.evaluation.answer import Answer
+from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.tasks import TASKS
 from finetune.report.page import write_comparison, write_page
 from tests.browser.conftest import contrast, on_phone, overflow
@@ -47,9 +48,10 @@ def make_run(root: Path, name: str, every: int, hostile: bool = False) -> Path:
         for i, record in enumerate(records):
             right = arm == "adapter" and i % every == 0
             generated[record["id"]] = Answer(record["answer"] if right else HOSTILE if hostile else "?", True, -0.5)
-        texts = {key: answer.text for key, answer in generated.items()}
         shown = [record | {"question": HOSTILE, "answer_type": HOSTILE} if hostile else record for record in records]
-        Evaluation(generated, TASKS["vqa"], TASKS["vqa"].score(texts, records), 4).save(directory / "eval" / arm, shown)
+        Evaluation(generated, TASKS["vqa"], TASKS["vqa"].score(generated, records), 4).save(
+            directory / "eval" / arm, shown
+        )
     return directory
 
 

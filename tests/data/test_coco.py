@@ -12,6 +12,7 @@ from PIL import Image
 from data.boxes import boxes_in
 from data.invalid import SkippedRecords
 from data.records import load_records
+from data.sources.coco import contents_of
 from finetune.config.load import load_config
 from finetune.training.examples import open_records
 from tests.images import encoded
@@ -170,6 +171,35 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: str, message
     (tmp_path / "instances.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_records(coco=tmp_path / "instances.json", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("content", "contents"),
+    [
+        ({"images": [], "annotations": [{"id": 1, "bbox": [1, 2, 3, 4]}, {"caption": "x"}]}, "boxes"),
+        ({"annotations": [{"caption": 'a "bbox" : [', "id": 1}], "images": []}, "captions"),
+        ({"images": [{"annotations": [{"text": "of another kind"}]}], "annotations": [{"caption": "a"}]}, "captions"),
+        ({"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}, "boxes"),
+        ({"images": [], "annotations": []}, None),
+        ({"images": [], "annotations": [{"keypoints": []}]}, None),
+        ({"images": []}, None),
+        ([], None),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_what_a_file_holds_is_told_by_its_first_annotation(
+    tmp_path: Path, content: Any, contents: str | None, indent: int | None
+) -> None:
+    file = tmp_path / "file.json"
+    file.write_text(json.dumps(content, indent=indent))
+    assert contents_of(file) == contents
+
+
+def test_what_is_no_json_holds_nothing(tmp_path: Path) -> None:
+    for text in ("", "no JSON", '{"annotations": ['):
+        (tmp_path / "file.json").write_text(text)
+        assert contents_of(tmp_path / "file.json") is None
+    assert contents_of(tmp_path / "missing.json") is None
 
 
 def test_a_configuration_names_it_and_a_padding_network_gets_locations_of_the_square(tmp_path: Path) -> None:

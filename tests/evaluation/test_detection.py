@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -168,6 +169,34 @@ def test_perfect_answers_and_none() -> None:
     assert (absent.map, absent.map_50, absent.precision, absent.recall, absent.f1) == (None, None, 0, None, 0)
     nothing = score_boxes({"1": ""}, {"1": AnsweredBoxes("", 0.0)})
     assert {nothing.map, nothing.map_50, nothing.precision, nothing.recall, nothing.f1} == {None}
+
+
+def test_the_interval_is_that_of_images_drawn_again() -> None:
+    """Against scoring each draw anew, an image that is drawn twice being two images."""
+    draw = random.Random(1)
+    expected, answered = {}, {}
+    for number in range(7):  # two records about one image now and then
+        places = [(draw.randrange(0, 800), draw.randrange(0, 800)) for _ in range(draw.randint(1, 3))]
+        boxes = [((y, x, y + 100, x + 200), draw.choice([*LABELS, "cow", "hen"])) for y, x in places]
+        near = [((box[0] + draw.randrange(40), *box[1:]), label) for box, label in boxes if draw.random() < 0.8]
+        expected[str(number)] = text_of(*boxes)
+        answered[str(number)] = AnsweredBoxes(text_of(*near), -draw.random())
+    images = {"0": "a", "1": "b", "2": "a", "3": "c", "4": "d", "5": "e", "6": "d"}
+    members = [[id for id in expected if images[id] == image] for image in "abcde"]
+    drawing, found = np.random.default_rng(0), []
+    for _ in range(40):
+        drawn = {f"{place} {id}": id for place, k in enumerate(drawing.integers(5, size=5)) for id in members[k]}
+        again = {name: expected[id] for name, id in drawn.items()}
+        found.append(score_boxes(again, {name: answered[id] for name, id in drawn.items()}).map)
+    scored = score_boxes(expected, answered, images, resamples=40)
+    known = [value for value in found if value is not None]
+    assert scored.interval == pytest.approx(tuple(np.percentile(known, [2.5, 97.5])))
+    assert scored.interval is not None
+    assert scored.map is not None
+    assert scored.interval[0] < scored.map < scored.interval[1]
+    assert score_boxes(expected, answered).interval is None
+    text = text_of(((0, 0, 9, 9), "cat"))
+    assert score_boxes({"1": text}, {"1": AnsweredBoxes(text, 0.0)}, resamples=5).interval == (0, 100)
 
 
 def test_the_order_of_images_and_the_text_around_boxes_change_nothing() -> None:

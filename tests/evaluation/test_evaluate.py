@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from data import Processor
 from data.image_form import ImageForm
 from data.records import load_records
 from data.synthetic.scenes import write as write_scenes
-from finetune.evaluation.evaluate import Answer, Batches, generate_answers, mean_loss
+from finetune.evaluation.answer import Answer
+from finetune.evaluation.evaluate import Batches, generate_answers, mean_loss
 from finetune.system import distributed
 from model import ConnectorConfig, PaliGemma
 from model.convert import changed, convert
@@ -46,6 +50,11 @@ def test_a_batch_of_several_images_answers_as_each_record_alone(records: list[di
     assert sum(encoded) == 5
     assert list(answers) == [record["id"] for record in records]
     assert len({answer.text for answer in answers.values()}) > 4  # the images differ, and so do their captions
+    for answer in answers.values():
+        pieces = [piece for piece, _ in answer.tokens]
+        assert "".join(pieces).removesuffix("<eos>").strip() == answer.text
+        assert (pieces[-1] == "<eos>") == answer.finished
+        assert statistics.fmean(found for _, found in answer.tokens) == pytest.approx(answer.log_prob)
     for record in records:
         batch = processor(images=[record["image"]], prefixes=[record["prefix"]])  # type: ignore[list-item]
         alone = processor.decode(model.generate(batch["input_ids"], batch["pixel_values"], max_new_tokens=12)[0])
@@ -144,15 +153,16 @@ def test_processes_share_the_images(records: list[dict[str, object]], monkeypatc
     one = generate_answers(model, processor, records, max_new_tokens=4)
     shares: list[dict[str, Answer]] = []
 
-    def gather(answers: dict[str, Answer]) -> list[dict[str, Answer]]:
+    def gather(answers: dict[str, Answer]) -> Any:
+        """By way of JSON, as `distributed.gather`."""
         shares.append(answers)
-        return [one]
+        return json.loads(json.dumps([one]))
 
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "gather", gather)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        generate_answers(model, processor, records, max_new_tokens=4)
+        assert generate_answers(model, processor, records, max_new_tokens=4) == one
     assert encoded == [5, 3, 2]
     assert [len(share) for share in shares] == [6, 4]
     assert {**shares[0], **shares[1]} == one

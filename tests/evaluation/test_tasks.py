@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 
 import evaluate
 from finetune.config.source import Source
-from finetune.evaluation.tasks import TASKS, anls, edits, is_about_right, macro_f1, task_named
+from finetune.evaluation.answer import texts_alone
+from finetune.evaluation.task_choice import task_of_source
+from finetune.evaluation.tasks import TASKS, anls, edits, f1_by_label, is_about_right, task_named
 
 
 def record(*answers: str, id: str = "1", equally_right: bool = True) -> dict[str, Any]:
@@ -33,7 +37,7 @@ def record(*answers: str, id: str = "1", equally_right: bool = True) -> dict[str
 def test_an_answer_is_right_by_vqas_text_rules_and_exact_by_its_characters(
     answer: str, answers: list[str], right: int, exact: int
 ) -> None:
-    found = TASKS["answer"].score({"1": answer}, [record(*answers)])
+    found = TASKS["answer"].score(texts_alone({"1": answer}), [record(*answers)])
     assert (found.overall, found.others) == (100 * right, {"exact match": 100 * exact})
     assert found.metric == "accuracy"
 
@@ -42,6 +46,15 @@ def test_official_files_are_scored_as_vqa_is_and_all_others_by_right_and_wrong()
     assert task_named("auto", official=True) is TASKS["vqa"]
     assert task_named("auto", official=False) is TASKS["answer"]
     assert task_named("document", official=True) is TASKS["document"]
+
+
+@pytest.mark.parametrize(("key", "value", "task"), [("bbox", [0, 0, 2, 2], "detect"), ("caption", "a dog", "caption")])
+def test_cocos_boxes_and_captions_are_judged_as_such(tmp_path: Path, key: str, value: object, task: str) -> None:
+    file = tmp_path / "coco.json"
+    file.write_text(json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 1, key: value}]}))
+    assert task_of_source(Source(coco=str(file))) is TASKS[task]
+    assert task_of_source(Source(coco=str(file), task="answer")) is TASKS["answer"]
+    assert task_of_source(Source(jsonl=str(file))) is TASKS["answer"]
 
 
 def test_a_configuration_and_evaluate_py_name_every_task() -> None:
@@ -102,24 +115,30 @@ def test_relaxed_accuracy(answer: str, answers: list[str], right: bool) -> None:
     assert is_about_right(answer, record(*answers)) == right
 
 
-def test_macro_f1_is_the_mean_over_labels() -> None:
+def test_f1_by_label_and_their_mean() -> None:
     """Against precision and recall, label by label."""
     rng, labels = random.Random(0), ["cat", "dog", "cow"]
     expected = [rng.choice(labels) for _ in range(200)]
     answers = [rng.choice([*labels, "no idea", right, right]) for right in expected]
-    scores = []
+    scores = {}
     for label in labels:
         both = sum(answer == right == label for answer, right in zip(answers, expected, strict=True))
         precision, recall = both / answers.count(label), both / expected.count(label)
-        scores.append(2 * precision * recall / (precision + recall))
-    assert macro_f1(answers, [record(right) for right in expected]) == pytest.approx(sum(scores) / 3)
-    assert macro_f1(["x"], [record("cat")]) == 0
+        scores[label] = 2 * precision * recall / (precision + recall)
+    assert f1_by_label(answers, [record(right) for right in expected]) == pytest.approx(scores)
+    assert f1_by_label(["x"], [record("cat")]) == {"cat": 0}
+    records = [record(right, id=str(number)) for number, right in enumerate(expected)]
+    found = TASKS["classify"].score(texts_alone({str(k): text for k, text in enumerate(answers)}), records)
+    assert found.by_label == pytest.approx({label: 100 * value for label, value in scores.items()})
+    assert found.others["macro F1"] == pytest.approx(100 * sum(scores.values()) / 3)
+    assert found.to_dict()["by_label"] == {label: round(100 * value, 2) for label, value in scores.items()}
 
 
 def test_every_task_scores_a_data_set_and_says_by_what() -> None:
     records = [record("12", id=str(number)) | {"answer_type": "number"} for number in range(4)]
-    answers = {"0": "12", "1": "12.", "2": "12.3", "3": "red"}
-    found = {name: task.score(answers, records) for name, task in TASKS.items()}
+    answers = texts_alone({"0": "12", "1": "12.", "2": "12.3", "3": "red"})
+    of_texts = {name: task for name, task in TASKS.items() if name not in ("detect", "caption")}
+    found = {name: task.score(answers, records) for name, task in of_texts.items()}
     assert {name: score.overall for name, score in found.items()} == {
         "vqa": 25.0,
         "answer": 50.0,
@@ -129,4 +148,7 @@ def test_every_task_scores_a_data_set_and_says_by_what() -> None:
     }
     for name, score in found.items():
         assert score.by_answer_type == {"number": score.overall}
-        assert score.to_dict()["metric"] == TASKS[name].metric
+        figures = score.to_dict()
+        assert (figures["metric"], figures["unit"], "values" in figures) == (TASKS[name].metric, "percent", False)
+        assert score.values.keys() == answers.keys()
+    assert found["document"].values == pytest.approx({"0": 100, "1": 200 / 3, "2": 0, "3": 0}, abs=34)

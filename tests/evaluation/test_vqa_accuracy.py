@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.evaluation import vqa_accuracy as module
+from finetune.evaluation.answer import texts_alone
 from finetune.evaluation.score import Score
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.vqa_accuracy import (
@@ -26,7 +28,10 @@ from finetune.evaluation.vqa_accuracy import (
 )
 from tests.reference_vqa import REFERENCE, Case, ReferenceEvaluation, generated_cases, rules_hit
 
-score = TASKS["vqa"].score
+
+def score(texts: Mapping[str, str], records: Iterable[Mapping[str, Any]]) -> Score:
+    """Of answers of which the texts are known."""
+    return TASKS["vqa"].score(texts_alone(texts), records)
 
 
 def annotations(cases: list[Case], *, ids: bool = True) -> list[dict[str, Any]]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import evaluate
 import train
 from finetune import __main__ as console
 from finetune.report import charts, gallery
+from finetune.report.labels import MOST_FIGURES
 from finetune.report.page import write_comparison, write_page
 from finetune.report.run_data import Arm, latest, read_run
 from tests.test_scripts import ROOT, base_with_scenes, overrides
@@ -265,6 +267,89 @@ def test_a_page_is_full_at_its_limit(base: Path, monkeypatch: pytest.MonkeyPatch
     assert len(gallery.cards_of(arms, images)) == len(paths)
     monkeypatch.setattr(gallery, "MOST_BYTES", 3 * max(len(gallery.thumbnail(path)) for path in paths))
     assert 3 <= len(gallery.cards_of(arms, images)) < len(paths)
+
+
+def rewritten(run: Path, copy: Path, metrics: dict[str, Any], line: dict[str, Any], count: int = 1) -> Page:
+    """The page of a run with other figures, and with other values in the first lines of its answers."""
+    shutil.copytree(run, copy)
+    for arm in ("base", "adapter"):
+        figures, answers = copy / "eval" / arm / "metrics.json", copy / "eval" / arm / "answers.jsonl"
+        figures.write_text(json.dumps(json.loads(figures.read_text()) | metrics))
+        lines = [json.loads(text) for text in answers.read_text().splitlines()]
+        changed = [one | (line if k < count else {}) for k, one in enumerate(lines)]
+        answers.write_text("".join(json.dumps(one) + "\n" for one in changed))
+    return Page(write_page(copy).read_text())
+
+
+def test_boxes_are_drawn_over_images_and_locations_are_numbers(run: Path, tmp_path: Path) -> None:
+    """What is expected and what each arm answered are told apart, and labels stay texts."""
+    label = 'cat" onclick="alert(1)'
+    first, second = (f"<loc0000><loc0512><loc0{bottom}><loc1023> {label}" for bottom in (256, 512))
+    line = {"expected": [first], "answer": f"{first} ; {second}", "question": f"detect {label}", "answer_type": ""}
+    page = rewritten(run, tmp_path / "run", {"task": "detect", "by_label": {label: 12.5}, "label_metric": "x"}, line)
+    drawn = [attributes for attributes in page.of("rect") if (attributes.get("class") or "").startswith("box")]
+    assert [attributes["class"] for attributes in drawn] == ["box of-0"] + ["box of-1"] * 2 + ["box of-2"] * 2
+    places = [[float(one[key] or "") for key in ("x", "y", "width", "height")] for one in drawn[:3]]
+    low, high = [150, 0, 150, 75], [150, 0, 150, 150]
+    assert places == [pytest.approx(place, abs=0.3) for place in (low, low, high)]
+    assert "<loc" not in page.text
+    assert page.text.count(f"[0 512 256 1023] {label}") == 3
+    assert "Boxes on the images:" in page.text
+    assert not any("onclick" in attributes for _, attributes in page.tags)
+    assert "12.50" in page.text
+    without = Page((run / "report.html").read_text())
+    assert "Boxes on the images:" not in without.text
+    assert not [attributes for attributes in without.of("svg") if attributes.get("class") == "layer"]
+
+
+def test_boxes_of_a_network_that_pads_its_images_are_where_it_saw_them(tmp_path: Path) -> None:
+    """Locations of the square around an image twice as wide as high."""
+    Image.new("RGB", (80, 40)).save(tmp_path / "wide.png")
+    text = "<loc0256><loc0000><loc0767><loc0512> cat"
+    line = {
+        "id": "1",
+        "image_id": "wide",
+        "question": "detect cat",
+        "answer_type": "",
+        "expected": [text],
+        "score": 0.0,
+    }
+    arms = {name: Arm(name, {}, {"1": line | {"answer": text}}) for name in ("base", "adapter")}
+    for aspects, top, height in (({}, 37.5, 75), (dict.fromkeys(arms, "pad"), 0, 150)):
+        (card,) = gallery.cards_of(arms, {"wide": str(tmp_path / "wide.png")}, aspects)
+        assert card.height == 150
+        assert [box.whose for box in card.boxes[0]] == ["expected", "base", "adapter"]
+        for box in card.boxes[0]:
+            assert (box.label, box.left, box.width) == ("cat", 0, pytest.approx(150, abs=0.3))
+            assert (box.top, box.height) == pytest.approx((top, height), abs=0.3)
+
+
+def test_locations_are_shown_as_numbers() -> None:
+    assert (
+        gallery.short("<loc0010><loc0200><loc0300><loc1023> cat ; <loc0001> dog") == "[10 200 300 1023] cat ; [1] dog"
+    )
+    assert gallery.short("detect <b> ; <loc12>") == "detect <b> ; <loc12>"
+
+
+def test_a_figure_that_is_no_percentage_is_not_called_one(run: Path, tmp_path: Path) -> None:
+    figures: dict[str, Any] = {"metric": "CIDEr-D", "unit": "times 100", "overall": 143.21, "interval": [140, 146.5]}
+    figures |= {"task": "caption", "others": {"BLEU-4": 33.3}, "by_answer_type": {}}
+    page = rewritten(run, tmp_path / "run", figures, {})
+    assert "have CIDEr-D 143.21, times 100 (95% confidence: 140.00 to 146.50); those of the base 143.21" in page.text
+    assert "CIDEr-D, times 100, with 95% intervals" in page.text
+    assert "CIDEr-D, percent" not in page.text
+    assert "BLEU-4, percent" in page.text
+    assert "The most frequent answers" not in page.text
+
+
+def test_labels_that_are_confused_are_a_matrix(run: Path, tmp_path: Path) -> None:
+    many = {str(k): 50.0 + k / 10 for k in range(MOST_FIGURES)}
+    figures = {"task": "classify", "by_label": {"yes": 40.0, **many, "2": 20.0}, "label_metric": "F1"}
+    page = rewritten(run, tmp_path / "run", figures, {})
+    cells = [attributes for attributes in page.of("td") if (attributes.get("style") or "").startswith("--share: ")]
+    assert len(cells) > 9
+    assert "What was answered instead of what" in page.text
+    assert "F1 of each label, in percent, the lowest first; 1 higher ones are left out." in page.text
 
 
 def test_charts_are_the_same_bytes_for_the_same_data() -> None:

@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 from data.records import load_records
 from data.synthetic import scenes
 from finetune.config.load import load_config
+from finetune.evaluation.answer import texts_alone
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.vqa_accuracy import write_results
 from finetune.report import result_page
@@ -41,7 +42,7 @@ def test_scores_have_an_interval_for_each_type_of_answer(tmp_path: Path) -> None
     write_results(tmp_path / "eval/adapter/results.json", answers)
     reported = result_page.scores_of(config)["adapter"]
     assert reported["score"] == pytest.approx(100 * len(known) / 30, abs=0.01)
-    alone = TASKS["vqa"].score({record["id"]: answers[record["id"]] for record in asked}, asked)
+    alone = TASKS["vqa"].score(texts_alone({record["id"]: answers[record["id"]] for record in asked}), asked)
     found = reported["by_answer_type"]["yes/no"]
     assert found["questions"] == len(asked) < 30
     assert found["score"] == pytest.approx(100 * len(known) / len(asked), abs=0.01)
@@ -54,6 +55,7 @@ def test_texts_of_data_and_configuration_stay_texts_in_markdown() -> None:
     scored = {"score": 50.0, "interval": [40.0, 60.0], "questions": 9}
     report: dict[str, Any] = {
         "metric": "accuracy",
+        "unit": "percent",
         "scores": {"adapter": scored | {"by_answer_type": {"a|b\n# <b>": scored}}},
         "training": {"steps": 1, "hours": 0.1, "kept_step": 1, "kept_for": "best accuracy", "stages": {}},
         "data": {},

@@ -370,6 +370,14 @@ def test_patience_ends_a_run_that_gets_no_better(base: Path, tmp_path: Path, sto
     assert trainer.best.step == 2
 
 
+def test_what_is_only_as_good_does_not_renew_patience(base: Path, tmp_path: Path) -> None:
+    """Nothing moves: the latest of equal steps is kept, and the run ends all the same."""
+    trainer = evaluations(base, tmp_path, dict.fromkeys(range(1, 7), (0.0, 2.5)), patience=3)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert kept_by(trainer)[-1] == (4, "accuracy and validation loss as at step 3, and later")
+
+
 def test_a_run_that_stops_early_saves_where_it_is(base: Path, tmp_path: Path) -> None:
     """So that it need not train those steps again to find that it is finished."""
     figures = {1: (5.0, 1.0), 2: (4.0, 1.0), 3: (4.0, 1.0)}

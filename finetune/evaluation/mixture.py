@@ -1,0 +1,100 @@
+"""Answers to several sources of examples, each judged by a task of its own: what was gained beside what was kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from finetune.evaluation.answer import Answer
+from finetune.evaluation.score import Score, cluster_of, require_answered
+from finetune.evaluation.tasks import Task
+
+Record = Mapping[str, Any]
+SEPARATOR = "/"  # between the name of a source and the id that a record has in it
+
+
+def figures(task: Task, score: Score) -> dict[str, float]:
+    """What metrics.jsonl says of a score: the metric under its key, and what it is made of."""
+    found = {task.key: score.overall}
+    found |= {f"{task.key}_{name}": value for name, value in score.by_answer_type.items()}
+    if isinstance(task, MixtureTask):
+        for name, of_source in score.by_source.items():
+            found |= {f"{name}_{key}": value for key, value in figures(task.tasks[name], of_source).items()}
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureTask:
+    """Judges the answers to each source by its own task; the metric is the mean over the sources.
+
+    That the mean is one of several metrics is for the comparison of a run's steps alone: what it is made of stands in
+    `Score.by_source`.
+
+    Attributes:
+        tasks: by the names of the sources, with which the ids of their records begin.
+    """
+
+    tasks: Mapping[str, Task]
+    name: str = "mixture"
+    key: str = "mean_of_sources"
+
+    @property
+    def metric(self) -> str:
+        """Such as: mean of VQA accuracy (questions) and CIDEr (captions)."""
+        return "mean of " + " and ".join(f"{task.metric} ({name})" for name, task in self.tasks.items())
+
+    @property
+    def unit(self) -> str:
+        """That of the sources, where they have one in common."""
+        return " and ".join(dict.fromkeys(task.unit for task in self.tasks.values()))
+
+    def require(self, records: Iterable[Record] = ()) -> None:
+        """See `Task.require`."""
+        by_source = self.by_source(records)
+        for name, task in self.tasks.items():
+            task.require(by_source[name])
+
+    def score(self, answers: Mapping[str, Answer], records: Iterable[Record]) -> Score:
+        """See `Task.score`. The interval takes the sources to be independent of each other; a source without any of
+        these records is left out.
+        """
+        records = list(records)
+        require_answered(answers, records)
+        scores = {
+            name: self.tasks[name].score({record["id"]: answers[record["id"]] for record in some}, some)
+            for name, some in self.by_source(records).items()
+            if some
+        }
+        count, halves = len(scores), [(score.interval[1] - score.interval[0]) / 2 for score in scores.values()]
+        overall = sum(score.overall for score in scores.values()) / count
+        half = math.hypot(*halves) / count
+        return Score(
+            metric=self.metric,
+            overall=overall,
+            interval=(overall - half, overall + half),
+            questions=len(records),
+            images=len({cluster_of(record) for record in records}),
+            by_answer_type={},
+            by_question_type={},
+            counts={"answer_type": {}, "question_type": {}},
+            others={},
+            unit=self.unit,
+            values={id: value for score in scores.values() for id, value in score.values.items()},
+            by_source=scores,
+        )
+
+    def by_source(self, records: Iterable[Record]) -> dict[str, list[Record]]:
+        """The records of each source, told by their ids.
+
+        Raises:
+            ValueError: an id begins with the name of no source.
+        """
+        found: dict[str, list[Record]] = {name: [] for name in self.tasks}
+        for record in records:
+            name = record["id"].partition(SEPARATOR)[0]
+            if name not in found:
+                raise ValueError(f"record {record['id']!r} is of no source; expected one of {', '.join(found)}")
+            found[name].append(record)
+        return found
