@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from finetune import cli
 from finetune.report.push import add_arguments
@@ -38,6 +39,10 @@ def main(argv: Sequence[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{error} (--base)") from error
         revision = revision or named
+    if arguments.dtype == "bfloat16" and trained_dtype(adapter) == "float32":
+        console.show(
+            "the adapter was trained on weights in float32, the merged ones are bfloat16: --dtype float32 keeps it"
+        )
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
     output, into, force = arguments.output, arguments.into, arguments.force
@@ -49,6 +54,16 @@ def main(argv: Sequence[str]) -> None:
         console.show(f"{output} opens in this toolkit alone: transformers has no such connector, tiles or padding")
     if pushed:
         push(pushed)
+
+
+def trained_dtype(adapter: Path) -> str | None:
+    """What the base's weights were kept in while the adapter was trained; None where its run is not beside it."""
+    from finetune.config.load import load_config
+
+    try:
+        return load_config(adapter.parent / "config.yaml").model.dtype
+    except ValueError:
+        return None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ def test_at_80_columns_a_run_has_one_bar_whose_figures_fit(base: Path, tmp_path:
     assert re.search(r"loss [\d.]+, accuracy [\d.]+$", bars[-1])
     # Sentences, which the terminal wraps: what is said, and nothing that a library says.
     said = [line.split()[0] for line in lines if line not in bars]
-    assert said == ["plan:", "trained:", "16", *["kept"] * said.count("kept"), "saved", "report:"], lines
+    assert said == ["warning:", "plan:", "trained:", "16", *["kept"] * said.count("kept"), "saved", "report:"], lines
 
 
 def test_in_a_log_file_there_are_lines_and_no_bars(base: Path, tmp_path: Path) -> None:

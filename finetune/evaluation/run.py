@@ -114,7 +114,11 @@ def evaluate_arm(
     result = open_and_evaluate(
         checkpoint, arm.adapter, processor, records, task_of(config), dtype, device, rows, new_tokens, quantize
     )
-    show_unfinished(name, result, "evaluation.max_new_tokens")
+    if name != "base":
+        show_unfinished(name, result, "evaluation.max_new_tokens")
+    elif result.unfinished:  # no reason to raise the limit: it is that of the trained answers
+        count = f"{result.unfinished:,} of {len(result.answers):,}"
+        show(f"base: {count} answers are longer than {new_tokens} tokens, and cut off")
     if directory:
         facts = {"model": str(arm.checkpoint), "adapter": str(arm.adapter) if arm.adapter else None}
         facts |= {"validation": config.data.title("validation")}

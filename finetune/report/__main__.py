@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from finetune.report.page import write_comparison, write_page
 
     if len(arguments.runs) == 1:
-        print(write_page(arguments.runs[0]))
+        print(f"report: {write_page(arguments.runs[0])}")
     else:
-        print(write_comparison(arguments.runs, arguments.output))
+        print(f"report: {write_comparison(arguments.runs, arguments.output)}")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def about(subject: Subject) -> str:
     if step is not None:
         said += f" These are the weights of step {step:,}"
         if subject.facts.metric and value is not None:
-            said += f", with {plain(subject.facts.metric)} {value:.4g} in training"
+            said += f", chosen by their {plain(subject.facts.metric)} of {value:.4g} in an evaluation during training"
         said += "."
     return said
 

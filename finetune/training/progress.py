@@ -71,6 +71,6 @@ class ProgressLines(TrainerCallback):
         self.figures |= figures_of(logs, self.metric)
         step, total = state.global_step, state.max_steps
         if "eval_loss" in self.figures or step * PARTS // total > self.said * PARTS // total:
-            minutes = self.metrics.line["seconds"] / 60
-            show(f"step {step:,} of {total:,}, {minutes:,.1f} minutes: {', '.join(self.figures.values())}")
+            minutes, figures = self.metrics.line["seconds"] / 60, ", ".join(self.figures.values())
+            show(f"step {step:,} of {total:,}, {minutes:,.1f} minutes" + (f": {figures}" if figures else ""))
             self.figures, self.said = {}, step

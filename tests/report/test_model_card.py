@@ -171,7 +171,9 @@ def test_a_metric_of_zero_is_a_metric(copy: Path) -> None:
     file = copy / "adapter" / WEIGHTS_FILE
     facts = json.dumps({"step": 2, "metric": "accuracy", "metric_value": 0.0})
     save_file(load_file(file), file, metadata_of(file.parent) | {"training": facts})
-    assert "These are the weights of step 2, with accuracy 0 in training." in card(subject_of(file.parent))
+    assert "These are the weights of step 2, chosen by their accuracy of 0 in an evaluation during training." in card(
+        subject_of(file.parent)
+    )
 
 
 @pytest.mark.parametrize("text", ["a \U0001f600", "\u202e\u2028\x1b\x7f", '\\"\n', "مرحبا\u200f"])
@@ -335,7 +337,7 @@ def test_a_network_that_was_trained_in_full_has_a_card_too(base: Path, tmp_path:
     assert 'text="<image>asked what is this?"' in found.text
     result = Result.read(tmp_path / "run")
     assert result is not None
-    assert f"These are the weights of step {result.step:,}, with accuracy" in found.text
+    assert f"These are the weights of step {result.step:,}, chosen by their accuracy" in found.text
 
 
 def test_prompts_that_the_examples_had_are_not_made_up(copy: Path) -> None:

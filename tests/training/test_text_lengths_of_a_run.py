@@ -207,8 +207,12 @@ def test_answers_without_an_end_are_counted(base: Path, run: Path, capsys: pytes
     written = json.loads((run / "eval/base/metrics.json").read_text())
     assert written["max_new_tokens"] == 1
     assert written["unfinished"] > 0
-    count = f"{written['unfinished']:,} of {written['questions']:,} answers did not end within 1 tokens and are cut off"
-    assert f"base: {count}: if they should be longer, raise evaluation.max_new_tokens" in said
+    count = f"{written['unfinished']:,} of {written['questions']:,} answers"
+    assert f"base: {count} are longer than 1 tokens, and cut off" in said
+    of_adapter = json.loads((run / "eval/adapter/metrics.json").read_text())["unfinished"]
+    count = f"{of_adapter:,} of {written['questions']:,} answers did not end within 1 tokens and are cut off"
+    assert of_adapter > 0
+    assert f"adapter: {count}: if they should be longer, raise evaluation.max_new_tokens" in said
     image = str(next((base / "data/images").iterdir()))
     argv = ["--model", str(base), "--image", image, "--prompt", "caption en", "--dtype", "float32", "--device", "cpu"]
     predict.main([*argv, "--max-new-tokens", "2", "--format", "jsonl"])
