@@ -71,7 +71,7 @@ def test_a_run_is_judged_by_the_metric_of_its_task(tmp_path: Path) -> None:
     assert len(lines) == metrics["questions"] == metrics["images"] == 6
     assert metrics["by_label"].keys() <= set(SHAPES)
     page = (run / "report.html").read_text()
-    said = f"Its answers to 6 validation questions have mAP at IoU 0.5:0.95 {metrics['overall']:.2f}, percent"
+    said = f"Its answers to 6 validation questions have mAP at IoU 0.5:0.95 of {metrics['overall']:.2f}% (95%"
     assert said in page
     assert "<h2>By label</h2>" in page
 
