@@ -99,3 +99,6 @@ def test_texts_that_hold_no_boxes_are_named_before_anything_is_trained(tmp_path:
     assert not (tmp_path / "run/config.yaml").exists()
     with pytest.raises(ValueError, match=r"data\.validation: the record '\d+' has 2 different right answers"):
         train.main([*words, "--check"])
+    lines = ["--jsonl", str(tmp_path / "base/data/captions_val2014.jsonl"), "--task", "detect"]
+    with pytest.raises(ValueError, match=r"none of the \d+ records to be scored has a box in its right answer"):
+        evaluate.main(["--model", str(tmp_path / "base"), *lines, "--device", "cpu", "--dtype", "float32"])
