@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -910,6 +911,17 @@ def say(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
         return {record["id"]: Answer(texts[k % len(texts)], True, -0.5) for k, record in enumerate(records)}
 
     monkeypatch.setattr("finetune.evaluation.evaluate.generate_answers", answers)
+
+
+def test_json_lines_say_how_sure_an_answer_is(
+    base: Path, image_paths: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The geometric mean of its tokens' probabilities."""
+    say(monkeypatch, "a circle")
+    (row,) = predictions(
+        capsys, "--model", str(base), "--image", image_paths[0], "--prompt", "caption en", "--format", "jsonl"
+    )
+    assert json.loads(row)["confidence"] == round(math.exp(-0.5), 4)
 
 
 def test_boxes_are_drawn_on_copies_of_the_images(

@@ -94,7 +94,9 @@ def score_boxes(
 
     The interval is by bootstrap: images are drawn with replacement, as many as there are, by a fixed seed; its bounds
     are the percentiles 2.5 and 97.5 of the mean average precision of so many draws. Boxes are matched once, so a draw
-    of 500 images with five labels takes about 5 ms. How much a single image varies is not known: 0 to 100.
+    of 500 images takes about 5 ms with five labels, 70 ms with 80. How much a single image varies is not known: 0 to
+    100.
+    Where all images are answered alike, as where no box is right, nothing varies, and the interval has no width.
 
     Args:
         images: of each record by its id, where several may be about one image; these are drawn together.

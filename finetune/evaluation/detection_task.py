@@ -50,7 +50,7 @@ class DetectTask:
         assert found.map is not None, "`require` has found boxes"
         assert found.interval is not None, "there are resamples"
         figures = {
-            "mAP at IoU 0.5": found.map_50,
+            "mAP at 0.5": found.map_50,
             "precision": found.precision,
             "recall": found.recall,
             "F1": found.f1,

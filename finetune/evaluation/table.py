@@ -14,7 +14,8 @@ def score_table(scores: Mapping[str, Score]) -> Table:
     """Scores by one metric, of the same questions."""
     first = next(iter(scores.values()))
     types = sorted({name for score in scores.values() for name in score.by_answer_type})
-    names = list(dict.fromkeys(name for score in scores.values() for name in score.others))
+    most_first = sorted(scores.values(), key=lambda score: -len(score.others))
+    names = list(dict.fromkeys(name for score in most_first for name in score.others))
     headed = names if first.unit == PERCENT else [f"{name}, percent" for name in names]
     title = f"{first.metric}, {first.unit}"
     sources = {name: score.metric for name, score in first.by_source.items()}

@@ -156,8 +156,9 @@ def summary(run: RunData) -> str:
         said += f". Of {questions} it answers {arm.metrics['overall']:.2f}% rightly {interval}"
         said += f"; the base answers {base.metrics['overall']:.2f}%." if base else "."
     else:
-        said += f". Its answers to {questions} have {arm.metric} {arm.metrics['overall']:.2f}, {arm.unit} {interval}"
-        said += f"; those of the base {base.metrics['overall']:.2f}." if base else "."
+        unit = "%" if arm.unit == PERCENT else f", {arm.unit}"
+        said += f". Its answers to {questions} have {arm.metric} of {arm.metrics['overall']:.2f}{unit} {interval}"
+        said += f"; those of the base {base.metrics['overall']:.2f}{unit}." if base else "."
     if run.is_outdated(arm):
         said += " The weights were written after that: evaluate.py measures them as they are now."
     return said

@@ -70,10 +70,12 @@ def scores_of(config: RunConfig) -> dict[str, Any]:
         if not file.exists():
             continue
         answers = texts_alone(read_results(file))
-        scores[arm] = figures_of(task.score(answers, records)) | {
+        whole = task.score(answers, records)
+        scores[arm] = figures_of(whole) | {
             "by_answer_type": {
                 name: figures_of(task.score({record["id"]: answers[record["id"]] for record in some}, some))
                 for name, some in by_type.items()
+                if name in whole.by_answer_type  # not every task tells them apart
             }
         }
     return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,6 +122,36 @@ def test_every_image_is_shown(tab: Page, run: Path) -> None:
     for image in images:
         image.scroll_into_view_if_needed()
         assert image.evaluate("async image => { await image.decode(); return image.naturalWidth }") > 0
+
+
+def test_boxes_lie_on_their_image_and_are_hidden_with_their_question(tab: Page, run: Path) -> None:
+    """The lower right quarter of an image is expected, and the adapter, which is right, says so."""
+    copy = run.parent / "boxes"
+    shutil.copytree(run, copy)
+    box = "<loc0512><loc0512><loc1023><loc1023> " + "w" * 80
+    for arm in ("base", "adapter"):
+        file = copy / "eval" / arm / "answers.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        marked = next(line for k, line in enumerate(lines) if k % 3 == 0)  # those the adapter answers rightly
+        marked |= {"expected": [box], "answer": box if arm == "adapter" else "nothing"}
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tab.goto(write_page(copy).as_uri())
+    drawn = tab.locator("rect.box")
+    assert drawn.count() == 2
+    card = tab.locator(".card", has=drawn)
+    image, place = (one.bounding_box() for one in (card.locator("img"), drawn.first))
+    assert image
+    assert place
+    assert place["x"] == pytest.approx(image["x"] + image["width"] / 2, abs=4)
+    assert place["y"] == pytest.approx(image["y"] + image["height"] / 2, abs=4)
+    assert place["width"] == pytest.approx(image["width"] / 2, abs=6)
+    assert place["height"] == pytest.approx(image["height"] / 2, abs=6)
+    assert drawn.first.is_visible()
+    tab.get_by_role("button", name="wrong", exact=True).click()
+    assert card.is_visible()  # other questions about this image were answered wrongly
+    assert not drawn.first.is_visible()
+    on_phone(tab)
+    assert overflow(tab) == 0
 
 
 @pytest.mark.parametrize("page", ["run", "comparison"])

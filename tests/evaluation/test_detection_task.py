@@ -32,7 +32,7 @@ def test_an_answer_is_worth_the_f1_of_its_boxes() -> None:
     assert found.by_label == whole.by_category
     assert found.label_metric == "average precision"
     assert found.others == {
-        "mAP at IoU 0.5": whole.map_50,
+        "mAP at 0.5": whole.map_50,
         "precision": whole.precision,
         "recall": whole.recall,
         "F1": whole.f1,
@@ -44,7 +44,7 @@ def test_an_answer_is_worth_the_f1_of_its_boxes() -> None:
 def test_where_nothing_is_answered_there_is_no_precision() -> None:
     found = TASK.score(texts_alone({"1": "", "2": ""}), [record("1", CAT), record("2", DOG)])
     assert found.overall == 0
-    assert list(found.others) == ["mAP at IoU 0.5", "recall", "F1"]
+    assert list(found.others) == ["mAP at 0.5", "recall", "F1"]
 
 
 def test_boxes_are_ranked_by_their_own_tokens() -> None:
@@ -56,8 +56,8 @@ def test_boxes_are_ranked_by_their_own_tokens() -> None:
     assert "".join(piece for piece, _ in pieces) == text
     right = [record("1", CAT), record("2", "")]
     sure = TASK.score({"1": Answer(text, True, -1.5, pieces), "2": Answer("", True, 0.0)}, right)
-    assert sure.others["mAP at IoU 0.5"] == pytest.approx(50)
-    assert TASK.score(texts_alone({"1": text, "2": ""}), right).others["mAP at IoU 0.5"] == pytest.approx(100)
+    assert sure.others["mAP at 0.5"] == pytest.approx(50)
+    assert TASK.score(texts_alone({"1": text, "2": ""}), right).others["mAP at 0.5"] == pytest.approx(100)
 
 
 def test_the_interval_draws_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:

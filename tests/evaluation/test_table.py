@@ -44,7 +44,7 @@ def test_a_metric_that_one_model_has_not_is_empty_there_and_a_unit_is_said() -> 
     adapter = dataclasses.replace(base, others={"precision": 12.5, "recall": 25.0})
     cells = cells_of(score_table({"base": base, "adapter": adapter}))
     assert ["accuracy, times 100"] in cells
-    assert ["", "overall", "95%", "recall, percent", "precision, percent", "questions"] in cells
+    assert ["", "overall", "95%", "precision, percent", "recall, percent", "questions"] in cells
     rows = {row[0]: row for row in cells if row[0] in ("base", "adapter")}
-    assert rows["base"][3:] == ["0.00", "", "1"]
-    assert rows["adapter"][3:] == ["25.00", "12.50", "1"]
+    assert rows["base"][3:] == ["", "0.00", "1"]
+    assert rows["adapter"][3:] == ["12.50", "25.00", "1"]

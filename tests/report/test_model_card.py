@@ -118,6 +118,23 @@ def test_evaluating_writes_the_scores_with_their_intervals_into_the_card(run: Pa
     assert found.data.library_name == ("peft" if arm == "adapter" else "transformers")
 
 
+def test_a_score_has_the_hubs_names_of_its_task_and_its_own_unit(copy: Path) -> None:
+    file = copy / "eval/adapter/metrics.json"
+    metrics = json.loads(file.read_text())
+    for task, key, kind, title in (
+        ("vqa", "accuracy", "visual-question-answering", "VQA accuracy, percent"),
+        ("detect", "map", "object-detection", "mAP, percent"),
+        ("caption", "cider", "image-to-text", "CIDEr-D, times 100"),
+    ):
+        metric, unit = title.split(", ")
+        file.write_text(json.dumps(metrics | {"task": task, "metric": metric, "unit": unit}))
+        found = parse(card(subject_of(copy / "adapter")))
+        assert found.data.eval_results is not None
+        (result,) = found.data.eval_results
+        assert (result.task_type, result.metric_type, result.metric_name) == (kind, key, title)
+        assert f"| {title} |" in found.text
+
+
 def test_scores_of_other_weights_are_not_in_the_card(copy: Path) -> None:
     """Trained on after the evaluation; and the base's, of other questions."""
     file = copy / "eval/base/metrics.json"

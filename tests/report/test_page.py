@@ -335,7 +335,7 @@ def test_a_figure_that_is_no_percentage_is_not_called_one(run: Path, tmp_path: P
     figures: dict[str, Any] = {"metric": "CIDEr-D", "unit": "times 100", "overall": 143.21, "interval": [140, 146.5]}
     figures |= {"task": "caption", "others": {"BLEU-4": 33.3}, "by_answer_type": {}}
     page = rewritten(run, tmp_path / "run", figures, {})
-    assert "have CIDEr-D 143.21, times 100 (95% confidence: 140.00 to 146.50); those of the base 143.21" in page.text
+    assert "have CIDEr-D of 143.21, times 100 (95% confidence: 140.00 to 146.50); those of the base 143.21" in page.text
     assert "CIDEr-D, times 100, with 95% intervals" in page.text
     assert "CIDEr-D, percent" not in page.text
     assert "BLEU-4, percent" in page.text

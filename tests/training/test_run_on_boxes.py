@@ -71,7 +71,7 @@ def test_a_run_is_judged_by_the_metric_of_its_task(tmp_path: Path) -> None:
     assert len(lines) == metrics["questions"] == metrics["images"] == 6
     assert metrics["by_label"].keys() <= set(SHAPES)
     page = (run / "report.html").read_text()
-    said = f"Its answers to 6 validation questions have mAP at IoU 0.5:0.95 {metrics['overall']:.2f}, percent"
+    said = f"Its answers to 6 validation questions have mAP at IoU 0.5:0.95 of {metrics['overall']:.2f}% (95%"
     assert said in page
     assert "<h2>By label</h2>" in page
 
@@ -99,3 +99,6 @@ def test_texts_that_hold_no_boxes_are_named_before_anything_is_trained(tmp_path:
     assert not (tmp_path / "run/config.yaml").exists()
     with pytest.raises(ValueError, match=r"data\.validation: the record '\d+' has 2 different right answers"):
         train.main([*words, "--check"])
+    lines = ["--jsonl", str(tmp_path / "base/data/captions_val2014.jsonl"), "--task", "detect"]
+    with pytest.raises(ValueError, match=r"none of the \d+ records to be scored has a box in its right answer"):
+        evaluate.main(["--model", str(tmp_path / "base"), *lines, "--device", "cpu", "--dtype", "float32"])
