@@ -44,6 +44,7 @@ FEATURES = datasets.Features(
 )
 FORMAT = 5  # goes up when records are written differently, so that cached ones are written again
 AT_ONCE = 1 << 23  # bytes of images that are in memory at once while records are written
+ROWS_AT_ONCE = 10_000  # and rows: each batch takes some kilobytes of whoever maps the file
 
 
 def load_records(
@@ -279,7 +280,7 @@ def memory_mapped(
     if not cached.exists():
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             written, invalid = Path(unfinished, "records.arrow"), []
-            with ArrowWriter(path=str(written), features=FEATURES) as writer:
+            with ArrowWriter(path=str(written), features=FEATURES, writer_batch_size=ROWS_AT_ONCE) as writer:
                 waiting = 0  # bytes of images that are not yet written
                 for row in map(encodable, rows()):
                     if isinstance(row, InvalidRecord):
