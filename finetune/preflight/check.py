@@ -25,10 +25,11 @@ def check(config: RunConfig) -> None:
         skipped, total, usable = SkippedRecords(share=math.inf), 0, 0
         try:
             examples = open_examples(config, part, processor, skipped)
-            records, longest = examples.records, examples.longest
+            records, lengths = examples.records, examples.lengths
             opened.append(records)
             total, usable = len(records), len(valid(decodable(records, skipped), skipped))
-            show(f"data.{part}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
+            longest, answer = lengths.longest.text, lengths.longest_answer
+            show(f"data.{part}: the longest text has {longest:,} tokens, the longest answer {answer:,}")
         except ValueError:
             if not skipped.reasons:  # the file itself cannot be read
                 raise

@@ -133,7 +133,7 @@ def workload_of(
             "takes some of them more than once; a smaller train.batch_size makes more steps of an epoch"
         )
     tokens = planner.config.num_image_tokens + 1 + math.ceil(lengths.mean_text)
-    return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_answer))
+    return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_supervised))
 
 
 def three_digits(value: float) -> str:

@@ -37,7 +37,7 @@ class Examples:
     @property
     def longest(self) -> Longest:
         """What the plan takes from the data."""
-        return Longest(self.lengths.longest_text, self.lengths.longest_answer)
+        return self.lengths.longest
 
     @property
     def valid(self) -> Dataset:

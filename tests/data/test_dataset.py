@@ -2,7 +2,7 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from data import PaliGemmaDataset, Processor, collate
+from data.dataset import Answers
 from data.invalid import InvalidRecord, SkippedRecords
 from data.records import FEATURES
 
@@ -124,11 +125,12 @@ def test_every_label_row_ends_in_eos_and_no_answer_leaks_into_the_prefix(
 
 def test_a_record_without_answers_is_refused_by_name(processor: Processor, records: list[dict[str, Any]]) -> None:
     records[1]["answers"] = []
-    for dataset in (PaliGemmaDataset(records, processor), PaliGemmaDataset(records, processor, answers="majority")):
+    for answers in get_args(Answers):
+        dataset = PaliGemmaDataset(records, processor, answers)
         with pytest.raises(ValueError, match=r"1 of 4 records .*\n  q1: record 'q1' has no answer to learn from"):
             dataset[1]
-    with pytest.raises(ValueError, match=r'answers is \'all\'; expected "rotate" or "majority"'):
-        PaliGemmaDataset(records, processor, answers="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="answers is 'some'; expected one of rotate, majority, all"):
+        PaliGemmaDataset(records, processor, answers="some")  # type: ignore[arg-type]
 
 
 def test_a_pickled_mapped_dataset_gives_the_same_examples(processor: Processor, records: list[dict[str, Any]]) -> None:

@@ -66,8 +66,8 @@ def test_lengths_are_those_of_the_processors_rows(
     assert found.prompt.tolist() == [len(processor.prompt_ids(prefix)) for prefix, _, _ in TEXTS]
     assert found.answer.tolist() == [max(counts, default=0) for counts in encoded]
     every = [count for counts in encoded for count in counts]
-    assert found.mean_answer == pytest.approx(sum(every) / len(every) if every else 0)
-    assert found.mean_text == pytest.approx(found.prompt.mean() + found.mean_answer)
+    assert found.mean_supervised == pytest.approx(sum(every) / len(every) if every else 0)
+    assert found.mean_text == pytest.approx(found.prompt.mean() + found.mean_supervised)
     assert (found.longest_text, found.longest_answer) == ((found.prompt + found.answer).max(), found.answer.max())
     assert (found.invalid, found.marked, found.cut) == ({}, 1, 0)
     assert found.notes() == ["1 prefixes begin with <image> or <bos>: taken off, for every row has them"]
