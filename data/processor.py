@@ -214,7 +214,8 @@ class Processor:
         if limit != self.max_text_tokens:
             said = f"the {self.positions:,} positions of the model leave {limit:,} for it: shorten it"
         elif self.truncate_answers:
-            said = f"max_text_tokens is {limit}, and a prompt is never cut: raise it, or shorten the text"
+            cut = "a prompt is never cut, nor an answer to less than a token and <eos>"
+            said = f"max_text_tokens is {limit}; {cut}: raise it, or shorten the text"
         else:
             said = f"max_text_tokens is {limit}: raise it, or leave it at auto"
         whose = "its answer" if len(answers) == 1 else f"its {len(answers)} answers"

@@ -1,6 +1,7 @@
 """Which answer an epoch learns from, and that every example is one to learn from."""
 
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -121,6 +122,28 @@ def test_every_label_row_ends_in_eos_and_no_answer_leaks_into_the_prefix(
         assert ids[types == 0][mask[types == 0] == 1][-1] == processor.newline_id
         assert (ids == processor.bos_id).sum() == 1
         assert (ids == processor.image_token_id).sum() == processor.num_image_tokens
+
+
+def test_all_distinct_answers_are_learned_in_one_row_weighted_by_their_share(
+    processor: Processor, records: list[dict[str, Any]]
+) -> None:
+    """The same in every epoch. As often as each was drawn by ten epochs of rotate, letter by letter."""
+    records[1]["answers"] = ["3", "three", "3", "Three", "3", "3", "three", "3", "4", "3"]
+    dataset, rotating = PaliGemmaDataset(records, processor, "all"), PaliGemmaDataset(records, processor)
+    example = dataset[1, 0]
+    ids, types, weights = (example[name] for name in ("input_ids", "token_type_ids", "loss_weights"))
+    learned_now = {
+        processor.decode(ids[types == number]): weights[types == number].unique().tolist() for number in range(1, 5)
+    }
+    drawn = Counter(learned(rotating[1, epoch], processor) for epoch in range(10))
+    assert drawn == {"3": 6, "three": 2, "Three": 1, "4": 1}
+    assert learned_now == {answer: [pytest.approx(count / 10)] for answer, count in drawn.items()}
+    assert torch.equal(example["labels"] != -100, types > 0)
+    assert all(torch.equal(dataset[1, 7][name], example[name]) for name in ("input_ids", "loss_weights"))
+    only = dataset[3]  # ["yes"]
+    assert only["loss_weights"].tolist() == (only["labels"] != -100).tolist()
+    ten = PaliGemmaDataset(records, Processor.from_pretrained(BASE), "all")[0]
+    assert ten["token_type_ids"].max() == 10
 
 
 def test_a_record_without_answers_is_refused_by_name(processor: Processor, records: list[dict[str, Any]]) -> None:
