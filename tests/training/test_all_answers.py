@@ -167,7 +167,9 @@ def test_a_run_learns_all_answers(
     assert " | " in said
     assert "no answer leaks into what comes before it" in said
     train.main(words)
-    lengths = measure(load_records(**source), Processor.from_pretrained(BASE), "all")
+    files = (source["questions"], source["annotations"], source["images"])
+    records = load_records(questions=files[0], annotations=files[1], images=files[2])
+    lengths = measure(records, Processor.from_pretrained(BASE), "all")
     assert planned_for == [lengths.longest]
     assert lengths.longest.supervised > lengths.longest_answer
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
