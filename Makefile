@@ -6,10 +6,11 @@ RUN := runs/quickstart
 TINY := runs/tiny-base
 STUDY := runs/connectors
 MIXTURE := runs/mixture
+ANSWERS := runs/answers
 NUMERICAL := adapters/test_storage adapters/test_merge evaluation/test_evaluate lora/test_linear lora/test_nf4 model \
 	preflight system/test_distributed training/test_trainer test_benchmarks
 
-.PHONY: quickstart test test-browser pictures test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base connectors mixture clean
+.PHONY: quickstart test test-browser pictures test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base connectors mixture answers clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 # Interrupted, the same command resumes; `make clean` deletes the run.
@@ -90,6 +91,13 @@ mixture: .venv/.installed-dev
 	$(BIN)/python -m data.synthetic.scenes --output $(MIXTURE)/data --split train2014 --scenes 4000 --seed 1
 	$(BIN)/python -m data.synthetic.scenes --output $(MIXTURE)/data --split val2014 --scenes 300 --seed 2
 	$(BIN)/python -m benchmarks.mixture
+
+# Which answers of a question to learn from: three arms, five seeds each, on scenes whose annotators disagree; writes the
+# table in docs/answers.md and docs/answers.png. Interrupted, the same command resumes.
+answers: .venv/.installed
+	$(BIN)/python -m data.synthetic.scenes --output $(ANSWERS)/data --split train2014 --scenes 700 --seed 21 --dissent 6
+	$(BIN)/python -m data.synthetic.scenes --output $(ANSWERS)/data --split val2014 --scenes 150 --seed 22 --dissent 6
+	$(BIN)/python -m benchmarks.answers
 
 clean:
 	rm -rf .venv .venv-4 .venv-browser runs

@@ -3,13 +3,9 @@
     python -m benchmarks.connectors                        train what is missing, write the table and the plot
     python -m benchmarks.connectors --workers 4 --seeds 1 2 3
 
-A run is `train.py CONFIG train.seed=SEED`, in a process of its own with one thread. Its figure is the VQA accuracy on
-all validation questions after its last step, whichever step it keeps: keeping the best of several would favor arms
-whose accuracy varies more. Runs that are finished are not repeated, one that was interrupted resumes.
-
-An interval is the mean over the seeds plus or minus t standard errors, t of Student's distribution: where the mean of
-further seeds is to be expected, on the same questions. Differences are taken seed by seed: with the same seed, all arms
-see the same examples in the same order.
+The figure of a run (study.py) is the VQA accuracy on all validation questions after its last step, whichever step it
+keeps: keeping the best of several would favor arms whose accuracy varies more. Differences are taken seed by seed: with
+the same seed, all arms see the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -17,55 +13,43 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.study import (
+    ROOT,
+    T_975,
+    Job,
+    begin_mark,
+    by_type,
+    differences,
+    draw_seeds,
+    interval,
+    train_all,
+    write_table,
+)
 from finetune import cli
 from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
 from finetune.config.stages import runs_of
 from finetune.preflight.plan import Planner
 from finetune.preflight.run_plan import plan_run
-from finetune.system.atomic import write_text_whole
 from finetune.system.console import show
 from finetune.system.paths import path_argument
 from finetune.training.examples import network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "benchmarks.connectors"
-ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs/connectors"
 ARMS = ("linear", "mlp", "dense_sci", "dense_dci", "dense_dci_random", "resampler", "pixel_shuffle")
 REFERENCE = "linear"  # what the others are compared with
 ROLLING = 3  # logged losses that a point of the plot is the mean of: batches differ more than arms do
-BEGIN, END = "<!-- begin: written by python -m benchmarks.connectors -->", "<!-- end -->"
-# The 0.975 quantile of Student's t, by degrees of freedom (one less than there are seeds).
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One training run."""
-
-    arm: str
-    seed: int
-    output: Path
-
-    @property
-    def finished(self) -> bool:
-        result = Result.read(self.output)
-        return result is not None and result.finished
+BEGIN = begin_mark(NAME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,74 +77,12 @@ class Cost:
     mib: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean over seeds, and half the width of its 95% interval."""
-
-    mean: float
-    half: float
-
-    def __format__(self, spec: str) -> str:
-        """spec: of the mean, such as "+.2f"; by default ".1f"."""
-        spec = spec or ".1f"
-        return f"{self.mean:{spec}} ± {self.half:{spec.removeprefix('+')}}"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Of independent, normally distributed values: mean ± t * standard deviation / sqrt(n).
-
-    Raises:
-        ValueError: fewer than two values, or more than the table of t goes to.
-    """
-    if len(values) - 1 not in T_975:
-        raise ValueError(f"{len(values)} values: an interval is known for 2 to {len(T_975) + 1} seeds")
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(statistics.mean(values), T_975[len(values) - 1] * error)
-
-
-def config_of(job: Job) -> tuple[Path, list[str]]:
-    """A run's configuration, as a file and what is laid over it."""
-    return CONFIGS / f"{job.arm}.yaml", [f"train.seed={job.seed}", f"output={job.output}"]
-
-
-def train_all(jobs: Sequence[Job], workers: int, overrides: Sequence[str]) -> None:
-    """Train what is not finished, `workers` runs at a time.
-
-    Raises:
-        ValueError: a run failed; says where its output is.
-    """
-    left = [job for job in jobs if not job.finished]
-    show(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished; {len(left)} are left, {workers} at a time")
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(train_one, job, overrides) for job in left]:
-            try:
-                done.result()
-            except ValueError:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def train_one(job: Job, overrides: Sequence[str]) -> None:
-    """Train one run to its end; what it prints goes to OUTPUT.log."""
-    path, own = config_of(job)
-    job.output.parent.mkdir(parents=True, exist_ok=True)
-    log = job.output.with_suffix(".log")
-    command = [sys.executable, str(ROOT / "train.py"), str(path), *overrides, *own]
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with log.open("w", encoding="utf-8") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads})
-    if status.returncode:
-        raise ValueError(f"{job.arm}, seed {job.seed}: train.py ended with {status.returncode}; see {log}")
-    show(f"{job.arm}, seed {job.seed}: {Result.read(job.output)}")
-
-
 def measured(job: Job, overrides: Sequence[str] = ()) -> Measured:
     """What a finished run and its stages wrote into metrics.jsonl."""
-    path, own = config_of(job)
     losses: list[tuple[int, float]] = []
     evaluation: dict[str, float] = {}
     before = 0
-    for run in runs_of(load_config(path, [*overrides, *own])):
+    for run in runs_of(load_config(job.config, [*overrides, *job.changes])):
         for line in map(json.loads, Path(run.output, "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
             if "loss" in line:
                 losses.append((before + line["step"], line["loss"]))
@@ -169,12 +91,6 @@ def measured(job: Job, overrides: Sequence[str] = ()) -> Measured:
         before = losses[-1][0]
     accuracy = {"overall": evaluation["eval_accuracy"], **by_type(evaluation)}
     return Measured(accuracy, evaluation["eval_loss"], losses)
-
-
-def by_type(line: dict[str, float]) -> dict[str, float]:
-    """Accuracy by answer type, of an evaluation's line."""
-    prefix = "eval_accuracy_"
-    return {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
 
 
 def cost_of(config: RunConfig) -> Cost:
@@ -218,25 +134,6 @@ def overall(run: Measured) -> float:
     return run.accuracy["overall"]
 
 
-def differences(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """By how much an arm's figures are above another arm's, seed by seed."""
-    return [value - other for value, other in zip(values, others, strict=True)]
-
-
-def write_table(document: Path, lines: Sequence[str]) -> None:
-    """Put the table between the two marks of a document.
-
-    Raises:
-        ValueError: it has no such marks.
-    """
-    text = document.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[-1]:
-        raise ValueError(f"{document} has no place for the table: expected one line {BEGIN!r}, and {END!r} below it")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END, 1)[1]
-    write_text_whole(document, f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{tail}")
-
-
 def plot(file: Path, results: dict[str, list[Measured]]) -> None:
     """Training losses over the steps, and accuracies with their intervals, side by side."""
     import matplotlib as mpl
@@ -247,7 +144,8 @@ def plot(file: Path, results: dict[str, list[Measured]]) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_losses(left, results)
-    draw_accuracies(right, results)
+    accuracies = {arm: [overall(run) for run in runs] for arm, runs in results.items()}
+    draw_seeds(right, accuracies, "VQA accuracy, percent: mean, 95% interval, and each seed")
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
 
@@ -267,19 +165,6 @@ def rolling(losses: Sequence[tuple[int, float]]) -> list[float]:
     """For each logged loss the mean of it and those before it, ROLLING in all."""
     values = [loss for _, loss in losses]
     return [statistics.mean(values[max(0, i + 1 - ROLLING) : i + 1]) for i in range(len(values))]
-
-
-def draw_accuracies(axes: Axes, results: dict[str, list[Measured]]) -> None:
-    """A point for each seed, and the mean with its 95% interval."""
-    for place, runs in enumerate(results.values()):
-        values = [run.accuracy["overall"] for run in runs]
-        mean = interval(values)
-        axes.errorbar(mean.mean, place, xerr=mean.half, fmt="o", capsize=4, color=f"C{place}")
-        axes.plot(values, [place + 0.2] * len(values), ".", color=f"C{place}", alpha=0.5, markersize=5)
-    axes.set(xlabel="VQA accuracy, percent: mean, 95% interval, and each seed", yticks=range(len(results)))
-    axes.set_yticklabels(list(results))
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -304,13 +189,13 @@ def main(argv: Sequence[str]) -> None:
 def study(arguments: argparse.Namespace) -> None:
     """Train, read, and write."""
     runs, seeds = arguments.runs, arguments.seeds
-    jobs = {arm: [Job(arm, seed, runs / arm / f"seed{seed}") for seed in seeds] for arm in arguments.arms}
+    configs = {arm: CONFIGS / f"{arm}.yaml" for arm in arguments.arms}
+    jobs = {arm: [Job(config, seed, runs / arm / f"seed{seed}") for seed in seeds] for arm, config in configs.items()}
     by_seed = [job for together in zip(*jobs.values(), strict=True) for job in together]
     train_all(by_seed, arguments.workers, arguments.overrides)
     results = {arm: [measured(job, arguments.overrides) for job in of_arm] for arm, of_arm in jobs.items()}
-    configs = {arm: load_config(CONFIGS / f"{arm}.yaml", arguments.overrides) for arm in jobs}
-    costs = {arm: cost_of(config) for arm, config in configs.items()}
-    write_table(arguments.document, lines := table(costs, results))
+    costs = {arm: cost_of(load_config(config, arguments.overrides)) for arm, config in configs.items()}
+    write_table(arguments.document, BEGIN, lines := table(costs, results))
     plot(arguments.plot, results)
     show("\n".join(lines), f"written into {arguments.document}, beside {arguments.plot}")
 

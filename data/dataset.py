@@ -1,11 +1,12 @@
-"""Records -> examples: which answer of a record is learned in an epoch, and its tensors.
+"""Records -> examples: which answers of a record are learned in an epoch, and their tensors.
 
 Not here: which records make up a step (finetune/training/batch_sampler.py), and batches (data/collate.py).
 """
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch.utils.data import Dataset
 
@@ -13,6 +14,7 @@ from data.invalid import InvalidRecord, SkippedRecords
 from data.processor import Processor
 
 TRIES = 10_000  # records drawn in the place of one that is skipped
+Answers = Literal["rotate", "majority", "all"]
 
 
 class PaliGemmaDataset(Dataset[dict[str, Any]]):
@@ -20,13 +22,20 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
 
     An example is a pure function of (seed, index, epoch), the same in every worker, rank and resumed run. It holds
     `input_ids`, `token_type_ids` and `labels`, i64[S], `pixel_values`, f32[3, H, W] or with tiles f32[5, 3, H, W], and
-    the strings `id` and `image_id`. Its labels end in <eos>.
+    the strings `id` and `image_id`. Its labels end in <eos>. With "all" it holds `loss_weights`, f32[S], too.
+
+    "rotate" learns one of a record's answers at a time, and the loss of its step is L / n: L the sum over the
+    tokens of all answers drawn, n the number of those tokens. "all" has in place of both their expectations over the
+    annotators: every distinct answer is a suffix of the one row, and each of its tokens weighs p, the share of the
+    annotators who gave that answer, in L and in n. The shares of a record add up to 1. So a step of "all" is what a
+    "rotate" of the same records would come to if it drew each of them once with each of its annotators. Which answers
+    are distinct is a matter of their letters: "3" and "three" are two.
 
     Args:
         records: rows as data/records.py describes them, a `datasets.Dataset` or a list.
         processor: turns images and texts into tensors.
         answers: "rotate" learns another one of a record's answers in each epoch, in an order drawn by `seed`, until
-            all were learned; "majority" learns `answer` always.
+            all were learned; "majority" learns `answer` always; "all" learns all of them in every epoch.
         skipped: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its
             index, the same in every epoch; of those that are listed already, too. By default there may be none, and
             the first one is a ValueError.
@@ -36,12 +45,12 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         self,
         records: Sequence[Mapping[str, Any]],
         processor: Processor,
-        answers: Literal["rotate", "majority"] = "rotate",
+        answers: Answers = "rotate",
         seed: int = 0,
         skipped: SkippedRecords | None = None,
     ) -> None:
-        if answers not in ("rotate", "majority"):
-            raise ValueError(f'answers is {answers!r}; expected "rotate" or "majority"')
+        if answers not in get_args(Answers):
+            raise ValueError(f"answers is {answers!r}; expected one of {', '.join(get_args(Answers))}")
         self.records, self.processor, self.answers, self.seed = records, processor, answers, seed
         self.skipped = skipped or SkippedRecords()
 
@@ -66,8 +75,12 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         answers = record["answers"]
         if not answers:
             raise ValueError(f"record {record['id']!r} has no answer to learn from; give the annotations file")
-        order = random.Random(f"{self.seed}/{index}").sample(range(len(answers)), len(answers))
-        suffix = answers[order[epoch % len(answers)]] if self.answers == "rotate" else record["answer"]
-        texts = self.processor.encode(record["prefix"], suffix)
+        if self.answers == "all":
+            shares = {answer: count / len(answers) for answer, count in Counter(answers).items()}
+            texts = self.processor.encode_suffixes(record["prefix"], list(shares), list(shares.values()))
+        else:
+            order = random.Random(f"{self.seed}/{index}").sample(range(len(answers)), len(answers))
+            suffix = answers[order[epoch % len(answers)]] if self.answers == "rotate" else record["answer"]
+            texts = self.processor.encode(record["prefix"], suffix)
         pixels = self.processor.pixels(record["image"])
         return {**texts, "pixel_values": pixels, "id": record["id"], "image_id": record["image_id"]}

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.dataset import Answers
 from data.invalid import InvalidRecord
 from data.processor import LEADING, Processor
 from data.progress import progress_bar
@@ -33,10 +34,12 @@ Lengths = npt.NDArray[np.int32]
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """Tokens of the longest text (prefix, newline, answer with `<eos>`) and of the longest answer of the data."""
+    """Tokens of the longest row of the data without its image and `<bos>` (prefix, newline, each answer with `<eos>`),
+    and the most tokens that are supervised in a row, which may be another one: those of its answers.
+    """
 
     text: int
-    answer: int
+    supervised: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +50,9 @@ class TextLengths:
         prompt: i32[N], prefix and newline; 0 of an invalid record.
         answer: i32[N], the longest answer that may be learned from a record, `<eos>` included, after cutting; 0 of an
             invalid record and of one without an answer.
-        mean_answer: tokens of an answer, on average over all that may be learned.
+        supervised: i32[N], the most tokens of answers that a row of a record holds: those of `answer`, or where all
+            answers are learned in one row, of all of them.
+        mean_supervised: tokens of a row's answers, on average over all rows that may be learned.
         invalid: the records of which a text cannot be used, by their positions.
         marked: how many prefixes begin with `<image>` or `<bos>`, which are taken off.
         cut: how many records have answers that are cut. cut_tokens: the most that one answer loses.
@@ -55,7 +60,8 @@ class TextLengths:
 
     prompt: Lengths
     answer: Lengths
-    mean_answer: float
+    supervised: Lengths
+    mean_supervised: float
     invalid: dict[int, InvalidRecord]
     marked: int
     cut: int
@@ -63,8 +69,14 @@ class TextLengths:
 
     @property
     def longest_text(self) -> int:
-        """Tokens of the longest text, as `max_text_tokens` counts them."""
+        """Tokens of the longest prompt with one answer."""
         return int((self.prompt + self.answer).max(initial=0))
+
+    @property
+    def longest(self) -> Longest:
+        """What a row may take, as `max_text_tokens` counts it."""
+        supervised = self.supervised
+        return Longest(int((self.prompt + supervised).max(initial=0)), int(supervised.max(initial=0)))
 
     @property
     def longest_answer(self) -> int:
@@ -73,9 +85,9 @@ class TextLengths:
 
     @property
     def mean_text(self) -> float:
-        """Tokens of a text, on average over the valid records and their answers."""
+        """Tokens of a text, as `Longest` has them, on average over the valid records and their answers."""
         prompts = self.prompt[self.prompt > 0]
-        return float(prompts.mean()) + self.mean_answer if len(prompts) else 0.0
+        return float(prompts.mean()) + self.mean_supervised if len(prompts) else 0.0
 
     def notes(self) -> list[str]:
         """What a person should know of these texts, as lines to show."""
@@ -93,50 +105,80 @@ class TextLengths:
 def measure(
     records: Sequence[Mapping[str, Any]],
     processor: Processor,
-    answers: Literal["rotate", "majority"] | None,
+    answers: Answers | None,
     cache_dir: File | None = None,
 ) -> TextLengths:
     """The lengths of all texts that may be learned from `records` (rows as data/records.py describes them).
 
     Args:
         processor: says what fits, and cuts answers if it was told to.
-        answers: as in `PaliGemmaDataset`: "rotate" looks at all answers of a record, "majority" at one; None at none.
+        answers: as in `PaliGemmaDataset`: "rotate" looks at all answers of a record, each in a row of its own, "all" at
+            all of them in one row, "majority" at one; None at none.
         cache_dir: where the lengths are cached, as in `load_records`.
     """
     texts = text_table(records, answers)
     prompt, longest, total, count = counted(texts, processor, cache_folder(cache_dir))
-    answer, invalid, lost = longest.copy(), {}, [0]
+    together = answers == "all"
+    answer, supervised, lost = longest.copy(), (total if together else longest).copy(), [0]
+    invalid: dict[int, InvalidRecord] = {}
     refused = (prompt == REFUSED) | (longest == REFUSED)
-    for i in np.flatnonzero(refused | (prompt + longest > processor.text_limit)).tolist():
+    for i in np.flatnonzero(refused | (prompt + supervised > processor.text_limit)).tolist():
+        prefix, suffixes = texts["prefix"][i].as_py(), texts["answers"][i].as_py()
+        rows = [suffixes] if together else [[suffix] for suffix in suffixes]
         try:
-            for suffix in texts["answers"][i].as_py() or [None]:
-                processor.encode(texts["prefix"][i].as_py(), suffix)
+            kept = [kept_of(processor, prefix, row) for row in rows or [[]]]
         except ValueError as error:
             invalid[i] = InvalidRecord(records[i]["id"], str(error))
-            prompt[i] = answer[i] = total[i] = count[i] = 0
+            prompt[i] = answer[i] = supervised[i] = total[i] = count[i] = 0
         else:
-            answer[i] = processor.fit(int(prompt[i]), int(longest[i]))
-            lost.append(int(longest[i] - answer[i]))
+            of_answers = [length for row in kept for length in row]
+            answer[i], supervised[i] = max(of_answers), max(map(sum, kept))
+            cut = zip(suffixes, of_answers, strict=True)
+            lost.append(max(len(processor.answer_ids(suffix)) - length for suffix, length in cut))
     marked = pc.sum(pc.match_substring_regex(texts["prefix"], f"^{LEADING.pattern}")).as_py() or 0
-    mean = float(total.sum() / max(1, count.sum()))
-    return TextLengths(prompt, answer, mean, invalid, marked, len(lost) - 1, max(lost))
+    learned = (supervised.sum(), (count > 0).sum()) if together else (total.sum(), count.sum())
+    mean = float(learned[0] / max(1, learned[1]))
+    return TextLengths(prompt, answer, supervised, mean, invalid, marked, len(lost) - 1, max(lost))
 
 
-def text_table(records: Sequence[Mapping[str, Any]], answers: Literal["rotate", "majority"] | None) -> pa.Table:
-    """Columns `prefix`, and `answers` that may be learned: a list, empty where there are none."""
+def kept_of(processor: Processor, prefix: str, suffixes: Sequence[str]) -> list[int]:
+    """Tokens of each suffix of one row after cutting. ValueError where the processor refuses it."""
+    row = processor.encode_suffixes(prefix, suffixes) if suffixes else processor.encode(prefix)
+    kept: list[int] = row["token_type_ids"].bincount()[1:].tolist()
+    return kept
+
+
+def text_table(records: Sequence[Mapping[str, Any]], answers: Answers | None) -> pa.Table:
+    """Columns `prefix`, and `answers` that may be learned: a list, empty where there are none; with "all" of distinct
+    ones.
+    """
     names = ["prefix", "answers", "answer"]
     if isinstance(records, datasets.Dataset):
         table = records.select_columns(names).with_format("arrow")[:]
     else:
         table = pa.table({name: [record[name] for record in records] for name in names})
     prefix, lists = table["prefix"].cast(pa.string()), table["answers"].cast(pa.list_(pa.string()))
-    if answers != "rotate":
+    if answers == "all":
+        lists = distinct(lists.combine_chunks())
+    elif answers != "rotate":
         counts = pc.list_value_length(lists).to_numpy().astype(np.int32)
         one = np.minimum(counts, 1 if answers else 0)
         offsets = pa.array(np.concatenate(([0], np.cumsum(one))), pa.int32())
         majority = table["answer"].cast(pa.string()).combine_chunks().filter(pa.array(one == 1))
         lists = pa.ListArray.from_arrays(offsets, majority)
     return pa.table({"prefix": prefix, "answers": lists}).combine_chunks()
+
+
+def distinct(lists: pa.ListArray) -> pa.ListArray:
+    """Each list without what it holds already, in the order of first occurrence."""
+    counts = lists.value_lengths().to_numpy(zero_copy_only=False)
+    texts = lists.flatten()
+    encoded = texts.dictionary_encode()
+    owners = np.repeat(np.arange(len(counts)), counts)
+    pairs = owners * max(1, len(encoded.dictionary)) + encoded.indices.to_numpy(zero_copy_only=False)
+    first = np.sort(np.unique(pairs, return_index=True)[1])
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(owners[first], minlength=len(counts)))))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts.take(pa.array(first)))
 
 
 def counted(texts: pa.Table, processor: Processor, folder: Path) -> Lengths:

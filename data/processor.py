@@ -2,6 +2,7 @@
 
     <image> x N  <bos>  prefix  "\\n"     token type 0, sees all of itself
     suffix  <eos>                        token type 1, causal; the labels
+    suffix  <eos>                        token type 2, if there is a second one (`encode_suffixes`); and so on
 
 Token for token transformers' PaliGemmaProcessor, bit for bit its Pillow image processor, but where that would corrupt
 an example: <image> and <bos> at the start of a prefix (transformers' own form) are taken off, for they are put there in
@@ -12,6 +13,7 @@ how they become numbers (data/image_form.py), how long the texts of a data set a
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +47,8 @@ class Processor:
     positions: int  # tokens of the longest row that the network was made for
     special_ids: frozenset[int]  # of all special tokens, which no text may hold
     digest: str  # sha256 of tokenizer.json
-    max_text_tokens: int | None  # the most that prefix, newline, suffix and <eos> may take; None: no such limit
-    truncate_answers: bool  # whether an answer that exceeds it loses its end; otherwise that is an error
+    max_text_tokens: int | None  # the most that prefix, newline, suffixes and each <eos> may take; None: no such limit
+    truncate_answers: bool  # whether answers that exceed it lose their ends; otherwise that is an error
     pad_id: int  # this one and the next four: the tokens that structure a row
     eos_id: int
     bos_id: int
@@ -122,13 +124,43 @@ class Processor:
         Raises:
             ValueError: the text is too long (see `fit`), or holds a special token or half a character.
         """
-        prompt, answer = self.prompt_ids(prefix), [] if suffix is None else self.answer_ids(suffix)
-        if (length := self.fit(len(prompt), len(answer))) < len(answer):
-            answer = [*answer[: length - 1], self.eos_id]
+        return self._row(prefix, [] if suffix is None else [suffix])
+
+    def encode_suffixes(
+        self, prefix: str, suffixes: Sequence[str], weights: Sequence[float] | None = None
+    ) -> dict[str, Tensor]:
+        """As `encode`, of one text with several suffixes, none of which sees another (model/layers.py, the mask).
+
+        weights: of each suffix, how often the loss of its tokens counts; without them there are no `loss_weights`,
+            f32[S], and all tokens count once.
+
+        Raises:
+            ValueError: there is no suffix; there are not as many weights as suffixes, or one is not above 0; and as
+                `encode`, where all suffixes together must fit.
+        """
+        if isinstance(suffixes, str) or not suffixes:
+            raise ValueError(f"suffixes are {suffixes!r}; expected a list of at least one")
+        row = self._row(prefix, suffixes)
+        if weights is None:
+            return row
+        if len(weights) != len(suffixes) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(
+                f"weights are {list(weights)}; expected {len(suffixes)}, one for each suffix, each a number above 0: "
+                "leave out a suffix that should not count"
+            )
+        return {**row, "loss_weights": torch.tensor([0.0, *weights])[row["token_type_ids"]]}
+
+    def _row(self, prefix: str, suffixes: Sequence[str]) -> dict[str, Tensor]:
+        prompt, answers = self.prompt_ids(prefix), list(map(self.answer_ids, suffixes))
+        lengths = self.fit(len(prompt), *map(len, answers))
         before = [self.image_token_id] * self.num_image_tokens + [self.bos_id, *prompt]
-        encoded = {"input_ids": before + answer, "token_type_ids": [0] * len(before) + [1] * len(answer)}
-        if suffix is not None:
-            encoded["labels"] = [IGNORE_INDEX] * len(before) + answer
+        ids, types = list(before), [0] * len(before)
+        for number, (answer, length) in enumerate(zip(answers, lengths, strict=True), start=1):
+            ids += answer if length == len(answer) else [*answer[: length - 1], self.eos_id]
+            types += [number] * length
+        encoded = {"input_ids": ids, "token_type_ids": types}
+        if suffixes:
+            encoded["labels"] = [IGNORE_INDEX] * len(before) + ids[len(before) :]
         return {name: torch.tensor(row) for name, row in encoded.items()}
 
     def prompt_ids(self, prefix: str) -> list[int]:
@@ -158,31 +190,36 @@ class Processor:
 
     @property
     def text_limit(self) -> int:
-        """The most tokens that prefix, newline, suffix and <eos> may take together."""
+        """The most tokens that prefix, newline, suffixes and each <eos> may take together."""
         positions = self.positions - self.num_image_tokens - 1  # without image tokens and <bos>
         return positions if self.max_text_tokens is None else min(self.max_text_tokens, positions)
 
-    def fit(self, prompt: int, answer: int) -> int:
-        """How many tokens an answer of `answer` tokens keeps behind a prompt of `prompt` (newline and <eos> counted).
+    def fit(self, prompt: int, *answers: int) -> list[int]:
+        """How many tokens each of a row's answers keeps, of so many, behind a prompt of `prompt` tokens (newline and
+        each <eos> counted).
 
-        All of them, unless the text exceeds `text_limit` and may be cut: then what fits, which is <eos> and at least
-        one token before it.
+        All of them, unless the text exceeds `text_limit` and may be cut: then the longest answers lose their ends, down
+        to one length, the largest that fits, which is <eos> and at least one token before it.
 
         Raises:
             ValueError: the text does not fit; names the length that it needs and the limit.
         """
-        limit = self.text_limit
+        limit, answer = self.text_limit, sum(answers)
         if prompt + answer <= limit:
-            return answer
-        if self.truncate_answers and prompt + min(answer, 2) <= limit:
-            return limit - prompt
+            return list(answers)
+        if self.truncate_answers:
+            for longest in range(limit - prompt, 1, -1):
+                if prompt + sum(kept := [min(length, longest) for length in answers]) <= limit:
+                    return kept
         if limit != self.max_text_tokens:
             said = f"the {self.positions:,} positions of the model leave {limit:,} for it: shorten it"
         elif self.truncate_answers:
-            said = f"max_text_tokens is {limit}, and a prompt is never cut: raise it, or shorten the text"
+            cut = "a prompt is never cut, nor an answer to less than a token and <eos>"
+            said = f"max_text_tokens is {limit}; {cut}: raise it, or shorten the text"
         else:
             said = f"max_text_tokens is {limit}: raise it, or leave it at auto"
-        of = f" ({prompt:,} of its prompt, {answer:,} of its answer)" if answer else ""
+        whose = "its answer" if len(answers) == 1 else f"its {len(answers)} answers"
+        of = f" ({prompt:,} of its prompt, {answer:,} of {whose})" if answer else ""
         raise ValueError(f"its text needs {prompt + answer:,} tokens{of}; {said}")
 
     def pixels(self, image: ImageSource) -> Tensor:

@@ -6,6 +6,7 @@ from model.hub import fetch
 from model.layers import prefix_lm_mask
 from model.ops.kernels import choose_kernels
 from model.paligemma import PaliGemma, PaliGemmaOutput
+from model.score import Scores
 
 __all__ = [
     "IGNORE_INDEX",
@@ -13,6 +14,7 @@ __all__ = [
     "PaliGemma",
     "PaliGemmaConfig",
     "PaliGemmaOutput",
+    "Scores",
     "TextConfig",
     "TokenBatch",
     "VisionConfig",

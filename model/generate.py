@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.batch import require_suffixes
 from model.gemma import GemmaForCausalLM
 from model.layers import KVCache, prefix_lm_mask
 
@@ -67,6 +68,16 @@ def require_right_padding(attention_mask: Tensor) -> None:
     if not torch.equal(attention_mask.bool(), slots < lengths) or not bool(lengths.all()):
         raise ValueError(
             "attention_mask must be ones followed by zeros, at least one 1 a row: pad prompts on the right"
+        )
+
+
+def require_one_suffix(token_type_ids: Tensor, attention_mask: Tensor) -> None:
+    """ValueError where the types [B, S] of a row are not 0, then perhaps 1: new tokens continue one suffix."""
+    require_suffixes(token_type_ids, attention_mask)
+    if int(highest := token_type_ids.max()) > 1:
+        raise ValueError(
+            f"token_type_ids go up to {highest}, for a row with {highest} suffixes; expected 0 and 1, for new tokens "
+            "continue one suffix: give each a row of its own"
         )
 
 

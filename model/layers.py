@@ -45,28 +45,31 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def prefix_lm_mask(attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-    """Who may look at whom: (causal or both in the prefix) and the key is no padding.
+    """Who may look at whom: (the key is in the prefix, or in the query's suffix and not after it) and is no padding.
 
-    For the row `image prefix | answer eos | pad`, with types 0 0 1 1 0:
+    A row may hold several suffixes of its prefix, none of which sees another: each is as in a row of its own. For the
+    row `image prefix | yes eos | no eos | pad`, with types 0 0 1 1 2 2 0:
 
-                 image prefix answer eos pad
-        image      x     x      .     .   .
-        prefix     x     x      .     .   .
-        answer     x     x      x     .   .
-        eos        x     x      x     x   .
-        pad        x     x      x     x   .     (never read)
+                 image prefix  yes eos  no eos  pad
+        image      x     x      .   .    .  .    .
+        prefix     x     x      .   .    .  .    .
+        yes        x     x      x   .    .  .    .
+        eos        x     x      x   x    .  .    .
+        no         x     x      .   .    x  .    .
+        eos        x     x      .   .    x  x    .
+        pad        x     x      .   .    .  .    .     (never read)
 
     Args:
         attention_mask: [B, S], nonzero at real tokens.
-        token_type_ids: [B, S], 0 in image and prefix, 1 in the suffix.
+        token_type_ids: [B, S], 0 in image and prefix, 1 in the first suffix, 2 in the second and so on.
 
     Returns:
         bool [B, 1, S, S]: queries by keys.
     """
     length = attention_mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()  # (S, S)
-    prefix = token_type_ids == 0  # (B, S)
-    allowed = causal | (prefix[:, :, None] & prefix[:, None, :])  # (B, S, S)
+    queries, keys = token_type_ids[:, :, None], token_type_ids[:, None, :]
+    allowed = (keys == 0) | (causal & (queries == keys))  # (B, S, S)
     return (allowed & attention_mask.bool()[:, None, :])[:, None]  # (B, 1, S, S)
 
 

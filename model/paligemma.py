@@ -2,11 +2,11 @@
 
 A row reads `<image> x N, bos, prefix, "\\n", suffix, eos`. Image and prefix see each other in both directions; the
 suffix is causal and sees all of the prefix. Which is which is data (`token_type_ids`), the same in training,
-evaluation and generation. Only supervised positions reach the output head: a handful of rows against a 257k
-vocabulary instead of hundreds.
+evaluation and generation. As the prefix never sees a suffix, a row may hold several, each computed as in a row of its
+own. Only supervised positions reach the output head: a handful of rows against a 257k vocabulary instead of hundreds.
 
 Axes: B batch, S sequence, I images (one per row), N image tokens, D hidden, V vocabulary, U query positions of
-the last layer, L supervised positions.
+the last layer, L supervised tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from model.batch import TokenBatch, image_positions
 from model.config import PaliGemmaConfig
 from model.connectors import make_connector
 from model.gemma import GemmaForCausalLM
-from model.generate import Generation, Sampling, generate, require_right_padding
+from model.generate import Generation, Sampling, generate, require_one_suffix, require_right_padding
 from model.hub import fetch
 from model.layers import prefix_lm_mask
 from model.progress import Progress, silent
+from model.score import Candidates, Scores, score
 from model.siglip import SiglipVisionTower
 
 
 @dataclasses.dataclass(frozen=True)
 class PaliGemmaOutput:
-    """Without labels logits [B, S, V]; with labels logits [L, V] of the supervised positions, row by row, and loss."""
+    """Without labels logits [B, S, V]; with labels logits [L, V], row by row those that predict a supervised token, and
+    loss.
+    """
 
     logits: Tensor
     loss: Tensor | None = None
@@ -169,11 +172,19 @@ class PaliGemma(nn.Module):
         [B, U, D]: the last layer then computes those alone.
         """
         x = self.embed(batch.input_ids, image_features, batch.image_positions)  # (B, S, D)
-        # Published models count from 1.
-        positions = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[:2])
         mask = prefix_lm_mask(batch.attention_mask, batch.token_type_ids)
-        hidden: Tensor = self.language_model.model(x, mask, positions, query_positions=batch.query_positions)
+        hidden: Tensor = self.language_model.model(x, mask, batch.position_ids, query_positions=batch.query_positions)
         return hidden
+
+    def supervised_logits(self, batch: TokenBatch, image_features: Tensor | None) -> Tensor:
+        """Logits [L, V] that predict the targets of a checked batch with labels. The position that predicts the first
+        tokens of several suffixes passes the head for each of them.
+        """
+        assert batch.predicting is not None, "the batch has labels"
+        hidden = self.decode(batch, image_features).flatten(0, 1)  # (B * U, D)
+        # As an embedding: where a position is taken several times, its gradients are added in one order on a card too.
+        logits: Tensor = self.language_model.head(F.embedding(batch.predicting, hidden))
+        return logits
 
     def forward(
         self,
@@ -183,8 +194,9 @@ class PaliGemma(nn.Module):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         image_features: Tensor | None = None,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: float | None = None,
         batch: TokenBatch | None = None,
+        loss_weights: Tensor | None = None,
     ) -> PaliGemmaOutput:
         """Logits, and with labels the cross-entropy of the supervised tokens.
 
@@ -193,33 +205,39 @@ class PaliGemma(nn.Module):
             pixel_values: float [B, 3, H, W], with tiles [B, T + 1, 3, H, W]; or `image_features` [B, N, D] from
                 `encode_images`; or neither.
             attention_mask: [B, S], 1 at real tokens; default all.
-            token_type_ids: [B, S], 0 image and prefix, 1 suffix; default all prefix. Required with labels, because
-                without it the prefix would see the answer.
+            token_type_ids: [B, S], 0 image and prefix, 1 suffix; with several suffixes, none of which sees another, 2
+                the second and so on. Default all prefix. Required with labels, because without it the prefix would see
+                the answer.
             labels: i64 [B, S], the token itself at supervised positions, -100 elsewhere.
             num_items_in_batch: divide the summed loss by this number instead of by the supervised tokens of this call:
-                the supervised tokens of a whole optimizer step, when this call is one micro-batch of it.
-            batch: `TokenBatch.of` ids, mask, types and labels, on this device; given instead of them.
+                the supervised tokens of a whole optimizer step, when this call is one micro-batch of it. With weights,
+                their sum over those tokens.
+            batch: `TokenBatch.of` ids, mask, types, labels and weights, on this device; given instead of them.
                 Nothing in the pass then depends on values that only the device knows, so that the host need not wait.
+            loss_weights: f32 [B, S], how often the loss of each supervised token counts; default once.
 
         Raises:
-            ValueError: image tokens and images that do not match, left padding, labels without types or all ignored.
+            ValueError: image tokens and images that do not match, left padding, types that are not those of a prefix
+                and its suffixes, labels without types or all ignored, weights that are not above 0.
         """
         if (input_ids is None) == (batch is None):
             raise ValueError("expected input_ids, or a batch made of them, and not both")
         if batch is None:
             assert input_ids is not None
-            made = TokenBatch.of(self.config.image_token_id, input_ids, attention_mask, token_type_ids, labels)
-            batch = made.to(input_ids.device)
+            given = (input_ids, attention_mask, token_type_ids, labels, loss_weights)
+            batch = TokenBatch.of(self.config.image_token_id, *given).to(input_ids.device)
         if pixel_values is not None:
             if image_features is not None:
                 raise ValueError("pixel_values and image_features were both given: pass one of them")
             image_features = self.encode_images(pixel_values)
-        hidden = self.decode(batch, image_features)
-        if batch.predicting is None or batch.targets is None:
-            return PaliGemmaOutput(self.language_model.head(hidden))
-        logits = self.language_model.head(hidden.flatten(0, 1).index_select(0, batch.predicting))  # (L, V)
-        total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        return PaliGemmaOutput(logits, total / (num_items_in_batch or len(logits)))
+        if batch.targets is None:
+            return PaliGemmaOutput(self.language_model.head(self.decode(batch, image_features)))
+        logits = self.supervised_logits(batch, image_features)  # (L, V)
+        if batch.weights is None:
+            total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+            return PaliGemmaOutput(logits, total / (num_items_in_batch or len(logits)))
+        losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")  # (L,)
+        return PaliGemmaOutput(logits, (losses * batch.weights).sum() / (num_items_in_batch or batch.weights.sum()))
 
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, **settings: Any) -> Tensor:
         """Continue right-padded prompts: the new tokens of `generate_scored`, which takes the same arguments.
@@ -256,7 +274,8 @@ class PaliGemma(nn.Module):
             The new tokens only, each row filled up with `pad` behind its `eos`, and their log-probabilities.
 
         Raises:
-            ValueError: settings that cannot be, prompts not padded on the right, images that do not match.
+            ValueError: settings that cannot be, prompts not padded on the right or with several suffixes, images that
+                do not match.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         if attention_mask is None:
@@ -264,8 +283,39 @@ class PaliGemma(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         require_right_padding(attention_mask)
+        require_one_suffix(token_type_ids, attention_mask)
         if pixel_values is not None:
             image_features = self.encode_images(pixel_values)
         x = self.embed(input_ids, image_features)  # (B, S, D)
         eos, pad = self.config.eos_token_id, self.config.pad_token_id
         return generate(self.language_model, x, attention_mask, token_type_ids, sampling, eos, pad, is_done)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        input_ids: Tensor,
+        candidates: Sequence[Candidates],
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        at_once: int = 16,
+    ) -> Scores:
+        """How likely each candidate is behind its prompt: equal to scoring each in a row of its own.
+
+        Args:
+            input_ids: i64 [B, S], right-padded prompts; images and mask as in `forward`.
+            candidates: of each prompt at least one, as tokens: `<eos>` included, where an answer should end there.
+            at_once: candidates of a prompt in one row; memory, not the result, depends on it.
+
+        Raises:
+            ValueError: not as many prompts as lists of candidates, an empty one among those or their tokens, prompts
+                not padded on the right, images that do not match.
+        """
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values)
+
+        def logits_of(batch: TokenBatch, features: Tensor | None) -> Tensor:
+            return self.supervised_logits(batch.to(self.device), features)
+
+        image, pad = self.config.image_token_id, self.config.pad_token_id
+        return score(logits_of, input_ids, attention_mask, candidates, image_features, at_once, image, pad)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import connectors
-from benchmarks.connectors import BEGIN, END, Job
+from benchmarks.connectors import BEGIN
+from benchmarks.study import END, T_975, Job, differences, interval, write_table
 from data.synthetic import scenes
 from finetune.config.load import load_config
 from finetune.config.stages import runs_of
@@ -79,18 +80,18 @@ def test_arms_differ_in_the_connector_alone_and_see_as_many_examples() -> None:
 
 def test_an_interval_is_students() -> None:
     """Its quantiles leave 2.5% on either side of the density, and five values give what is worked out by hand."""
-    for freedom, quantile in connectors.T_975.items():
+    for freedom, quantile in T_975.items():
         normal = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
         width = quantile / 20_000
         inside = sum((1 + ((i + 0.5) * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(20_000))
         assert abs(normal * inside * width - 0.475) < 2e-5, freedom
-    found = connectors.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.mean == 3
     assert math.isclose(found.half, 2.776 * math.sqrt(2.5 / 5))
     assert (f"{found}", f"{found:+.2f}") == ("3.0 ± 2.0", "+3.00 ± 1.96")
     for values in ([1.0], [1.0] * 11):
         with pytest.raises(ValueError, match=rf"^{len(values)} values: an interval is known for 2 to 10 seeds"):
-            connectors.interval(values)
+            interval(values)
 
 
 def test_the_table_says_what_the_runs_measured(studied: Path) -> None:
@@ -110,12 +111,12 @@ def test_the_table_says_what_the_runs_measured(studied: Path) -> None:
             assert [line["step"] for line in evaluations] == [1, 2]
             last.setdefault(arm, []).append(evaluations[-1]["eval_accuracy"])
             losses.setdefault(arm, []).append(evaluations[-1]["eval_loss"])
-        assert rows[arm]["loss"] == f"{connectors.interval(losses[arm]):.4f}"
-        assert rows[arm]["accuracy"] == f"**{connectors.interval(last[arm])}**"
-    differences = [a - b for a, b in zip(last["pixel_shuffle"], last["linear"], strict=True)]
-    assert rows["pixel_shuffle"]["to linear"] == f"{connectors.interval(differences):+z.1f}"
-    differences = [a - b for a, b in zip(losses["pixel_shuffle"], losses["linear"], strict=True)]
-    assert rows["pixel_shuffle"]["loss to linear"] == f"{connectors.interval(differences):+z.4f}"
+        assert rows[arm]["loss"] == f"{interval(losses[arm]):.4f}"
+        assert rows[arm]["accuracy"] == f"**{interval(last[arm])}**"
+    above = [a - b for a, b in zip(last["pixel_shuffle"], last["linear"], strict=True)]
+    assert rows["pixel_shuffle"]["to linear"] == f"{interval(above):+z.1f}"
+    above = [a - b for a, b in zip(losses["pixel_shuffle"], losses["linear"], strict=True)]
+    assert rows["pixel_shuffle"]["loss to linear"] == f"{interval(above):+z.4f}"
     assert (rows["linear"]["image tokens"], rows["pixel_shuffle"]["image tokens"]) == ("36", "9")
     assert rows["linear"]["trained of it"] == f"{128 * 128 + 128:,}"
     assert rows["pixel_shuffle"]["trained of it"] == f"{4 * 128 * 128 + 128:,}"
@@ -124,7 +125,7 @@ def test_the_table_says_what_the_runs_measured(studied: Path) -> None:
 
 
 def test_a_run_with_an_alignment_stage_counts_its_steps(studied: Path, settings: list[str]) -> None:
-    job = Job("pixel_shuffle", 1, studied / "runs/pixel_shuffle/seed1")
+    job = Job(connectors.CONFIGS / "pixel_shuffle.yaml", 1, studied / "runs/pixel_shuffle/seed1")
     (stage,) = load_config(connectors.CONFIGS / "pixel_shuffle.yaml").stages
     assert stage.max_steps
     measured = connectors.measured(job, settings)
@@ -170,11 +171,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
             connectors.main(["--seeds", *seeds])
     (tmp_path / "study.md").write_text("no table")
     with pytest.raises(ValueError, match=r"study\.md has no place for the table: expected one line"):
-        connectors.write_table(tmp_path / "study.md", ["| a |"])
+        write_table(tmp_path / "study.md", BEGIN, ["| a |"])
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
-    assert connectors.differences([3.0, 5.0], [1.0, 4.0]) == [2.0, 1.0]
+    assert differences([3.0, 5.0], [1.0, 4.0]) == [2.0, 1.0]
 
 
 def test_a_rolling_mean_looks_back_only() -> None:

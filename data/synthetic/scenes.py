@@ -4,7 +4,7 @@ A scene is one to three plain figures on a light, noisy background. Everything a
 questions, ten answers to each - is drawn from random numbers seeded by (split, seed, index): two splits or two seeds
 never share a scene, and the first 100 of 2,000 scenes are the same as 100 made alone.
 
-    python -m data.synthetic.scenes --output DIR --scenes 2000 --seed 1 --split train2014 [--level hard]
+    python -m data.synthetic.scenes --output DIR --scenes 2000 --seed 1 --split train2014 [--level hard] [--dissent 6]
 
     DIR/images/COCO_{split}_{image_id:012d}.jpg
     DIR/v2_OpenEnded_mscoco_{split}_questions.json      as visualqa.org publishes them
@@ -15,7 +15,8 @@ Captions follow their prefix as PaliGemma's own pretraining tasks do: "caption e
 "caption en blue circle" that much of it, "no blue circles" included.
 
 The ten answers imitate people: up to three of them differ from the rest, by spelling ("three" for "3"), synonym or
-mistake, so the majority answer always scores 1.0 under the VQA metric.
+mistake, so the majority answer always scores 1.0 under the VQA metric. `--dissent` lets more of them differ, each
+number up to it as often; the majority answer need not be the true one then.
 
 All this is the level "easy"; hard_scenes.py has more figures and other questions. Not here: figures and images
 (figures.py), reading these files (data/sources).
@@ -34,6 +35,8 @@ from data.synthetic.figures import COLORS, SHAPES, Figure, Question, Scene, draw
 
 CANVAS = 112  # pixels a side
 ID_SPAN = 1_000_000
+ANNOTATORS = 10
+DISSENT = (5, 3, 2, 1)  # how often none, one, two and three of them differ
 GRID = 4  # figures stand in different cells of a GRID x GRID raster: they never overlap, each fills one 14-pixel patch
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ALTERNATIVES = {  # what the few who disagree say: other words for the same thing, slips of the pen, mistakes
@@ -152,11 +155,14 @@ LEVELS = {
 
 
 def make_answers(
-    answer: str, rng: random.Random, alternatives: Mapping[str, Sequence[str]] = ALTERNATIVES
+    answer: str,
+    rng: random.Random,
+    alternatives: Mapping[str, Sequence[str]] = ALTERNATIVES,
+    dissent: Sequence[int] = DISSENT,
 ) -> list[str]:
-    """Ten people's answers: at least seven give the true one."""
-    others = rng.choices(alternatives[answer], k=rng.choices((0, 1, 2, 3), weights=(5, 3, 2, 1))[0])
-    answers = [answer] * (10 - len(others)) + others
+    """Ten people's answers. dissent: how often none of them, one, two and so on differ from the true one."""
+    others = rng.choices(alternatives[answer], k=rng.choices(range(len(dissent)), weights=dissent)[0])
+    answers = [answer] * (ANNOTATORS - len(others)) + others
     rng.shuffle(answers)
     return answers
 
@@ -174,18 +180,23 @@ def annotation(question: Question, answers: Sequence[str], ids: dict[str, int]) 
     }
 
 
-def write(output: Path, scenes: int, seed: int, split: str, level: str = "easy") -> None:
+def write(output: Path, scenes: int, seed: int, split: str, level: str = "easy", dissent: int | None = None) -> None:
     """Writes the images and the three files named above; an image id is seed x 1,000,000 + index + 1.
 
-    level: one of LEVELS.
+    Args:
+        level: one of LEVELS.
+        dissent: the most annotators of a question who differ, 0 to 10, each number as often; None: as DISSENT says.
 
     Raises:
-        ValueError: too many scenes, or too large a seed.
+        ValueError: too many scenes, too large a seed, or more who differ than there are.
     """
     canvas, make_scene, make_questions, alternatives = LEVELS[level]
     if not (0 < scenes < ID_SPAN and 0 <= seed < ID_SPAN):
         wanted = f"1 to {ID_SPAN - 1} scenes and a seed of 0 to {ID_SPAN - 1}"
         raise ValueError(f"scenes={scenes}, seed={seed}: image ids have six digits for each; give {wanted}")
+    if dissent is not None and not 0 <= dissent <= ANNOTATORS:
+        raise ValueError(f"dissent={dissent}: a question has {ANNOTATORS} annotators; give 0 to {ANNOTATORS}")
+    differing = DISSENT if dissent is None else (1,) * (dissent + 1)
     (output / "images").mkdir(parents=True, exist_ok=True)
     questions, annotations, captions = [], [], []
     for index in progress_bar(range(scenes), "making scenes", unit="scene"):
@@ -199,8 +210,9 @@ def write(output: Path, scenes: int, seed: int, split: str, level: str = "easy")
         for number, question in enumerate(make_questions(scene, rng)):
             ids = {"image_id": image_id, "question_id": image_id * 1000 + number}
             questions.append({**ids, "question": question.text})
-            annotations.append(annotation(question, make_answers(question.answer, rng, alternatives), ids))
+            annotations.append(annotation(question, make_answers(question.answer, rng, alternatives, differing), ids))
     description = f"Scenes generated with seed {seed}" + (f", level {level}" if level != "easy" else "")
+    description += "" if dissent is None else f", up to {dissent} annotators differ"
     head = {
         "info": {"description": description, "version": "1.0", "contributor": "data/synthetic/scenes.py"},
         "license": {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
@@ -220,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, required=True, help="another seed, other scenes")
     parser.add_argument("--split", required=True, help="named in the files, as train2014 is; another one, other scenes")
     parser.add_argument("--level", choices=LEVELS, default="easy", help="hard: up to nine figures, places and sizes")
+    parser.add_argument("--dissent", type=int, help="the most of ten annotators who differ; default: 3, mostly fewer")
     write(**vars(parser.parse_args(argv)))
 
 

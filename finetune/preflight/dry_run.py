@@ -131,7 +131,7 @@ def workload_of(
     if note := shortness_note(steps):
         show(f"warning: {note}")
     tokens = planner.config.num_image_tokens + 1 + math.ceil(lengths.mean_text)
-    return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_answer))
+    return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_supervised))
 
 
 def three_digits(value: float) -> str:

@@ -30,10 +30,11 @@ def inspect(config: RunConfig) -> None:
     first = [dataset[index] for index in range(min(8, len(dataset)))]
     table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
     for index, example in enumerate(first):
-        answer = example["input_ids"][example["token_type_ids"] == 1]
+        ids, types = example["input_ids"], example["token_type_ids"]
+        answers = [processor.decode(ids[types == number]) for number in range(1, int(types.max()) + 1)]
         prefix = processor.prompt(dataset.records[index]["prefix"])
-        texts = map(shortened, (prefix, processor.decode(answer)))
-        table.add_row(example["id"], *texts, str(len(example["input_ids"])), str(len(answer)))
+        texts = map(shortened, (prefix, " | ".join(answers)))
+        table.add_row(example["id"], *texts, str(len(ids)), str(int((types > 0).sum())))
     show(table)
     batch = {name: tensor.to(model.device) for name, tensor in collate(first, processor.pad_id).items()}
     if problems := problems_of(model, batch):
@@ -60,6 +61,7 @@ def structure_of(model: PaliGemma, row: dict[str, Tensor]) -> list[str]:
     ids, types, labels = (row[name][:length].tolist() for name in ("input_ids", "token_type_ids", "labels"))
     expected = config.num_image_tokens
     supervised = [label != IGNORE_INDEX for label in labels]
+    ends = [label for label, kind, after in zip(labels, types, [*types[1:], 0], strict=True) if kind and kind != after]
     checks = {
         f"{ids.count(config.image_token_id)} image tokens, expected {expected} at the start": (
             ids[:expected] == [config.image_token_id] * expected and ids.count(config.image_token_id) == expected
@@ -67,12 +69,14 @@ def structure_of(model: PaliGemma, row: dict[str, Tensor]) -> list[str]:
         f"{ids.count(config.bos_token_id)} <bos>, expected one after the image tokens": (
             ids.count(config.bos_token_id) == 1 and ids[expected] == config.bos_token_id
         ),
-        "token types are not 0 for the prefix, then 1 for the suffix": types == sorted(types) and types[-1] == 1,
+        "token types are not 0 for the prefix, then 1 for the suffix, 2 for a second one": (
+            types == sorted(types) and types[-1] > 0
+        ),
         "labels are not the suffix, and the suffix alone": (
-            supervised == [kind == 1 for kind in types]
+            supervised == [kind > 0 for kind in types]
             and all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True))
         ),
-        "the answer does not end in <eos>: the network would never stop": labels[-1] == config.eos_token_id,
+        "the answer does not end in <eos>: the network would never stop": set(ends) == {config.eos_token_id},
     }
     return [problem for problem, right in checks.items() if not right]
 

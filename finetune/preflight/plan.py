@@ -57,7 +57,8 @@ class Planner:
         lora: the adapters; None where all parameters are trained.
         dtype: of base weights and arithmetic.
         tokens: of the longest row, image and padding included.
-        supervised: tokens that the longest answer has, `<eos>` included.
+        supervised: the most tokens that a row's answer has, `<eos>` included; of several answers all together. The
+            first tokens of those share the position that predicts them, which the last layer is counted for each.
         batch_size: examples of a step, or of a process's share of it.
         device: where it would run; on the CPU there is no host memory to move weights to.
         quantize: how the decoder's frozen linears are stored: "nf4", or None for `dtype`.

@@ -15,7 +15,8 @@ from finetune.system.allocator import is_wsl_or_windows
 from finetune.system.device import pick_device, pick_dtype
 from model import PaliGemmaConfig
 
-ASSUMED = Longest(text=32, answer=8)  # as VQAv2 is published, where the data cannot be read
+# Where the data cannot be read: as VQAv2 is published, with one answer in a row, and with those of all ten annotators.
+ASSUMED, ASSUMED_ALL = Longest(text=32, supervised=8), Longest(text=64, supervised=40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class RunPlan:
 def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPlan:
     """The fastest plan within the budget, and within what the configuration leaves open.
 
-    Every row is taken to be as long as the longest text, and every answer as the longest answer. Of several processes
-    each plans its share of a step.
+    Every row is taken to be as long as the longest one, with as many supervised tokens as a row has at most. Of several
+    processes each plans its share of a step.
 
     Raises:
         ValueError: train.recompute is more than the network has layers.
@@ -45,7 +46,7 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPl
     dtype = pick_dtype(run.model.dtype, device)
     tokens = config.num_image_tokens + 1 + longest.text
     share = math.ceil(train.batch_size / distributed.count())
-    planner = Planner(config, run.lora, dtype, tokens, longest.answer, share, device, run.model.quantize)
+    planner = Planner(config, run.lora, dtype, tokens, longest.supervised, share, device, run.model.quantize)
     if distributed.asks_for_fsdp():
         planner.shard_decoder(distributed.count())
     budget, source = budget_of(device, run.memory.budget_gib)
@@ -55,9 +56,10 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPl
 
 
 def assumed_lengths(data: DataConfig) -> Longest:
-    """What to take for the longest text and answer where the data cannot be read."""
-    text = ASSUMED.text if data.max_text_tokens == "auto" else data.max_text_tokens
-    return Longest(text, min(ASSUMED.answer, text))
+    """What to take for the longest row where the data cannot be read."""
+    assumed = ASSUMED_ALL if data.answers == "all" else ASSUMED
+    text = assumed.text if data.max_text_tokens == "auto" else data.max_text_tokens
+    return Longest(text, min(assumed.supervised, text))
 
 
 def require_fit(run: RunConfig, planned: RunPlan) -> None:

@@ -43,7 +43,7 @@ class Examples:
     @property
     def longest(self) -> Longest:
         """What the plan takes from the data."""
-        return Longest(self.lengths.longest_text, self.lengths.longest_answer)
+        return self.lengths.longest
 
     @property
     def sizes_of_valid(self) -> tuple[int, ...]:

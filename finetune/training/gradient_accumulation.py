@@ -1,7 +1,8 @@
 """Loss and gradients of an effective batch, micro-batch by micro-batch.
 
 The images of a step are encoded first, each once. The examples are then cut into micro-batches, and every loss is
-divided by the supervised tokens of the whole step, so that the gradient does not depend on the cut.
+divided by the supervised tokens of the whole step, so that the gradient does not depend on the cut. Where tokens have
+weights, as those of several answers in one row, the loss is their weighted sum, divided by the sum of the weights.
 
 Axes: B rows of a micro-batch, I images of a step, N image tokens, D hidden.
 """
@@ -30,7 +31,7 @@ from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig, TokenBatch
 
 Example = dict[str, Any]
 Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
-TEXTS = ("input_ids", "token_type_ids", "labels")  # of an example, what a micro-batch collates
+TEXTS = ("input_ids", "token_type_ids", "labels", "loss_weights")  # of an example, what a micro-batch collates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class GradientAccumulation:
         self.offload = Offload(network.vision_tower, self.device) if execution_plan.offload_vision else None
         network.language_model.model.set_recompute(execution_plan.recompute_layers)
 
-    def accumulate_in_memory(self, examples: list[Example], tokens: int, step: int) -> Tensor:
+    def accumulate_in_memory(self, examples: list[Example], tokens: float, step: int) -> Tensor:
         """`accumulate`, repeated with half the micro-batch where the device runs out of memory, if the plan chose it.
 
         Processes that share sharded layers repeat it together.
@@ -90,10 +91,10 @@ class GradientAccumulation:
             free_memory(self.device)
             self.halve_micro_batch(reason, step)
 
-    def accumulate(self, examples: list[Example], tokens: int, step: int) -> Tensor:
+    def accumulate(self, examples: list[Example], tokens: float, step: int) -> Tensor:
         """Add up the gradients of these examples; returns their share of the mean loss.
 
-        tokens: supervised tokens of the whole step. step: its number, counted from 0.
+        tokens: of the whole step, as `supervised` counts them. step: its number, counted from 0.
         """
         images = self.frozen_image_features(examples)
         total = torch.zeros((), device=self.device)
@@ -114,7 +115,7 @@ class GradientAccumulation:
         self,
         micro_batch: Sequence[Example],
         images: ImageFeatures | None,
-        tokens: int,
+        tokens: float,
         step: int,
         counts: bool = True,
     ) -> Tensor:
@@ -123,7 +124,7 @@ class GradientAccumulation:
 
         All that it needs is worked out on the host and moved in one copy: nothing in it waits for the device.
         """
-        texts = self.collate([{name: example[name] for name in TEXTS} for example in micro_batch])
+        texts = self.collate([{name: row[name] for name in TEXTS if name in row} for row in micro_batch])
         batch = TokenBatch.of(self.network.config.image_token_id, **texts)
         inputs = {**batch.tensors(), "dropout": self.dropout_seeds([example["id"] for example in micro_batch], step)}
         pixels = unique_images(micro_batch)
@@ -237,9 +238,13 @@ def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Examp
     return cut(ordered, size)
 
 
-def supervised(examples: Sequence[Example]) -> int:
-    """Supervised tokens of a step, by which its loss is divided."""
-    return sum(int((example["labels"] != IGNORE_INDEX).sum()) for example in examples)
+def supervised(examples: Sequence[Example]) -> float:
+    """Supervised tokens of a step, by which its loss is divided; those with weights count as much as these say."""
+    total = 0.0
+    for example in examples:
+        tokens = example["labels"] != IGNORE_INDEX
+        total += float(example["loss_weights"][tokens].double().sum() if "loss_weights" in example else tokens.sum())
+    return total
 
 
 def cut(items: Sequence[Any], size: int) -> Iterator[list[Any]]:

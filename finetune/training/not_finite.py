@@ -12,7 +12,7 @@ from finetune.training.gradient_accumulation import Example, GradientAccumulatio
 
 
 def first_not_finite(
-    accumulation: GradientAccumulation, examples: list[Example], tokens: int, step: int
+    accumulation: GradientAccumulation, examples: list[Example], tokens: float, step: int
 ) -> tuple[str | None, list[str]]:
     """Where the first value that is not finite appears, if one does, and the ids of the examples of its micro-batch.
 

@@ -120,7 +120,7 @@ class LoRATrainer(Trainer):
         """
         require_examples(inputs)
         model.train()
-        step, tokens = self.state.global_step, int(distributed.total(supervised(inputs)))
+        step, tokens = self.state.global_step, distributed.total(supervised(inputs))
         loss = self.accumulation.accumulate_in_memory(inputs, tokens, step)
         distributed.all_reduce([loss, *self.accumulation.unsummed_gradients()])
         self.check_finite(model, inputs, tokens, loss)
@@ -128,7 +128,7 @@ class LoRATrainer(Trainer):
             check_gradients(self.network)
         return loss
 
-    def check_finite(self, model: nn.Module, examples: list[Example], tokens: int, loss: Tensor) -> None:
+    def check_finite(self, model: nn.Module, examples: list[Example], tokens: float, loss: Tensor) -> None:
         """Stop before the optimizer where loss or gradients are not finite: keep the state before, say where it is."""
         self.gradient_norm = norm = total_norm(self.accumulation.gradients())
         if torch.stack((loss, norm.to(loss))).isfinite().all():

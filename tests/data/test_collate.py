@@ -49,6 +49,14 @@ def test_labels_and_pixels_are_in_all_examples_or_in_none(absent: str) -> None:
     assert absent not in collate(examples, 0)
 
 
+def test_rows_without_weights_count_once_beside_those_with_them() -> None:
+    weighted = example(5, 3, loss_weights=torch.tensor([0, 0, 0.5, 0.25, 0.25]))
+    batch = collate([example(3, 1), weighted], 0)
+    assert batch["loss_weights"].tolist() == [[0, 0, 1, 0, 0], [0, 0, 0.5, 0.25, 0.25]]
+    assert batch["loss_weights"].dtype == torch.float32
+    assert "loss_weights" not in collate([example(3, 1)], 0)
+
+
 def test_a_batch_needs_its_texts() -> None:
     with pytest.raises(ValueError, match="got no examples"):
         collate([], 0)

@@ -1,8 +1,9 @@
 """Which answer an epoch learns from, and that every example is one to learn from."""
 
 import pickle
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from data import PaliGemmaDataset, Processor, collate
+from data.dataset import Answers
 from data.invalid import InvalidRecord, SkippedRecords
 from data.records import FEATURES
 
@@ -122,13 +124,36 @@ def test_every_label_row_ends_in_eos_and_no_answer_leaks_into_the_prefix(
         assert (ids == processor.image_token_id).sum() == processor.num_image_tokens
 
 
+def test_all_distinct_answers_are_learned_in_one_row_weighted_by_their_share(
+    processor: Processor, records: list[dict[str, Any]]
+) -> None:
+    """The same in every epoch. As often as each was drawn by ten epochs of rotate, letter by letter."""
+    records[1]["answers"] = ["3", "three", "3", "Three", "3", "3", "three", "3", "4", "3"]
+    dataset, rotating = PaliGemmaDataset(records, processor, "all"), PaliGemmaDataset(records, processor)
+    example = dataset[1, 0]
+    ids, types, weights = (example[name] for name in ("input_ids", "token_type_ids", "loss_weights"))
+    learned_now = {
+        processor.decode(ids[types == number]): weights[types == number].unique().tolist() for number in range(1, 5)
+    }
+    drawn = Counter(learned(rotating[1, epoch], processor) for epoch in range(10))
+    assert drawn == {"3": 6, "three": 2, "Three": 1, "4": 1}
+    assert learned_now == {answer: [pytest.approx(count / 10)] for answer, count in drawn.items()}
+    assert torch.equal(example["labels"] != -100, types > 0)
+    assert all(torch.equal(dataset[1, 7][name], example[name]) for name in ("input_ids", "loss_weights"))
+    only = dataset[3]  # ["yes"]
+    assert only["loss_weights"].tolist() == (only["labels"] != -100).tolist()
+    ten = PaliGemmaDataset(records, Processor.from_pretrained(BASE), "all")[0]
+    assert ten["token_type_ids"].max() == 10
+
+
 def test_a_record_without_answers_is_refused_by_name(processor: Processor, records: list[dict[str, Any]]) -> None:
     records[1]["answers"] = []
-    for dataset in (PaliGemmaDataset(records, processor), PaliGemmaDataset(records, processor, answers="majority")):
+    for answers in get_args(Answers):
+        dataset = PaliGemmaDataset(records, processor, answers)
         with pytest.raises(ValueError, match=r"1 of 4 records .*\n  q1: record 'q1' has no answer to learn from"):
             dataset[1]
-    with pytest.raises(ValueError, match=r'answers is \'all\'; expected "rotate" or "majority"'):
-        PaliGemmaDataset(records, processor, answers="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="answers is 'some'; expected one of rotate, majority, all"):
+        PaliGemmaDataset(records, processor, answers="some")  # type: ignore[arg-type]
 
 
 def test_a_pickled_mapped_dataset_gives_the_same_examples(processor: Processor, records: list[dict[str, Any]]) -> None:

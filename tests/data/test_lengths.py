@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data import PaliGemmaDataset, Processor
-from data.lengths import measure
+from data.lengths import Longest, measure
 from data.records import FEATURES, load_records
 
 BASE = Path(__file__).parents[2] / "assets/tiny-base"
@@ -51,7 +51,7 @@ def rows(texts: Sequence[tuple[str, list[str], str]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("answers", ["rotate", "majority", None])
+@pytest.mark.parametrize("answers", ["rotate", "majority", "all", None])
 def test_lengths_are_those_of_the_processors_rows(
     processor: Processor, tmp_path: Path, answers: Any, mapped: bool
 ) -> None:
@@ -61,26 +61,39 @@ def test_lengths_are_those_of_the_processors_rows(
         records = datasets.Dataset.from_list(rows([("not asked", ["never " * 50], "never"), *TEXTS]), features=FEATURES)
         records = records.select(range(1, 6))
     found = measure(records, processor, answers, tmp_path)
-    learned = [{"rotate": all_of, "majority": [one][: len(all_of)], None: []}[answers] for _, all_of, one in TEXTS]
+    by_choice = {
+        "rotate": lambda all_of, one: all_of,
+        "majority": lambda all_of, one: [one][: len(all_of)],
+        "all": lambda all_of, one: list(dict.fromkeys(all_of)),
+        None: lambda all_of, one: [],
+    }
+    learned = [by_choice[answers](all_of, one) for _, all_of, one in TEXTS]
     encoded = [[len(processor.answer_ids(text)) for text in texts] for texts in learned]
     assert found.prompt.tolist() == [len(processor.prompt_ids(prefix)) for prefix, _, _ in TEXTS]
     assert found.answer.tolist() == [max(counts, default=0) for counts in encoded]
-    every = [count for counts in encoded for count in counts]
-    assert found.mean_answer == pytest.approx(sum(every) / len(every) if every else 0)
-    assert found.mean_text == pytest.approx(found.prompt.mean() + found.mean_answer)
+    of_rows = [[sum(counts)] if answers == "all" and counts else counts for counts in encoded]
+    assert found.supervised.tolist() == [max(counts, default=0) for counts in of_rows]
+    every = [count for counts in of_rows for count in counts]
+    assert found.mean_supervised == pytest.approx(sum(every) / len(every) if every else 0)
+    assert found.mean_text == pytest.approx(found.prompt.mean() + found.mean_supervised)
     assert (found.longest_text, found.longest_answer) == ((found.prompt + found.answer).max(), found.answer.max())
+    assert found.longest == Longest((found.prompt + found.supervised).max(), found.supervised.max())
     assert (found.invalid, found.marked, found.cut) == ({}, 1, 0)
     assert found.notes() == ["1 prefixes begin with <image> or <bos>: taken off, for every row has them"]
 
 
-def test_no_row_of_a_data_set_is_longer_than_was_measured(processor: Processor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answers", ["rotate", "majority", "all"])
+def test_no_row_of_a_data_set_is_longer_than_was_measured(processor: Processor, tmp_path: Path, answers: Any) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
     records = [row | {"image": {"path": str(path), "bytes": None}} for row in rows(TEXTS) if row["answers"]]
-    found, dataset = measure(records, processor, "rotate", tmp_path), PaliGemmaDataset(records, processor)
+    found = measure(records, processor, answers, tmp_path)
+    dataset = PaliGemmaDataset(records, processor, answers)
     examples = [dataset[index, epoch] for index in range(len(records)) for epoch in range(6)]
-    assert max(len(row["input_ids"]) for row in examples) == processor.num_image_tokens + 1 + found.longest_text
-    assert max(int((row["labels"] != -100).sum()) for row in examples) == found.longest_answer
+    assert max(len(row["input_ids"]) for row in examples) == processor.num_image_tokens + 1 + found.longest.text
+    assert max(int((row["labels"] != -100).sum()) for row in examples) == found.longest.supervised
+    longest = max(int(row["token_type_ids"].bincount()[1:].max()) for row in examples)
+    assert longest == found.longest_answer
 
 
 def test_what_does_not_fit_is_named_with_the_length_it_needs(tmp_path: Path) -> None:
@@ -95,6 +108,25 @@ def test_what_does_not_fit_is_named_with_the_length_it_needs(tmp_path: Path) -> 
     assert (found.prompt[5], found.answer[5], found.answer[6]) == (0, 0, 0)
     assert found.longest_text == measure(rows(TEXTS), Processor.from_pretrained(BASE), "rotate", tmp_path).longest_text
     assert sorted(measure(records, Processor.from_pretrained(BASE, 128), "majority", tmp_path).invalid) == [6]
+
+
+def test_answers_of_one_row_must_fit_together(processor: Processor, tmp_path: Path) -> None:
+    """Each fits alone. Where they may be cut, the longest are, to one length."""
+    answers = ["red", "a red circle", "a red circle and a red cross", "red"]
+    records, prompt = rows([("answer en what?", answers, "red"), *TEXTS]), len(processor.prompt_ids("answer en what?"))
+    lengths = [len(processor.answer_ids(answer)) for answer in answers[:3]]
+    limit = prompt + max(lengths)
+    assert measure(records, Processor.from_pretrained(BASE, limit), "rotate", tmp_path).invalid == {}
+    refused = measure(records, Processor.from_pretrained(BASE, limit), "all", tmp_path)
+    assert sorted(refused.invalid) == [0]
+    assert f"{sum(lengths)} of its 3 answers); max_text_tokens is {limit}" in refused.invalid[0].reason
+    assert (refused.prompt[0], refused.answer[0], refused.supervised[0]) == (0, 0, 0)
+    cutting = Processor.from_pretrained(BASE, limit, truncate_answers=True)
+    found = measure(records, cutting, "all", tmp_path)
+    kept = cutting.fit(prompt, *lengths)
+    assert sum(kept) <= max(lengths) < sum(lengths)
+    assert (found.answer[0], found.supervised[0], found.cut) == (max(kept), sum(kept), 1)
+    assert found.longest.text <= limit
 
 
 def test_a_run_that_cuts_says_how_many_lose_how_much(processor: Processor, tmp_path: Path) -> None:

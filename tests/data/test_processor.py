@@ -251,12 +251,73 @@ def test_a_long_answer_leaves_its_prompt_whole(ours: Processor) -> None:
     assert (len(row["input_ids"]), row["input_ids"][-1]) == (N + 1 + 128, EOS)
 
 
+def test_a_row_of_several_suffixes_is_the_prompt_and_each_as_it_is_alone(ours: Processor) -> None:
+    """The types number them; every token has the weight of its suffix, all others none."""
+    texts, prompt = ["3", "three circles", "", "3"], ours.encode("how many?")["input_ids"].tolist()
+    answers = [ours.answer_ids(text) for text in texts]
+    assert list(map(len, answers)) == [2, 3, 1, 2]
+    row = ours.encode_suffixes("how many?", texts, [0.5, 0.25, 0.125, 0.125])
+    after = [token for answer in answers for token in answer]
+    assert row["input_ids"].tolist() == prompt + after
+    assert row["labels"].tolist() == [-100] * len(prompt) + after
+    assert row["token_type_ids"].tolist() == [0] * len(prompt) + [1, 1, 2, 2, 2, 3, 4, 4]
+    assert row["loss_weights"].tolist() == [0.0] * len(prompt) + [0.5] * 2 + [0.25] * 3 + [0.125] * 3
+    assert row["loss_weights"].dtype == torch.float32
+    alone, one = ours.encode_suffixes("how many?", texts[:1]), ours.encode("how many?", "3")
+    assert alone.keys() == one.keys()
+    assert all(torch.equal(alone[name], one[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "weights", "message"),
+    [
+        ([], None, r"suffixes are \[\]; expected a list of at least one"),
+        ("yes", None, "suffixes are 'yes'; expected a list of at least one"),
+        (["yes", "no"], [1.0], r"weights are \[1.0\]; expected 2, one for each suffix"),
+        (["yes", "no"], [1.0, -0.5], "each a number above 0"),
+        (["yes", "no"], [1.0, 0.0], "leave out a suffix that should not count"),
+        (["yes"], [float("nan")], "each a number above 0"),
+        (["yes", "<eos>"], None, "the suffix '<eos>' holds the special token <eos>"),
+    ],
+)
+def test_suffixes_and_weights_that_make_no_row_are_refused(
+    ours: Processor, suffixes: list[str], weights: list[float] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours.encode_suffixes("is it?", suffixes, weights)
+
+
+def test_suffixes_that_do_not_fit_together_are_refused_or_the_longest_cut(ours: Processor) -> None:
+    """To one length, the largest that fits: the short ones stay whole."""
+    texts = ["x", "x " * 9, "x " * 6]
+    prompt, lengths = len(ours.prompt_ids("caption en")), [len(ours.answer_ids(text)) for text in texts]
+    assert lengths == [2, 19, 13]
+    limit = prompt + 23
+    refused = rf"needs {prompt + 34} tokens \({prompt} of its prompt, 34 of its 3 answers\); max_text_tokens is {limit}"
+    with pytest.raises(ValueError, match=refused):
+        Processor.from_pretrained(BASE, limit).encode_suffixes("caption en", texts)
+    cutting = Processor.from_pretrained(BASE, limit, truncate_answers=True)
+    assert cutting.fit(prompt, *lengths) == [2, 10, 10]
+    row = cutting.encode_suffixes("caption en", texts, [0.5, 0.25, 0.25])
+    assert row["token_type_ids"].bincount().tolist() == [N + 1 + prompt, 2, 10, 10]
+    ends = row["token_type_ids"].bincount().cumsum(dim=0)[1:] - 1
+    assert row["input_ids"][ends].tolist() == row["labels"][ends].tolist() == [EOS] * 3
+    assert Processor.from_pretrained(BASE, prompt + 6, truncate_answers=True).fit(prompt, *lengths) == [2, 2, 2]
+    with pytest.raises(ValueError, match="a prompt is never cut, nor an answer to less than a token and <eos>"):
+        Processor.from_pretrained(BASE, prompt + 5, truncate_answers=True).encode_suffixes("caption en", texts)
+
+
 def test_without_a_limit_the_models_positions_are_one(tmp_path: Path) -> None:
     directory = changed(tmp_path, "config.json", lambda c: c["text_config"].update(max_position_embeddings=N + 41))
     processor = Processor.from_pretrained(directory)
     longest = "q " * 19
     assert len(processor.prompt_ids(longest)) == 39
     assert len(processor.encode(longest, "")["input_ids"]) == N + 41
+    assert len(processor.encode_suffixes("q " * 17, ["", "x", "x"])["input_ids"]) == N + 41
+    with pytest.raises(
+        ValueError, match=rf"41 tokens .*3 answers\); the {N + 41} positions of the model leave 40 for it"
+    ):
+        processor.encode_suffixes("q " * 17, ["x", "x", "x"])
     with pytest.raises(ValueError, match=rf"the {N + 41} positions of the model leave 40 for it: shorten it"):
         processor.encode(longest + "q", "")
 

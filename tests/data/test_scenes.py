@@ -128,6 +128,24 @@ def test_the_majority_of_ten_answers_is_the_true_one_and_scores_fully() -> None:
     assert 0.3 < disagreeing / (SCENES * len(scenes.ALTERNATIVES)) < 0.7
 
 
+def test_more_annotators_differ_where_that_is_asked_for(written: Path, tmp_path: Path) -> None:
+    """None to six of the ten, each as often; images and questions are the same ones."""
+    for output, dissent in ((tmp_path / "six", 6), (tmp_path / "all", 10)):
+        write_scenes(output, scenes=60, seed=7, split="val2014", dissent=dissent)
+        annotations = json.loads((output / "v2_mscoco_val2014_annotations.json").read_text())["annotations"]
+        differ = Counter(
+            sum(given["answer"] != row["multiple_choice_answer"] for given in row["answers"]) for row in annotations
+        )
+        assert set(differ) == set(range(dissent + 1))
+        assert max(differ.values()) < 2.5 * min(differ.values())
+    name = "v2_OpenEnded_mscoco_val2014_questions.json"
+    fewer, more = (json.loads((path / name).read_text())["questions"] for path in (written, tmp_path / "six"))
+    asked = [question["question"] for question in more if question["image_id"] == fewer[0]["image_id"]]
+    assert asked == [question["question"] for question in fewer if question["image_id"] == fewer[0]["image_id"]]
+    with pytest.raises(ValueError, match="dissent=11: a question has 10 annotators; give 0 to 10"):
+        write_scenes(tmp_path / "none", scenes=1, seed=7, split="val2014", dissent=11)
+
+
 def test_same_command_same_bytes(written: Path, tmp_path: Path) -> None:
     """Run in another process, whose string hashes differ."""
     command = ["--output", ".", "--scenes", "12", "--seed", "7", "--split", "val2014"]

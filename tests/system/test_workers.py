@@ -167,7 +167,7 @@ def train_with(directory: Path, fault: str) -> None:
         scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     accumulate = GradientAccumulation.accumulate
 
-    def faulty(self: GradientAccumulation, examples: Any, tokens: int, step: int) -> torch.Tensor:
+    def faulty(self: GradientAccumulation, examples: Any, tokens: float, step: int) -> torch.Tensor:
         total = accumulate(self, examples, tokens, step)
         if step == 2 and fault == "killed":
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
