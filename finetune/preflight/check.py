@@ -25,11 +25,10 @@ def check(config: RunConfig) -> None:
         skipped, total, usable = SkippedRecords(share=math.inf), 0, 0
         try:
             examples = open_examples(config, part, processor, skipped)
-            records, lengths = examples.records, examples.lengths
+            records, longest = examples.records, examples.longest
             opened.append(records)
             total, usable = len(records), len(valid(decodable(records, skipped), skipped))
-            longest, answer = lengths.longest.text, lengths.longest_answer
-            show(f"data.{part}: the longest text has {longest:,} tokens, the longest answer {answer:,}")
+            show(f"data.{part}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
         except ValueError:
             if not skipped.reasons:  # the file itself cannot be read
                 raise
