@@ -34,12 +34,16 @@ Lengths = npt.NDArray[np.int32]
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """Tokens of the longest row of the data without its image and `<bos>` (prefix, newline, each answer with `<eos>`),
-    and the most tokens that are supervised in a row, which may be another one: those of its answers.
+    """What a row of the data may take, in tokens; each may be of another row.
+
+    Attributes:
+        text: of the longest row without its image and `<bos>`: prefix, newline, each answer with `<eos>`.
+        supervised: the most of all answers of a row. answer: of the longest single one.
     """
 
     text: int
     supervised: int
+    answer: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +80,8 @@ class TextLengths:
     def longest(self) -> Longest:
         """What a row may take, as `max_text_tokens` counts it."""
         supervised = self.supervised
-        return Longest(int((self.prompt + supervised).max(initial=0)), int(supervised.max(initial=0)))
+        text = int((self.prompt + supervised).max(initial=0))
+        return Longest(text, int(supervised.max(initial=0)), self.longest_answer)
 
     @property
     def longest_answer(self) -> int:

@@ -182,7 +182,8 @@ class PaliGemma(nn.Module):
         """
         assert batch.predicting is not None, "the batch has labels"
         hidden = self.decode(batch, image_features).flatten(0, 1)  # (B * U, D)
-        # As an embedding: where a position is taken several times, its gradients are added in one order on a card too.
+        # Not index_select: on a card its backward adds the gradients of a position that is taken several times in any
+        # order (torch.use_deterministic_algorithms lists it, and not an embedding's).
         logits: Tensor = self.language_model.head(F.embedding(batch.predicting, hidden))
         return logits
 

@@ -119,7 +119,7 @@ def wait_for_writing(output: Path, seconds: float) -> None:
 def plan_once() -> None:
     """Let the processes to come share one plan, which takes as long as their training, and writes nothing."""
     config = load_config(ROOT / "configs/quickstart.yaml", overrides(Path("data"), Path("unused")))
-    made = run.plan_run(config, PaliGemmaConfig.from_directory(Path(config.model.path)), Longest(32, 4))
+    made = run.plan_run(config, PaliGemmaConfig.from_directory(Path(config.model.path)), Longest(32, 4, 4))
     run.plan_run = lambda *_: made
 
 

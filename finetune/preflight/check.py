@@ -31,12 +31,11 @@ def check(config: RunConfig) -> None:
         skipped, total, usable = SkippedRecords(share=math.inf), 0, 0
         try:
             examples = open_examples(config, part, processor, skipped)
-            records, lengths = examples.records, examples.lengths
+            records, longest = examples.records, examples.longest
             opened.append(records)
             good = valid(decodable(records, skipped), skipped)
             total, usable = len(records), len(good)
-            longest, answer = lengths.longest.text, lengths.longest_answer
-            show(f"data.{part}: the longest text has {longest:,} tokens, the longest answer {answer:,}")
+            show(f"data.{part}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
             if part == "validation":
                 require_judgeable(config, good, refused)
         except ValueError:

@@ -77,7 +77,7 @@ def dry_run_one(
         f"{workload.supervised}{of_run}"
     )
     if config.data.validation is not None:
-        new_tokens = max_new_tokens(config, examples.lengths) if examples else planner.supervised
+        new_tokens = max_new_tokens(config, examples.lengths) if examples else planner.answer
         planned_evaluation(config, planned, new_tokens)
     if warning := spill_warning(planner.device):
         show(f"warning: {warning}")

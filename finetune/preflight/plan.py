@@ -62,6 +62,7 @@ class Planner:
         batch_size: examples of a step, or of a process's share of it.
         device: where it would run; on the CPU there is no host memory to move weights to.
         quantize: how the decoder's frozen linears are stored: "nf4", or None for `dtype`.
+        answer: tokens that the longest single answer has, of which an evaluation has one a row; None: `supervised`.
     """
 
     def __init__(
@@ -74,9 +75,11 @@ class Planner:
         batch_size: int,
         device: torch.device,
         quantize: str | None = None,
+        answer: int | None = None,
     ) -> None:
         self.config, self.lora, self.dtype = config, lora, dtype
         self.tokens, self.supervised = tokens, supervised
+        self.answer = supervised if answer is None else answer
         self.batch_size, self.device = batch_size, device
         with FakeTensorMode(), nullcontext() if device.type == "cpu" else native_products():
             self.model = empty_model(config, dtype)
@@ -148,7 +151,7 @@ class Planner:
         text, e = self.config.text, self.dtype.itemsize
         prefill = self.tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * e
         slots = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * e  # of a token in the cache
-        logits = max(1, self.supervised) * text.vocab_size * (e + 8)  # the loss's; generation has those of one token
+        logits = max(1, self.answer) * text.vocab_size * (e + 8)  # the loss's; generation has those of one token
         row = max(self.encoding, prefill + logits) + slots * (self.tokens + new_tokens)
         row += 2 * self.config.num_image_tokens * text.hidden_size * e  # image tokens, and those of the rows
         activations = int((1 + self.fragmentation) * batch_size * row) + self.dequantized + self.gathered

@@ -16,7 +16,7 @@ from finetune.system.device import pick_device, pick_dtype
 from model import PaliGemmaConfig
 
 # Where the data cannot be read: as VQAv2 is published, with one answer in a row, and with those of all ten annotators.
-ASSUMED, ASSUMED_ALL = Longest(text=32, supervised=8), Longest(text=64, supervised=40)
+ASSUMED, ASSUMED_ALL = Longest(text=32, supervised=8, answer=8), Longest(text=64, supervised=40, answer=8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPl
     dtype = pick_dtype(run.model.dtype, device)
     tokens = config.num_image_tokens + 1 + longest.text
     share = math.ceil(train.batch_size / distributed.count())
-    planner = Planner(config, run.lora, dtype, tokens, longest.supervised, share, device, run.model.quantize)
+    lengths = (tokens, longest.supervised, share)
+    planner = Planner(config, run.lora, dtype, *lengths, device, run.model.quantize, longest.answer)
     if distributed.asks_for_fsdp():
         planner.shard_decoder(distributed.count())
     budget, source = budget_of(device, run.memory.budget_gib)
@@ -59,7 +60,7 @@ def assumed_lengths(data: DataConfig) -> Longest:
     """What to take for the longest row where the data cannot be read."""
     assumed = ASSUMED_ALL if data.answers == "all" else ASSUMED
     text = assumed.text if data.max_text_tokens == "auto" else data.max_text_tokens
-    return Longest(text, min(assumed.supervised, text))
+    return Longest(text, min(assumed.supervised, text), min(assumed.answer, text))
 
 
 def require_fit(run: RunConfig, planned: RunPlan) -> None:

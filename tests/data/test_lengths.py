@@ -77,7 +77,9 @@ def test_lengths_are_those_of_the_processors_rows(
     assert found.mean_supervised == pytest.approx(sum(every) / len(every) if every else 0)
     assert found.mean_text == pytest.approx(found.prompt.mean() + found.mean_supervised)
     assert (found.longest_text, found.longest_answer) == ((found.prompt + found.answer).max(), found.answer.max())
-    assert found.longest == Longest((found.prompt + found.supervised).max(), found.supervised.max())
+    assert found.longest == Longest(
+        (found.prompt + found.supervised).max(), found.supervised.max(), found.longest_answer
+    )
     assert (found.invalid, found.marked, found.cut) == ({}, 1, 0)
     assert found.notes() == ["1 prefixes begin with <image> or <bos>: taken off, for every row has them"]
 

@@ -64,6 +64,16 @@ def test_planned_flops_are_those_of_a_real_step_and_the_shared_position_in_the_l
     assert counted < planned < 1.03 * counted
 
 
+def test_an_evaluation_has_one_answer_a_row() -> None:
+    """Its logits are planned for the longest single answer, not for all of a row in training."""
+    lengths = (torch.float32, IMAGES + PROMPT + sum(ANSWERS), sum(ANSWERS), 4, torch.device("cpu"))
+    for_all, for_one = Planner(MIDDLE, LORA, *lengths), Planner(MIDDLE, LORA, *lengths, answer=max(ANSWERS))
+    saved = for_all.evaluation(4, 5) - for_one.evaluation(4, 5)
+    logits = (sum(ANSWERS) - max(ANSWERS)) * 8192 * (4 + 8) * 4
+    assert saved == pytest.approx(1.1 * logits, rel=1e-6)
+    assert for_all.plan(ExecutionPlan(4), 0).total == for_one.plan(ExecutionPlan(4), 0).total
+
+
 @pytest.mark.parametrize(("answers", "text", "supervised"), [("rotate", 32, 8), ("all", 64, 40)])
 def test_rows_of_all_answers_are_taken_to_be_longer_where_the_data_cannot_be_read(
     answers: str, text: int, supervised: int
@@ -77,4 +87,4 @@ def test_rows_of_all_answers_are_taken_to_be_longer_where_the_data_cannot_be_rea
         }
     )
     found = assumed_lengths(config.data)
-    assert (found.text, found.supervised) == (text, supervised)
+    assert (found.text, found.supervised, found.answer) == (text, supervised, 8)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,12 +17,13 @@ from torch import Tensor
 
 import train
 from data import PaliGemmaDataset, Processor, collate
+from data.dataset import Answers
 from data.lengths import Longest, measure
 from data.records import load_records
 from data.synthetic import scenes
 from finetune import LoRAConfig, inject_lora, run
 from finetune.adapters.metadata import training_facts
-from finetune.config.schema import TrainConfig
+from finetune.config.schema import DataConfig, TrainConfig
 from finetune.lora.protocol import trained_parameters
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import GradientAccumulation, supervised
@@ -136,6 +137,10 @@ def test_rows_without_weights_count_once_in_a_step_with_others(records: list[dic
         _, all_weighted = accumulated(model, [[*weighted, *ones]], tokens, ExecutionPlan(4))
     rounding.assert_exact(mixed, all_weighted)
     rounding.assert_exact(cut, all_weighted)
+
+
+def test_a_configuration_takes_what_the_data_set_does() -> None:
+    assert get_args(DataConfig.model_fields["answers"].annotation) == get_args(Answers)
 
 
 def test_a_run_learns_all_answers(
