@@ -42,9 +42,13 @@ FEATURES = datasets.Features(
     question_type=TEXT,
     extra=TEXT,  # what else a row of a person's own says, as JSON; "" for nothing
 )
-FORMAT = 5  # goes up when records are written differently, so that cached ones are written again
+FORMAT = 6  # goes up when records are written differently, so that cached ones are written again
 AT_ONCE = 1 << 23  # bytes of images that are in memory at once while records are written
-ROWS_AT_ONCE = 10_000  # and rows: each batch takes some kilobytes of whoever maps the file
+ROWS_AT_ONCE = 1000  # and rows: each batch takes some kilobytes of whoever maps the file
+
+
+class NoRecordsError(ValueError):
+    """Of all records of a source none can be used."""
 
 
 def load_records(
@@ -110,7 +114,7 @@ def load_records(
     if aspect == "pad":
         rows, options = partial(in_squares, rows), [*options, aspect]
     if prefix_of_ids:
-        rows, options = partial(with_prefix, rows, prefix_of_ids), [*options, prefix_of_ids]
+        rows, options = partial(with_prefix, rows, prefix_of_ids, name), [*options, prefix_of_ids]
     records, invalid = memory_mapped(rows, files, [*options, draw.keywords if drawn else ""], cache)
     total = len(records) + len(invalid)
     if len(records) and (folder is not None or questions is None):  # official questions may do without images
@@ -119,7 +123,7 @@ def load_records(
         invalid += [InvalidRecord(records[position]["id"], reason) for position, reason in reasons.items()]
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
-        raise ValueError(f"{name} holds no record that can be used")
+        raise NoRecordsError(f"{name} holds no record that can be used")
     return records
 
 
@@ -168,12 +172,12 @@ def image_names(places: pa.Table) -> list[str]:
 
 
 def with_prefix(
-    rows: Callable[[], Iterable[dict[str, Any] | InvalidRecord]], prefix: str
+    rows: Callable[[], Iterable[dict[str, Any] | InvalidRecord]], prefix: str, file: str
 ) -> Iterator[dict[str, Any] | InvalidRecord]:
-    """What `rows()` yields, with ids that begin with `prefix`."""
+    """What `rows()` yields, with ids that begin with `prefix`, unless they say a place in `file`."""
     for row in rows():
         if isinstance(row, InvalidRecord):
-            yield row._replace(id=prefix + row.id)
+            yield row if row.id.startswith(f"{file}, ") else row._replace(id=prefix + row.id)
         else:
             yield {**row, "id": prefix + row["id"]}
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from data import Processor
-from finetune.preflight.inspection import leaks_of, problems_of, structure_of
-from model import PaliGemma
+from finetune.preflight.inspection import batch_checks, leaking_rows, leaks_by_mask, leaks_of, structure_of
+from finetune.training.examples import network_config
+from model import IGNORE_INDEX, PaliGemma
 from model.random_init import from_random
+from tests.preflight.small_run import run_config
 
 ROOT = Path(__file__).parents[2]
 Batch = dict[str, Tensor]
@@ -33,7 +35,10 @@ def batch() -> Batch:
 
 
 def test_a_batch_of_the_processor_is_in_order(model: PaliGemma, batch: Batch) -> None:
-    assert problems_of(model, batch) == []
+    assert leaks_of(model, batch) == leaks_by_mask(batch) == []
+    checks = batch_checks(model.config, batch, [], "by a test")
+    assert [check.name for check in checks] == ["image tokens", "<bos>", "token types", "labels", "<eos>", "leak"]
+    assert {check.outcome for check in checks} == {"pass"}
 
 
 def types_all_prefix(batch: Batch) -> None:
@@ -64,26 +69,66 @@ def image_tokens_labelled(batch: Batch) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (types_all_prefix, "token types are not 0 for the prefix"),
-        (types_all_prefix, "the answer leaks into the prefix"),
+        (types_all_prefix, "token types that are not 0 for the prefix"),
         (an_image_token_lost, "15 image tokens, expected 16"),
         (a_second_bos, "2 <bos>"),
-        (no_eos, "does not end in <eos>"),
-        (a_prompt_position_labelled, "labels are not the suffix"),
-        (image_tokens_labelled, "labels are not the suffix"),
+        (no_eos, "an answer that does not end in <eos>"),
+        (a_prompt_position_labelled, "labels that are not the suffix"),
+        (image_tokens_labelled, "labels that are not the suffix"),
     ],
 )
 def test_what_ruins_training_is_found(
     model: PaliGemma, batch: Batch, spoil: Callable[[Batch], None], message: str
 ) -> None:
+    assert structure_of(model.config, {name: tensor[0] for name, tensor in batch.items()}) == {}
     spoil(batch)
-    row = {name: tensor[0] for name, tensor in batch.items()}
-    # A row that lacks an image token cannot pass the network at all, so only its structure is looked at.
-    found = structure_of(model, row) if spoil is an_image_token_lost else problems_of(model, batch)
-    assert any(message in problem for problem in found), found
+    failed = [check for check in batch_checks(model.config, batch, [], "") if check.outcome == "fail"]
+    (found,) = [check for check in failed if message in check.found]
+    assert "row 0 has" in found.found
+    assert found.advice
 
 
-def test_the_leak_is_found_in_the_row_where_it_is(model: PaliGemma, batch: Batch) -> None:
-    batch["token_type_ids"][1] = 0
-    assert leaks_of(model, batch) == ["row 1: the answer leaks into the prefix"]
+def test_each_of_several_suffixes_has_to_end_in_eos(model: PaliGemma, batch: Batch) -> None:
+    """Their token types are 1, 2 and so on."""
+    length = int(batch["attention_mask"][0].sum())
+    row = {name: batch[name][0, :length] for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
+    suffix = row["token_type_ids"] == 1
+    row = {name: torch.cat((values, values[suffix])) for name, values in row.items()}
+    row["token_type_ids"][length:] = 2
+    assert structure_of(model.config, row) == {}
+    row["input_ids"][length - 1] = row["labels"][length - 1] = 9
+    assert list(structure_of(model.config, row)) == ["<eos>"]
+
+
+@pytest.mark.parametrize("rows", [[0], [1], [0, 1]])
+def test_the_leak_is_found_in_the_row_where_it_is(model: PaliGemma, batch: Batch, rows: list[int]) -> None:
+    """By the network, and by the mask alone, which need not be told which token was edited."""
+    batch["token_type_ids"][rows] = 0
+    assert leaks_of(model, batch) == leaks_by_mask(batch) == rows
     assert torch.is_grad_enabled()
+    leak = batch_checks(model.config, batch, rows, "by a test")[-1]
+    assert (leak.name, leak.outcome) == ("leak", "fail")
+    assert f"the answer of row {rows[0]} leaks into the prefix" in leak.found
+
+
+def test_a_leak_that_takes_two_layers_is_found(model: PaliGemma, batch: Batch) -> None:
+    """Where the last token counts as prefix, it sees the answer, and all of the prefix sees it in the next layer."""
+    last = int(batch["attention_mask"][0].sum()) - 1
+    batch["token_type_ids"][0, last] = 0
+    batch["labels"][0, last] = IGNORE_INDEX
+    assert leaks_of(model, batch) == leaks_by_mask(batch) == [0]
+
+
+def test_a_large_network_on_a_cpu_is_not_read_for_the_leak_test(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_config(("language.*",), 2, tmp_path)
+    dimensions = network_config(ROOT / "assets/tiny-base", run)
+    found, how = leaking_rows(run, dimensions, batch)
+    assert found == []
+    assert "the network's states compared" in how
+    monkeypatch.setattr("finetune.preflight.inspection.CHEAP", 1_000_000)
+    monkeypatch.setattr("finetune.preflight.inspection.open_model", lambda *_: pytest.fail("weights are read"))
+    found, how = leaking_rows(run, dimensions, batch)
+    assert found == []
+    assert "by the attention mask alone" in how

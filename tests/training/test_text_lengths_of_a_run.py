@@ -145,7 +145,8 @@ def test_answers_are_cut_where_that_was_asked_and_said(
     train.main([*argv, "data.max_text_tokens=50", "data.truncate_answers=true", "--inspect"])
     said = shown(capsys)
     assert "data.train: 2 records have an answer that is cut at data.max_text_tokens, by up to" in said
-    assert "answer, <eos>" in said
+    assert "warning: nothing is cut: no prompt is ever cut, 2 answers lose up to" in said
+    assert "pass: <eos>: every label ends in it" in said
     with pytest.raises(ValueError, match="answers are cut at max_text_tokens, which is auto: give it a number"):
         train.main([*argv, "data.truncate_answers=true", "--inspect"])
 
@@ -355,5 +356,5 @@ def test_the_plan_takes_the_lengths_of_the_data(
     assert f"rows of {max(rows)} tokens, answers of {answer} (the longest of the data)" in shown(capsys)
     train.main([*argv, "--dry-run", "data.train.jsonl=absent.jsonl", "data.max_text_tokens=77"])
     said = shown(capsys)
-    assert "steps and lengths are not known, for the data cannot be read: absent.jsonl" in said
+    assert "steps and lengths are not known, for the data cannot be read: data.train.jsonl: absent.jsonl" in said
     assert f"rows of {processor.num_image_tokens + 1 + 77} tokens, answers of 8 (assumed" in said
