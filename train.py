@@ -5,8 +5,8 @@ python train.py configs/vqav2_8gb.yaml train.epochs=2 lora.rank=32
 accelerate launch --multi_gpu train.py configs/vqav2_8gb.yaml
 
 Before a long run: --dry-run says whether it fits, with --probe how long it takes here; --check looks at every image;
---inspect shows what is learned from; --overfit 8 tries whether it learns at all. --help lists every key of the file,
-with its meaning.
+--inspect shows what is learned from, on a page too; --overfit 8 tries whether it learns at all. --help lists every key
+of the file, with its meaning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from finetune import cli
 from finetune.config.describe import describe
 from finetune.report.push import add_arguments
-from finetune.system.paths import argument
+from finetune.system.paths import argument, path_argument
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
     from finetune.config.load import load_config
     from finetune.preflight.check import check
     from finetune.preflight.dry_run import dry_run
-    from finetune.preflight.inspection import inspect
     from finetune.preflight.overfit import overfit
+    from finetune.report.inspection_page import inspect
     from finetune.report.push import push, requested
     from finetune.run import learn
     from finetune.system import distributed
@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.probe and not arguments.dry_run:
         raise ValueError("--probe times the steps that --dry-run plans: give both")
+    if arguments.page is not None and not arguments.inspect:
+        raise ValueError("--page says where --inspect writes what it shows: give both")
     looks = arguments.dry_run or arguments.check or arguments.inspect or arguments.overfit is not None
     # A look makes no use of the other processes, and --dry-run none of the device.
     distributed.init(torch.device("cpu") if looks else pick_device(config.model.device), can_shard=True)
@@ -63,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         return
     fetch(config.model.path, config.model.revision, weights=False)  # a wrong name is said before anything else
     if arguments.inspect:
-        inspect(config)
+        inspect(config, arguments.page)
         return
     pushed = distributed.on_main(partial(requested, arguments, Path(config.output)))
     if pushed and config.lora and Path(config.model.path).is_dir():
@@ -101,7 +103,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--check", action="store_true", help="decode every image, list every record that cannot be used, and stop"
     )
     instead.add_argument(
-        "--inspect", action="store_true", help="show the first examples, check them for leaks, and stop"
+        "--inspect",
+        action="store_true",
+        help="show the first examples as the network sees them, also as a page; check them and the data; and stop. The "
+        "exit code is 2 where they would ruin the training, 0 where there are warnings alone",
     )
     instead.add_argument(
         "--overfit", type=int, metavar="N", help="overfit the first N examples, say whether that works, and stop"
@@ -110,6 +115,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--probe", action="store_true", help="with --dry-run: time a few steps on this device, with random weights"
     )
     add_arguments(parser, "the result")
+    parser.add_argument(
+        "--page",
+        type=path_argument,
+        metavar="FILE.html",
+        help="with --inspect: where its page is written (default: OUTPUT/inspect.html)",
+    )
     return parser.parse_intermixed_args(argv)
 
 

@@ -33,6 +33,7 @@ class SkippedRecords:
     Attributes:
         reasons: why each was skipped, by its id.
         looked_at: the records that the calls of `add` were about, together.
+        total: the most records that were ever spoken of: of a file with broken lines those are more than its records.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class SkippedRecords:
         self.file, self.share, self.skippable = None if file is None else Path(file), share, skippable
         self.reasons: dict[str, str] = {}
         self.looked_at = 0
+        self.total = 0
         self._read = 0  # bytes of the file that are known
 
     def add(self, invalid: Iterable[InvalidRecord], total: int) -> None:
@@ -51,6 +53,7 @@ class SkippedRecords:
         """
         self.looked_at += total
         self._catch_up()
+        self.total = total = max(self.total, total)
         new = {record.id: record.reason for record in invalid if record.id not in self.reasons}
         if not new:
             return

@@ -47,6 +47,10 @@ AT_ONCE = 1 << 23  # bytes of images that are in memory at once while records ar
 ROWS_AT_ONCE = 10_000  # and rows: each batch takes some kilobytes of whoever maps the file
 
 
+class NoRecordsError(ValueError):
+    """Of all records of a source none can be used."""
+
+
 def load_records(
     *,
     questions: File | None = None,
@@ -119,7 +123,7 @@ def load_records(
         invalid += [InvalidRecord(records[position]["id"], reason) for position, reason in reasons.items()]
     (skipped or SkippedRecords()).add(invalid, total)
     if not len(records):
-        raise ValueError(f"{name} holds no record that can be used")
+        raise NoRecordsError(f"{name} holds no record that can be used")
     return records
 
 

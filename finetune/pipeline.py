@@ -29,9 +29,9 @@ from finetune.config.schema import RunConfig
 from finetune.evaluation.run import evaluate_run
 from finetune.evaluation.table import score_table
 from finetune.preflight.dry_run import dry_run
-from finetune.preflight.inspection import inspect
 from finetune.preflight.overfit import overfit
 from finetune.preflight.plan import GIB
+from finetune.report.inspection_page import inspect
 from finetune.report.model_card import show_cards
 from finetune.report.page import show_page
 from finetune.report.result_page import write_report

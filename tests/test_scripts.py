@@ -592,8 +592,10 @@ def test_inspect_shows_the_first_examples_and_trains_nothing(
 ) -> None:
     train.main([*arguments(base, tmp_path / "run"), "--inspect"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "in order: image tokens" in shown
-    assert not (tmp_path / "run").exists()
+    assert "pass: leak: no answer leaks into what comes before it" in shown
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["inspect.html"]
+    train.main([*arguments(base, tmp_path / "run"), "--inspect", "--page", str(tmp_path / "mine.html")])
+    assert (tmp_path / "mine.html").read_text() == (tmp_path / "run/inspect.html").read_text()
 
 
 def test_inspect_shows_texts_as_they_stand(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -871,6 +873,40 @@ def test_check_lists_all_where_nothing_can_be_used(
     shown = capsys.readouterr().out
     assert "  line 1: " in shown
     assert "truncated" in shown
+
+
+def test_check_counts_broken_lines_among_all_as_a_run_does(base: Path, tmp_path: Path) -> None:
+    """One of four is a quarter of them, not a third of the others."""
+    image = sorted((base / "data/images").iterdir())[0].name
+    line = json.dumps({"image": image, "prefix": "", "suffix": "y"})
+    (tmp_path / "examples.jsonl").write_text("\n".join(["{", line, line, line]))
+    settings = [*overrides(base, tmp_path / "run"), "train.eval_every=null", "data.on_error=skip"]
+    source = f"data={{train: {{jsonl: {tmp_path}/examples.jsonl, images: {base}/data/images}}}}"
+    asked = [str(ROOT / "configs/quickstart.yaml"), *settings[:1], source, *settings[2:]]
+    train.main([*asked, "data.skip_at_most=0.25", "--check"])
+    train.main([*asked, "data.skip_at_most=0.25", "--inspect"])
+    with pytest.raises(ValueError, match=r"^1 records of data\.train cannot be used; more than the 24\.0%"):
+        train.main([*asked, "data.skip_at_most=0.24", "--check"])
+    with pytest.raises(ValueError, match=r"1 of 4 records cannot be used; more than the 24\.0%"):
+        train.main([*asked, "data.skip_at_most=0.24", "--inspect"])
+
+
+def test_check_says_what_is_wrong_with_both_splits(base: Path, tmp_path: Path) -> None:
+    """A file that is not there, and one whose prompts are empty."""
+    settings = [*arguments(base, tmp_path / "run"), "--check"]
+    gone = {"questions": "null", "annotations": "null", "images": "null", "jsonl": f"{tmp_path}/gone.jsonl"}
+    both = [f"data.{split}.{key}={value}" for split in ("train", "validation") for key, value in gone.items()]
+    with pytest.raises(ValueError, match=r"(?s)data\.train: .*gone\.jsonl does not exist.*\ndata\.validation: .*gone"):
+        train.main([*settings, *both])
+
+
+def test_check_warns_of_an_empty_prompt(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = sorted((base / "data/images").iterdir())[0].name
+    lines = [{"image": image, "prefix": prefix, "suffix": "y"} for prefix in ("", "caption en")]
+    (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = f"data={{train: {{jsonl: {tmp_path}/examples.jsonl, images: {base}/data/images}}}}"
+    train.main([*arguments(base, tmp_path / "run"), source, "train.eval_every=null", "--check"])
+    assert "data.train: warning: every prompt says something: 1 of 2 prompts are empty" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", ["{", '{"image": "gone.jpg", "prefix": "x", "suffix": "y"}'])

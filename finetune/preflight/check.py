@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from data import Processor
 from data.invalid import SkippedRecords
-from data.records import decodable
+from data.records import NoRecordsError, decodable
 from finetune.config.schema import RunConfig
 from finetune.evaluation.run import task_of
+from finetune.preflight.data_checks import prompt_check
 from finetune.system.console import show
 from finetune.training.examples import open_examples, open_processor, shared_images_note, skipped_records, valid
 from model import fetch
@@ -22,31 +24,28 @@ def check(config: RunConfig) -> None:
     written.
 
     Raises:
-        ValueError: more cannot be used than the configuration lets be skipped; all of them are listed in any case.
+        ValueError: a source cannot be read, or more of it cannot be used than the configuration lets be skipped; all
+            of them, and all such records, are listed in any case.
     """
     processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config)
     refused: list[str] = []
-    opened = []
-    for part in ("train", "validation") if config.data.validation else ("train",):
-        skipped, total, usable = SkippedRecords(share=math.inf), 0, 0
+    opened: list[Dataset] = []
+    for split in ("train", "validation") if config.data.validation else ("train",):
+        skipped = SkippedRecords(share=math.inf)
         try:
-            examples = open_examples(config, part, processor, skipped)
-            records, longest = examples.records, examples.longest
-            opened.append(records)
-            good = valid(decodable(records, skipped), skipped)
-            total, usable = len(records), len(good)
-            show(f"data.{part}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
-            if part == "validation":
-                require_judgeable(config, good, refused)
-        except ValueError:
-            if not skipped.reasons:  # the file itself cannot be read
-                raise
-        count = len(skipped.reasons)
-        show(f"data.{part}: {usable:,} records can be used, {count:,} cannot")
+            usable = usable_records(config, split, processor, skipped)
+        except ValueError as error:
+            refused.append(f"data.{split}: {error}")
+            continue
+        opened += [usable] if usable else []
+        if split == "validation" and usable:
+            require_judgeable(config, usable, refused)
+        count, total = len(skipped.reasons), len(skipped.reasons) + len(usable or ())
+        show(f"data.{split}: {total - count:,} records can be used, {count:,} cannot")
         show(*(f"  {name}: {reason}" for name, reason in skipped.reasons.items()))
-        allowed = skipped_records(config, part, listed=False)
-        if count > allowed.share * total:
-            refused.append(f"{count:,} records of data.{part} cannot be used; {allowed.advice(count, usable + count)}")
+        allowed = skipped_records(config, split, listed=False)
+        if not usable or count > allowed.share * total:
+            refused.append(f"{count:,} records of data.{split} cannot be used; {allowed.advice(count, total)}")
         elif count:
             show(f"  that is within data.skip_at_most ({config.data.skip_at_most:.1%}): a run skips them")
     if len(opened) == 2 and (note := shared_images_note(*opened)):
@@ -61,3 +60,24 @@ def require_judgeable(config: RunConfig, records: Dataset, refused: list[str]) -
         task_of(config).require(records.remove_columns("image"))
     except ValueError as error:
         refused.append(f"data.validation: {error}")
+
+
+def usable_records(config: RunConfig, split: str, processor: Processor, skipped: SkippedRecords) -> Dataset | None:
+    """The records of a split that can be used, with a line about their lengths, or None where there are none; the
+    others are added to `skipped`.
+
+    Raises:
+        ValueError: the source as a whole cannot be read.
+    """
+    try:
+        examples = open_examples(config, split, processor, skipped)
+    except NoRecordsError:
+        return None
+    longest = examples.longest
+    show(f"data.{split}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
+    usable = valid(decodable(examples.records, skipped), skipped)
+    if not len(usable):
+        return None
+    if (prompts := prompt_check(usable)).outcome == "warning":
+        show(f"data.{split}: {prompts}")
+    return usable

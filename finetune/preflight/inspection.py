@@ -1,89 +1,198 @@
-"""What the network is about to be taught, looked at before hours are spent: structure of a batch, and leaks.
+"""What the network is about to be taught, looked at before hours are spent: rows as it sees them, leaks, and the data.
 
 An answer leaks where editing it changes what the network predicts before it. Then training looks perfect, and the
-trained network is useless.
+trained network is useless. Not here: showing it (finetune/report/inspection_page.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from data import PaliGemmaDataset, collate
+from data import PaliGemmaDataset, Processor, collate
+from data.invalid import SkippedRecords
 from finetune.config.schema import RunConfig
-from finetune.system.console import new_table, show
-from finetune.system.terminal import shortened
-from finetune.training.examples import network_config, open_examples, open_processor, skipped_records
-from finetune.training.setup import open_model
-from model import IGNORE_INDEX, PaliGemma, fetch
+from finetune.preflight.data_checks import Check, answer_checks, duplicate_checks, length_checks, prompt_check
+from finetune.preflight.plan import GIB
+from finetune.system.device import pick_device, pick_dtype
+from finetune.training.examples import (
+    network_config,
+    open_examples,
+    open_processor,
+    open_records,
+    require_paths,
+    skipped_records,
+)
+from finetune.training.setup import open_model, plan_steps
+from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
+from model.layers import prefix_lm_mask
+
+MOST = 8  # examples that are looked at
+CHEAP = GIB  # bytes of weights that are read on a CPU for the leak test
+
+# What to do where a row is not put together as PaliGemma was trained: by check.
+ADVICE = {
+    "image tokens": "copy config.json, tokenizer.json and the processor's file from one checkpoint",
+    "<bos>": "copy config.json, tokenizer.json and the processor's file from one checkpoint",
+    "token types": "do not train: report it with this page",
+    "labels": "do not train: report it with this page",
+    "<eos>": "copy config.json and tokenizer.json from one checkpoint",
+    "leak": "do not train: report it with this page",
+}
 
 
-def inspect(config: RunConfig) -> None:
-    """The first examples as the network sees them, checked for what would ruin the training. Nothing is written."""
-    directory = fetch(config.model.path, config.model.revision)
-    processor = open_processor(directory, config)
-    examples = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
-    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
-    model = open_model(directory, config)
-    convert(model, network_config(directory, config))
-    first = [dataset[index] for index in range(min(8, len(dataset)))]
-    table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
-    for index, example in enumerate(first):
-        ids, types = example["input_ids"], example["token_type_ids"]
-        answers = [processor.decode(ids[types == number]) for number in range(1, int(types.max()) + 1)]
-        prefix = processor.prompt(dataset.records[index]["prefix"])
-        texts = map(shortened, (prefix, " | ".join(answers)))
-        table.add_row(example["id"], *texts, str(len(ids)), str(int((types > 0).sum())))
-    show(table)
-    batch = {name: tensor.to(model.device) for name, tensor in collate(first, processor.pad_id).items()}
-    if problems := problems_of(model, batch):
-        raise ValueError("these examples would ruin the training:\n  " + "\n  ".join(problems))
-    show("in order: image tokens, <bos>, prefix, newline, answer, <eos>; and no answer leaks into what comes before it")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inspection:
+    """The first examples of a run as one batch, and what was found in them and in all of the data.
 
-
-def problems_of(model: PaliGemma, batch: dict[str, Tensor]) -> list[str]:
-    """Everything wrong with a collated batch, in words; empty when it is as PaliGemma was trained.
-
-    Args:
-        batch: right-padded `input_ids`, `attention_mask`, `token_type_ids`, `labels` i64 [B, S] and `pixel_values`.
+    Attributes:
+        examples: as `PaliGemmaDataset` gives them, row by row those of the batch.
+        batch: collated, i64 [B, S] and pixels.
+        attention: bool [B, S, S], queries by keys, as the network masks them.
     """
-    found = []
-    for row in range(len(batch["input_ids"])):
-        found += [f"row {row}: {problem}" for problem in structure_of(model, {n: t[row] for n, t in batch.items()})]
-    return found + leaks_of(model, batch)
+
+    examples: Sequence[Mapping[str, Any]]
+    batch: Mapping[str, Tensor]
+    attention: Tensor
+    processor: Processor
+    dimensions: PaliGemmaConfig
+    checks: Sequence[Check]
 
 
-def structure_of(model: PaliGemma, row: dict[str, Tensor]) -> list[str]:
-    """What is wrong with one row [S]: image tokens, bos, token types, labels, eos."""
-    config = model.config
+def inspect_examples(config: RunConfig) -> Inspection:
+    """The first distinct examples of the run's first step, and the checks of them and of all records. Nothing is
+    written.
+
+    Raises:
+        ValueError: checkpoint or data cannot be read.
+    """
+    require_paths(config, "train", "validation")
+    directory = fetch(config.model.path, config.model.revision, weights=False)
+    dimensions, processor = network_config(directory, config), open_processor(directory, config)
+    opened = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
+    dataset = PaliGemmaDataset(opened.records, processor, config.data.answers, config.train.seed, opened.skipped)
+    found: dict[str, dict[str, Any]] = {}
+    for pair in plan_steps(config, len(opened.records))[0]:
+        if len(found) < MOST:
+            found.setdefault((example := dataset[pair])["id"], example)
+    examples = list(found.values())
+    batch = collate(examples, processor.pad_id)
+    leaks, how = leaking_rows(config, dimensions, batch)
+    validation = None
+    if config.data.validation is not None:
+        validation = open_records(config, "validation", SkippedRecords(share=math.inf))
+    records = opened.valid
+    checks = [
+        *batch_checks(dimensions, batch, leaks, how),
+        *length_checks(opened.lengths, len(opened.skipped.reasons), processor),
+        prompt_check(records),
+        *answer_checks(records, config.data.answers, processor),
+        *duplicate_checks(records, validation),
+    ]
+    attention = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])[:, 0]
+    return Inspection(examples, batch, attention, processor, dimensions, checks)
+
+
+def batch_checks(config: PaliGemmaConfig, batch: Mapping[str, Tensor], leaks: Sequence[int], how: str) -> list[Check]:
+    """What is wrong with a collated batch, by check. leaks: the rows that leak; how: this was found out."""
+    rows = range(len(batch["input_ids"]))
+    wrong = [structure_of(config, {name: tensor[row] for name, tensor in batch.items()}) for row in rows]
+    checks = []
+    for name, right in right_of(config).items():
+        found = [f"row {row} has {wrong[row][name]}" for row in rows if name in wrong[row]]
+        checks.append(Check(name, "fail", ", ".join(found), ADVICE[name]) if found else Check(name, "pass", right))
+    if leaks:
+        said = ", ".join(f"the answer of row {row} leaks into the prefix" for row in leaks)
+        return [*checks, Check("leak", "fail", f"{said} ({how})", ADVICE["leak"])]
+    return [*checks, Check("leak", "pass", f"no answer leaks into what comes before it ({how})")]
+
+
+def right_of(config: PaliGemmaConfig) -> dict[str, str]:
+    """What every row has, by check."""
+    return {
+        "image tokens": f"each row begins with {config.num_image_tokens} image tokens, and has no other",
+        "<bos>": "each row has exactly one, after the image tokens",
+        "token types": "0 for the prefix, then 1 for the suffix",
+        "labels": "the suffix, and the suffix alone",
+        "<eos>": "every label ends in it",
+    }
+
+
+def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor]) -> dict[str, str]:
+    """What one right-padded row [S] has that it should not, by check: image tokens, bos, token types, labels, eos."""
     length = int(row["attention_mask"].sum())
     ids, types, labels = (row[name][:length].tolist() for name in ("input_ids", "token_type_ids", "labels"))
     expected = config.num_image_tokens
     supervised = [label != IGNORE_INDEX for label in labels]
-    ends = [label for label, kind, after in zip(labels, types, [*types[1:], 0], strict=True) if kind and kind != after]
     checks = {
-        f"{ids.count(config.image_token_id)} image tokens, expected {expected} at the start": (
-            ids[:expected] == [config.image_token_id] * expected and ids.count(config.image_token_id) == expected
+        "image tokens": (
+            f"{ids.count(config.image_token_id)} image tokens, expected {expected} at the start",
+            ids[:expected] == [config.image_token_id] * expected and ids.count(config.image_token_id) == expected,
         ),
-        f"{ids.count(config.bos_token_id)} <bos>, expected one after the image tokens": (
-            ids.count(config.bos_token_id) == 1 and ids[expected] == config.bos_token_id
+        "<bos>": (
+            f"{ids.count(config.bos_token_id)} <bos>, expected one after the image tokens",
+            ids.count(config.bos_token_id) == 1 and ids[expected] == config.bos_token_id,
         ),
-        "token types are not 0 for the prefix, then 1 for the suffix, 2 for a second one": (
-            types == sorted(types) and types[-1] > 0
+        "token types": (
+            "token types that are not 0 for the prefix, then 1 for the suffix",
+            types == sorted(types) and types[-1] == 1,
         ),
-        "labels are not the suffix, and the suffix alone": (
-            supervised == [kind > 0 for kind in types]
-            and all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True))
+        "labels": (
+            "labels that are not the suffix, and the suffix alone",
+            supervised == [kind == 1 for kind in types]
+            and all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True)),
         ),
-        "the answer does not end in <eos>: the network would never stop": set(ends) == {config.eos_token_id},
+        "<eos>": (
+            "an answer that does not end in <eos>, so that the network would never stop",
+            labels[-1] == config.eos_token_id,
+        ),
     }
-    return [problem for problem, right in checks.items() if not right]
+    return {name: found for name, (found, is_right) in checks.items() if not is_right}
+
+
+def leaking_rows(config: RunConfig, dimensions: PaliGemmaConfig, batch: Mapping[str, Tensor]) -> tuple[list[int], str]:
+    """The rows of a batch that leak, and how that was found out: with the network itself, unless reading its weights
+    and computing with them takes minutes.
+    """
+    device = pick_device(config.model.device)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in PaliGemma(dimensions).parameters())
+    if device.type == "cpu" and count * pick_dtype(config.model.dtype, device).itemsize > CHEAP:
+        return leaks_by_mask(batch), "by the attention mask alone: the network is large, and this is a CPU"
+    model = open_model(fetch(config.model.path, config.model.revision), config)
+    convert(model, dimensions)
+    moved = leaks_of(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    return moved, "the first token of each answer was changed, and the network's states compared"
+
+
+def leaks_by_mask(batch: Mapping[str, Tensor]) -> list[int]:
+    """Rows in which a position could learn, over any number of layers, of a supervised token that comes after it."""
+    mask = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])[:, 0]  # (B, S, S)
+    supervised, positions = batch["labels"] != IGNORE_INDEX, torch.arange(mask.shape[-1])
+    later = positions[None, :] > positions[:, None]  # (S, S)
+    found = []
+    for row, seen in enumerate(mask):
+        reached, before = seen | torch.eye(len(seen), dtype=torch.bool), None
+        while before is None or not torch.equal(before, reached):  # each round doubles the layers
+            before, reached = reached, (reached.float() @ reached.float()) > 0
+        if bool((reached & later & supervised[row][None, :] & batch["attention_mask"][row].bool()[:, None]).any()):
+            found.append(row)
+    return found
 
 
 @torch.inference_mode()
-def leaks_of(model: PaliGemma, batch: dict[str, Tensor]) -> list[str]:
-    """Rows in which an edit of the first supervised token moves a prediction made before it."""
+def leaks_of(model: PaliGemma, batch: Mapping[str, Tensor]) -> list[int]:
+    """Rows in which an edit of the first supervised token moves a prediction made before it.
+
+    Args:
+        batch: right-padded `input_ids`, `attention_mask`, `token_type_ids`, `labels` i64 [B, S] and `pixel_values`.
+    """
     model.eval()
     supervised = (batch["labels"] != IGNORE_INDEX) & (batch["input_ids"] != model.config.image_token_id)
     first = supervised.long().argmax(dim=1)  # (B,)
@@ -98,4 +207,5 @@ def leaks_of(model: PaliGemma, batch: dict[str, Tensor]) -> list[str]:
     )
     moved = (before != after).any(dim=-1)  # (B, S)
     early = moved & (torch.arange(moved.shape[1], device=first.device) < first[:, None])
-    return [f"row {row}: the answer leaks into the prefix" for row in early.any(dim=1).nonzero()[:, 0].tolist()]
+    leaking: list[int] = early.any(dim=1).nonzero()[:, 0].tolist()
+    return leaking

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from data import Processor
-from finetune.preflight.inspection import leaks_of, problems_of, structure_of
+from finetune.preflight.inspection import batch_checks, leaking_rows, leaks_by_mask, leaks_of, structure_of
+from finetune.training.examples import network_config
 from model import PaliGemma
+from model.layers import prefix_lm_mask
 from model.random_init import from_random
+from tests.preflight.small_run import run_config
 
 ROOT = Path(__file__).parents[2]
 Batch = dict[str, Tensor]
@@ -33,7 +36,10 @@ def batch() -> Batch:
 
 
 def test_a_batch_of_the_processor_is_in_order(model: PaliGemma, batch: Batch) -> None:
-    assert problems_of(model, batch) == []
+    assert leaks_of(model, batch) == leaks_by_mask(batch) == []
+    checks = batch_checks(model.config, batch, [], "by a test")
+    assert [check.name for check in checks] == ["image tokens", "<bos>", "token types", "labels", "<eos>", "leak"]
+    assert {check.outcome for check in checks} == {"pass"}
 
 
 def types_all_prefix(batch: Batch) -> None:
@@ -64,26 +70,55 @@ def image_tokens_labelled(batch: Batch) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (types_all_prefix, "token types are not 0 for the prefix"),
-        (types_all_prefix, "the answer leaks into the prefix"),
+        (types_all_prefix, "token types that are not 0 for the prefix"),
         (an_image_token_lost, "15 image tokens, expected 16"),
         (a_second_bos, "2 <bos>"),
-        (no_eos, "does not end in <eos>"),
-        (a_prompt_position_labelled, "labels are not the suffix"),
-        (image_tokens_labelled, "labels are not the suffix"),
+        (no_eos, "an answer that does not end in <eos>"),
+        (a_prompt_position_labelled, "labels that are not the suffix"),
+        (image_tokens_labelled, "labels that are not the suffix"),
     ],
 )
 def test_what_ruins_training_is_found(
     model: PaliGemma, batch: Batch, spoil: Callable[[Batch], None], message: str
 ) -> None:
+    assert structure_of(model.config, {name: tensor[0] for name, tensor in batch.items()}) == {}
     spoil(batch)
-    row = {name: tensor[0] for name, tensor in batch.items()}
-    # A row that lacks an image token cannot pass the network at all, so only its structure is looked at.
-    found = structure_of(model, row) if spoil is an_image_token_lost else problems_of(model, batch)
-    assert any(message in problem for problem in found), found
+    failed = [check for check in batch_checks(model.config, batch, [], "") if check.outcome == "fail"]
+    (found,) = [check for check in failed if message in check.found]
+    assert "row 0 has" in found.found
+    assert found.advice
 
 
-def test_the_leak_is_found_in_the_row_where_it_is(model: PaliGemma, batch: Batch) -> None:
-    batch["token_type_ids"][1] = 0
-    assert leaks_of(model, batch) == ["row 1: the answer leaks into the prefix"]
+@pytest.mark.parametrize("rows", [[0], [1], [0, 1]])
+def test_the_leak_is_found_in_the_row_where_it_is(model: PaliGemma, batch: Batch, rows: list[int]) -> None:
+    """By the network, and by the mask alone, which need not be told which token was edited."""
+    batch["token_type_ids"][rows] = 0
+    assert leaks_of(model, batch) == leaks_by_mask(batch) == rows
     assert torch.is_grad_enabled()
+    leak = batch_checks(model.config, batch, rows, "by a test")[-1]
+    assert (leak.name, leak.outcome) == ("leak", "fail")
+    assert f"the answer of row {rows[0]} leaks into the prefix" in leak.found
+
+
+def test_the_mask_shows_a_leak_that_takes_two_layers(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No position sees the answer's second token but the last one, which an early one sees."""
+    mask = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])
+    last = int(batch["attention_mask"][0].sum()) - 1
+    mask[0, 0, 3, last] = True
+    monkeypatch.setattr("finetune.preflight.inspection.prefix_lm_mask", lambda *_: mask)
+    assert leaks_by_mask(batch) == [0]
+
+
+def test_a_large_network_on_a_cpu_is_not_read_for_the_leak_test(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_config(("language.*",), 2, tmp_path)
+    dimensions = network_config(ROOT / "assets/tiny-base", run)
+    found, how = leaking_rows(run, dimensions, batch)
+    assert found == []
+    assert "the network's states compared" in how
+    monkeypatch.setattr("finetune.preflight.inspection.CHEAP", 1_000_000)
+    monkeypatch.setattr("finetune.preflight.inspection.open_model", lambda *_: pytest.fail("weights are read"))
+    found, how = leaking_rows(run, dimensions, batch)
+    assert found == []
+    assert "by the attention mask alone" in how
