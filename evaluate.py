@@ -3,13 +3,15 @@
     python evaluate.py CONFIG.yaml [section.key=value ...]        base, adapter, and the merged checkpoint if it exists
     python evaluate.py --model PATH [--adapter DIR] --questions F --annotations F --images DIR
     python evaluate.py --model PATH [--adapter DIR] --jsonl F [--images DIR]      your own JSON lines
+    python evaluate.py --model PATH [--adapter DIR] --source KEY=VALUE ...        any other source of examples
     python evaluate.py --results F --questions F --annotations F  score existing answers
 
 The first form reads the configuration of a run, takes its data.validation, and writes OUTPUT/eval/ARM/results.json (the
 official format) and metrics.json for each ARM; with --limit it writes nothing. In every form --output DIR says where to
 write. Figures of other questions are not overwritten. JSON lines are as in training, `{"image": ..., "prefix": ...,
-"suffix": ...}`; an answer counts if it equals the suffix, or one of several, unless --task says otherwise. With
-`accelerate launch --multi_gpu evaluate.py ...` the GPUs share the images.
+"suffix": ...}`; an answer counts if it equals the suffix, or one of several, unless --task says otherwise. --source takes
+the keys that data.validation has in a configuration: `--source csv=mine.csv columns.question=query`, `--source
+hub=owner/name split=test`. With `accelerate launch --multi_gpu evaluate.py ...` the GPUs share the images.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ RUN, CHECKPOINT, RESULTS = "CONFIG.yaml", "--model (or --adapter)", "--results"
 # The arguments that each form accepts.
 ACCEPTED = {
     RUN: "config overrides arm limit output",
-    CHECKPOINT: "model revision adapter questions annotations images jsonl task prompt limit output batch_size "
+    CHECKPOINT: "model revision adapter questions annotations images jsonl source task prompt limit output batch_size "
     "max_new_tokens dtype quantize device",
     RESULTS: "results questions annotations limit output",
 }
@@ -81,8 +83,8 @@ def form_of(given: argparse.Namespace) -> str:
     if given.model or given.adapter:
         return CHECKPOINT
     raise ValueError(
-        "expected a CONFIG.yaml; or --model (or --adapter), with --questions, --annotations and --images, or with "
-        "--jsonl; or --results, --questions and --annotations"
+        "expected a CONFIG.yaml; or --model (or --adapter), with --questions, --annotations and --images, with "
+        "--jsonl, or with --source; or --results, --questions and --annotations"
     )
 
 
@@ -101,8 +103,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"the form with {form} takes no {refused(unknown)}{alternative(form, unknown)}")
     if form == RESULTS:
         require(given, "questions", "annotations")
+    elif form == CHECKPOINT and given.source is not None:
+        if others := [name for name in ("questions", "annotations", "images", "jsonl") if name in words]:
+            raise ValueError(
+                f"--source takes no {refused(others)}: give it their keys, such as --source csv=mine.csv images=DIR"
+            )
     elif form == CHECKPOINT and given.jsonl is None:
-        require(given, "questions", "annotations", "images", instead=", or --jsonl")
+        require(given, "questions", "annotations", "images", instead=", or --jsonl, or --source")
     elif form == CHECKPOINT:
         unused = [f"--{name}" for name in ("questions", "annotations", "prompt") if getattr(given, name) is not None]
         if unused:
@@ -161,6 +168,14 @@ def build_parser() -> argparse.ArgumentParser:
     option("--annotations", "official annotations file", type=argument)
     option("--images", "directory of the images (default with --jsonl: that of the file)", type=argument)
     option("--jsonl", "your own examples: a file of JSON lines with image, prefix and suffix", type=argument)
+    option(
+        "--source",
+        "any source of examples, by the keys of data.validation of `paligemma-lora config`: csv=FILE, folder=DIR, "
+        "hub=OWNER/NAME, columns.question=query, ...",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+    )
     option("--task", "what answers are judged by: data.validation.task of `paligemma-lora config`", choices=TASKS)
     option("--prompt", f"of official questions (default: as the adapter was trained, or {DEFAULT_PROMPT!r})")
     option("--limit", "evaluate on the first N questions only", type=cli.positive, metavar="N")

@@ -110,9 +110,10 @@ class ImageCheck:
             except OSError as error:
                 if is_exhausted(error):
                     raise
-                reasons[path] = f"image {path} cannot be used: {error.strerror}"
                 if error.errno == errno.ENOENT:
                     self.missing.append(path)
+                said = "does not exist" if error.errno == errno.ENOENT else f"cannot be used: {error.strerror}"
+                reasons[path] = f"image {path} {said}"
             except ValueError as error:
                 reasons[path] = str(error)
         return reasons

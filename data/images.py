@@ -70,6 +70,8 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
     except Exception as error:  # decoders raise all kinds of errors on broken files
         if is_exhausted(error):
             raise
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"{name} does not exist; correct its path, or leave it out") from error
         fix = f"give a whole 8-bit one of at most {MAX_PIXELS:,} pixels ({', '.join(FORMATS)}), or leave it out"
         raise ValueError(f"{name} cannot be used: {error}; {fix}") from error
 

@@ -5,6 +5,7 @@ mistakes.
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import json
 import math
@@ -301,7 +302,15 @@ def test_results_are_scored_to_a_file_and_up_to_a_limit(base: Path, run: Path, t
         (["run.yaml", "--results", "F"], "takes no --results; override"),
         (["--model", "M", "--questions", "F"], r"needs --annotations and --images"),
         (["--results", "F", "--annotations", "F"], "--results needs --questions"),
-        (["--model", "M"], r"needs --questions and --annotations and --images, or --jsonl"),
+        (["--model", "M"], r"needs --questions and --annotations and --images, or --jsonl, or --source$"),
+        (["--model", "M", "--source", "csv=F", "--images", "D"], r"--source takes no --images: give it their keys"),
+        (["--model", "M", "--source", "csv"], r"--source: override 'csv': expected section.key=value"),
+        (["--model", "M", "--source", "cvs=F"], r"cvs: .*did you mean csv\?"),
+        (
+            ["--model", "M", "--source", "csv=F", "tsv=F"],
+            r"--source tsv=F: data.validation.tsv: expected either questions",
+        ),
+        (["run.yaml", "--source", "csv=F"], r"takes no --source"),
         (
             ["--model", "M", "--jsonl", "F", "--questions", "F", "--prompt", "x"],
             r"--jsonl takes no --questions, --prompt: its lines say what is asked",
@@ -417,6 +426,15 @@ def test_lines_of_ones_own_are_scored_with_any_adapter(
     assert (metrics["overall"], metrics["questions"], metrics["adapter"]) == (50.0, 2, str(tmp_path / "mine"))
     answers = json.loads((tmp_path / "found/results.json").read_text())
     assert [answer["question_id"] for answer in answers] == ["q0", "q1"]
+    with (tmp_path / "mine.csv").open("w", newline="") as table:
+        row = ("a", images[0].name, "caption en", suffixes[0][1])
+        csv.writer(table).writerows([("id", "image", "asked", "suffix"), row])
+    named = ["--source", f"csv={tmp_path}/mine.csv", f"images={base}/data/images", "columns.prefix=asked", "task=chart"]
+    evaluate.main([*common, *named, "--output", str(tmp_path / "table")])
+    metrics = json.loads((tmp_path / "table/metrics.json").read_text())
+    assert (metrics["overall"], metrics["questions"], metrics["metric"]) == (100.0, 1, "relaxed accuracy")
+    with pytest.raises(ValueError, match=r"holds figures of something else \(task differ\)"):
+        evaluate.main([*common, *named, "--task", "document", "--output", str(tmp_path / "table")])
     for path in images:
         shutil.copy(path, tmp_path)
     evaluate.main([*mine, "--model", str(base), "--limit", "1"])
@@ -768,7 +786,7 @@ def test_an_image_that_cannot_be_used_has_its_line_among_the_others(
             assert ("error" in row) == (row["image"] in (str(broken), str(gone)))
         errors = {row["image"]: row["error"] for row in rows if "error" in row}
         assert "cannot identify" in errors[str(broken)]
-        assert "No such file" in errors[str(gone)]
+        assert "does not exist" in errors[str(gone)]
         assert all(f"error: {error}\n" in said.err for error in errors.values())
 
 
@@ -871,7 +889,7 @@ def test_check_lists_all_where_nothing_can_be_used(
     with pytest.raises(ValueError, match=r"^2 records of data\.train cannot be used; none is left, fix them$"):
         train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source, "--check"])
     shown = capsys.readouterr().out
-    assert "  line 1: " in shown
+    assert "examples.jsonl, line 1: not valid JSON: " in shown
     assert "truncated" in shown
 
 
@@ -919,7 +937,7 @@ def test_check_lists_the_reason_where_every_line_is_bad(
     with pytest.raises(ValueError, match=r"^1 records of data\.train cannot be used; none is left, fix them$"):
         train.main([str(ROOT / "configs/quickstart.yaml"), *settings, source, "--check"])
     shown = capsys.readouterr().out
-    assert "line 1" in shown or "No such file" in shown
+    assert "line 1: not valid JSON" in shown or "gone.jpg does not exist" in shown
 
 
 def test_a_run_does_not_go_on_with_data_edited_meanwhile(unusual: Path, base: Path) -> None:

@@ -31,7 +31,11 @@ def parsed(line: bytes) -> Any | ValueError:
     """The value of a line, or what is wrong with it."""
     try:
         return json.loads(line)
-    except RecursionError as error:
-        return ValueError(str(error))
-    except ValueError as error:
-        return error
+    except RecursionError:
+        return ValueError("not valid JSON: it is nested too deeply")
+    except UnicodeDecodeError as error:
+        return ValueError(f"not valid UTF-8: {error.reason} at byte {error.start + 1}; save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}; expected one object a line")
+    except ValueError as error:  # a number of too many digits
+        return ValueError(f"not valid JSON: {error}")

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from data.invalid import InvalidRecord
 from data.processor import single_line
 
 ROLES = ("image", "prefix", "question", "suffix", "id")  # what a column may be, by the name that it has by default
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")  # two letters at least: C:/ is a drive
 Choose = Callable[[Sequence[str]], list[int]]
 
 
@@ -96,7 +98,7 @@ def _examples(table: Table, names: Mapping[str, str], prompt: str) -> Iterator[d
                     f"id {example['id']!r} is that of {table.unit} {first} too; give each {table.unit} its own"
                 )
         except ValueError as error:
-            yield InvalidRecord(f"{table.unit} {number}", f"{table.name}, {table.unit} {number}: {error}")
+            yield InvalidRecord(f"{table.name}, {table.unit} {number}", str(error))
         else:
             yield example
 
@@ -217,6 +219,8 @@ def _image(given: Any, folder: Path | None) -> tuple[str | dict[str, Any], str]:
         given = given.get("path")
     if not isinstance(given, str) or not given.strip():
         raise ValueError(f"expected a path as image, got {given!r:.200}")
+    if URL.match(given):
+        raise ValueError(f"image {given!r:.200} is an address: nothing is downloaded here; save it and give its path")
     if folder is None:
         raise ValueError(f"image {given!r} is a path, and there is no folder that it could be in; give images")
     path = Path(given) if "\\" not in given or (folder / given).exists() else Path(given.replace("\\", "/"))

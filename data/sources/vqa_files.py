@@ -4,6 +4,9 @@
     v2_mscoco_{split}_annotations.json           "annotations": [{question_id, image_id, answers: [{answer}, ...],
                                                   multiple_choice_answer, answer_type, question_type}, ...]
     images/COCO_{split}_{image_id:012d}.jpg      or images/{split}/COCO_...
+    images/{image_id}.jpg                        where ids are texts such as 003a8ae2ef43b901, as TextVQA has them
+
+Each may be compressed by gzip (.json.gz).
 
 The training annotations are 380 MB of JSON and several times that as Python objects, so files are read object by
 object: once for where each stands, once more for those that were chosen. `json.load` takes 866 MiB for them. ijson
@@ -12,10 +15,15 @@ is broken, and would be one more dependency. Not here: scoring (finetune/evaluat
 """
 
 import codecs
+import gzip
+import hashlib
 import json
 import mmap
 import os
 import re
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +35,8 @@ from data.processor import single_line
 
 CHUNK = 1 << 12  # bytes decoded at once, more where an object is longer
 LONGEST = 1 << 24  # bytes of one object; a file with a longer one is taken as broken
+GZIP = b"\x1f\x8b"  # what a compressed file begins with
+IMAGE_NAME = re.compile(r"\w[\w.-]*")  # what an image may be named by: nothing that leads out of its folder
 OPTIONAL = {"answer": "multiple_choice_answer", "answer_type": "answer_type", "question_type": "question_type"}
 
 
@@ -44,25 +54,30 @@ def read_vqav2(
         raise ValueError(f"prompt is {prompt!r}; expected one with {{question}} where the question goes")
     questions = ObjectList(files[0], "questions")
     annotations = ObjectList(files[1], "annotations") if files[1:] else None
-    split = split or _one_split(questions.splits | (annotations.splits if annotations else {}))
-    if folder is not None and (folder / split).is_dir():
+    said = questions.splits | (annotations.splits if annotations else {})
+    if not split and (any(said.values()) or not questions.has_named_images):
+        split = _one_split(said)
+    if folder is not None and split and (folder / split).is_dir():
         folder = folder / split
     for position in choose(questions.image_ids.tolist()):
-        image_id = int(questions.image_ids[position])
-        image = os.path.join(folder or "", f"COCO_{split}_{image_id:012d}.jpg")  # no Path: each would be interned
+        image_id = str(questions.image_ids[position])
         id = str(questions.ids[position])
         try:
-            question = questions.only(position).get("question")
+            one = questions.only(position)
+            question = one.get("question")
             if not isinstance(question, str) or not question.strip():
                 raise ValueError(f"{questions.path}: expected a text as question, got {question!r:.200}")
+            if questions.has_named_images:
+                image_id = _image_name(one["image_id"], questions.path)
             answered = _answers(annotations, questions, position) if annotations else {"answers": []}
         except ValueError as error:
             yield InvalidRecord(id, str(error))
             continue
+        name = image_id if questions.has_named_images else f"COCO_{split}_{int(image_id):012d}"
         yield {
             "id": id,
-            "image": image,
-            "image_id": str(image_id),
+            "image": os.path.join(folder or "", f"{name}.jpg"),  # no Path: each would be interned
+            "image_id": image_id,
             "question": question,
             "prefix": single_line(prompt.replace("{question}", question)),
             "equally_right": False,
@@ -110,13 +125,13 @@ def _answers(annotations: "ObjectList", questions: "ObjectList", position: int) 
 class ObjectList:
     """The objects of a list in a JSON file, read one by one: 32 bytes of memory for each.
 
-    `ids` and `image_ids` are i64[N]; `splits` maps what says whose images they are about to what it says, or None.
+    `ids` and `image_ids` are i64[N]; of ids of images that are texts, which is what `has_named_images` says, these are
+    the digests. `splits` maps what says whose images they are about to what it says, or None.
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.path, self.has_named_images = path, False
+        self._content = mapped(path)
         within = re.search(rb'"data_subtype"\s*:\s*"([^"]+)"', self._content)
         named = re.search(r"_((?:train|val|test)(?:-dev)?\d{4})_", path.name)
         self.splits = {f"data_subtype of {path}": within and within[1].decode(), f"name of {path}": named and named[1]}
@@ -162,9 +177,40 @@ class ObjectList:
                 size *= 2
                 continue
             length = len(text[:end].encode())
-            question_id, image_id = (_whole_number(value, key, self.path) for key in ("question_id", "image_id"))
-            yield question_id, image_id, offset, length
+            yield _whole_number(value, "question_id", self.path), self._image_number(value), offset, length
             offset, size = offset + length, CHUNK
+
+    def _image_number(self, value: Any) -> int:
+        """The id of an object's image; of one that is a text a number below 0 that stands for it."""
+        given = value.get("image_id") if isinstance(value, dict) else None
+        if not isinstance(given, str) or given.isdecimal():
+            return _whole_number(value, "image_id", self.path)
+        self.has_named_images = True
+        digest = hashlib.blake2b(_image_name(given, self.path).encode(), digest_size=8).digest()
+        return -1 - (int.from_bytes(digest) >> 1)
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """What a file holds, decompressed onto the disk where it is compressed, and not in memory."""
+    with path.open("rb") as file:
+        if file.read(2) != GZIP:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with tempfile.TemporaryFile() as content:  # gone from the disk once the map is
+        try:
+            with gzip.open(path) as compressed:
+                shutil.copyfileobj(compressed, content, CHUNK << 8)
+            content.flush()
+            return mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+        except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:  # the last of an empty one
+            raise ValueError(f"{path} cannot be decompressed: {error}; copy or download it again") from error
+
+
+def _image_name(given: Any, path: Path) -> str:
+    """The id of an image whose file is named by it."""
+    name = str(given) if isinstance(given, int) else given
+    if isinstance(name, str) and IMAGE_NAME.fullmatch(name):
+        return name
+    raise ValueError(f"{path}: expected image_id to be a number, or a name without /, got {given!r:.200}")
 
 
 def _whole_number(value: Any, key: str, path: Path) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,21 +14,25 @@ import torch
 from data import Processor
 from data.invalid import SkippedRecords
 from data.records import decodable, load_records
+from data.sources.hub import commit_of
 from finetune import cli
 from finetune.adapters.generation_config import max_new_tokens_of
 from finetune.adapters.locate import find_adapter, find_base
 from finetune.adapters.metadata import training_facts
 from finetune.adapters.network import adapted_config
 from finetune.adapters.storage import load_adapter
-from finetune.config.source import SOURCE_PATHS
+from finetune.config.source import SOURCE_PATHS, Source
+from finetune.config.source_words import source_of
 from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
-from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, require_same_inputs
+from finetune.evaluation.inputs import INPUTS_KEY, first, inputs_of_source, require_same_inputs
 from finetune.evaluation.score import Score
-from finetune.evaluation.tasks import Task, task_named
+from finetune.evaluation.task_choice import task_of_source
+from finetune.evaluation.tasks import Task
 from finetune.lora.nf4 import open_base
 from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
+from finetune.system.paths import written
 from finetune.system.progress import progress
 from finetune.training.examples import askable, processor_of
 from model import fetch
@@ -34,10 +40,12 @@ from model import fetch
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SEED = 0  # draws the examples of a source that asks for some of them, as train.seed does by default
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOptions:
-    """The options of `evaluate.py --model`. Needs `model` or `adapter`, and official files or `jsonl`."""
+    """The options of `evaluate.py --model`. Needs `model` or `adapter`, and official files, `jsonl` or `source`."""
 
     model: str | None
     revision: str | None
@@ -46,6 +54,7 @@ class CheckpointOptions:
     annotations: str | None
     images: str | None
     jsonl: str | None
+    source: Sequence[str] | None
     task: str
     prompt: str | None
     limit: int | None
@@ -56,6 +65,18 @@ class CheckpointOptions:
     quantize: str
     device: str
 
+    @property
+    def examples(self) -> Source:
+        """What is asked, at its commit where it is on the Hub. ValueError where `source` is no source of examples."""
+        given = {key: path for key in SOURCE_PATHS if (path := getattr(self, key, None)) is not None}
+        words = [f"{key}={json.dumps(written(path))}" for key, path in given.items()]
+        source = source_of(words if self.source is None else self.source, "--source")
+        if self.task != "auto":
+            source = source.model_copy(update={"task": self.task})
+        if source.hub is None:
+            return source
+        return source.model_copy(update={"revision": commit_of(source.hub, source.subset, source.revision)})
+
 
 def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict[str, Score]:
     """The score, under the name "adapter" or "model"; answers and figures are written to `options.output`.
@@ -65,22 +86,22 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     Raises:
         ValueError: files, checkpoint or adapter cannot be used, or `options.output` holds figures of other inputs.
     """
+    source = options.examples
     adapter = find_adapter(options.adapter) if options.adapter else None
     model, revision = options.model, options.revision
     if model is None:
         assert adapter is not None, "the options have a model or an adapter"
         model, revision = find_base(adapter)
-    task = task_named(options.task, official=options.questions is not None)
+    task = task_of_source(source)
     task.require()
     prompt = None if options.jsonl else choose_prompt(adapter, options.prompt, default_prompt)
     facts = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": prompt}
-    files = file_digests(questions=options.questions, annotations=options.annotations, jsonl=options.jsonl)
-    inputs = facts | files | {"limit": options.limit, "task": options.task}
+    inputs = facts | inputs_of_source(source, SEED) | {"limit": options.limit}
     device = pick_device(options.device)
     distributed.init(device)
     if options.output:
         distributed.on_main(partial(require_same_inputs, options.output, inputs))
-    records = open_files(options, prompt or default_prompt)
+    records = open_source(source, options.limit, prompt or default_prompt)
     dtype = pick_dtype(options.dtype, device)
     directory = fetch(model, revision)
     new_tokens, note = max_new_tokens_of(directory, adapter, options.max_new_tokens, "--max-new-tokens")
@@ -89,7 +110,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     quantize = cli.quantization(options.quantize, adapter)
     processor = processor_of(directory, adapted_config(directory, adapter))
     if processor.image_form.aspect == "pad":  # only now is it known that locations are those of the square
-        records = open_files(options, prompt or default_prompt, "pad")
+        records = open_source(source, options.limit, prompt or default_prompt, "pad")
     records = askable(records, processor, SkippedRecords())
     task.require(records.remove_columns("image"))
     result = open_and_evaluate(
@@ -112,10 +133,10 @@ def choose_prompt(adapter: Path | None, given: str | None, default: str) -> str:
     return given
 
 
-def open_files(options: CheckpointOptions, prompt: str, aspect: Literal["squash", "pad"] = "squash") -> Dataset:
-    """The records to evaluate on: of official files, or of lines; with locations as `aspect` says."""
-    files = {name: path for name in SOURCE_PATHS if (path := getattr(options, name, None)) is not None}
-    return decodable(first(load_records(**files, prompt=prompt, aspect=aspect), options.limit))
+def open_source(source: Source, limit: int | None, prompt: str, aspect: Literal["squash", "pad"] = "squash") -> Dataset:
+    """The records to evaluate on, with locations as `aspect` says."""
+    given = source.model_dump(exclude={"task"})
+    return decodable(first(load_records(**given, prompt=prompt, seed=SEED, aspect=aspect), limit))
 
 
 def open_and_evaluate(

@@ -18,7 +18,14 @@ from finetune.preflight.run_plan import RunPlan, assumed_lengths, plan_run, requ
 from finetune.system.console import new_table, show
 from finetune.system.device import pick_device
 from finetune.training.batch_sampler import BatchSampler
-from finetune.training.examples import Examples, max_new_tokens, network_config, open_examples, open_processor
+from finetune.training.examples import (
+    Examples,
+    max_new_tokens,
+    network_config,
+    open_examples,
+    open_processor,
+    require_paths,
+)
 from finetune.training.setup import (
     adapt,
     image_note,
@@ -45,20 +52,27 @@ def dry_run(config: RunConfig, probed: bool) -> None:
     directory = fetch(config.model.path, config.model.revision, weights=False)
     dimensions = network_config(directory, config)
     require_readable(config, directory)
-    examples = readable_examples(config, directory)
+    examples, problem = readable_examples(config, directory)
     *stages, run = runs_of(config)
     for stage in stages:
         show(f"stage {Path(stage.output).name}: the connector alone, in {stage.output}")
-        dry_run_one(stage, directory, dimensions, examples, probed)
+        dry_run_one(stage, directory, dimensions, examples, problem, probed)
     if stages:
         show(f"the run itself, in {run.output}")
-    dry_run_one(run, directory, dimensions, examples, probed)
+    dry_run_one(run, directory, dimensions, examples, problem, probed)
 
 
 def dry_run_one(
-    config: RunConfig, directory: Path, dimensions: PaliGemmaConfig, examples: Examples | None, probed: bool
+    config: RunConfig,
+    directory: Path,
+    dimensions: PaliGemmaConfig,
+    examples: Examples | None,
+    problem: str | None,
+    probed: bool,
 ) -> None:
-    """What a stage, or the run itself, would take. ValueError where it does not fit."""
+    """What a stage, or the run itself, would take. ValueError where it does not fit. problem: why there are no
+    examples.
+    """
     planned = plan_run(config, dimensions, examples.longest if examples else assumed_lengths(config.data))
     planner, plan = planned.planner, planned.plan
     show(table_of_adapters(planner.model))
@@ -82,7 +96,8 @@ def dry_run_one(
     if warning := spill_warning(planner.device):
         show(f"warning: {warning}")
     require_fit(config, planned)
-    show("it fits")
+    unread = "it fits where no text is longer than assumed; but a run cannot start, for its data cannot be read: "
+    show("it fits" if examples else f"{unread}{problem}")
     if probed:
         show_step_time(config, directory, plan, workload, steps)
 
@@ -108,13 +123,14 @@ def table_of_memory(planned: RunPlan) -> Table:
     return table
 
 
-def readable_examples(config: RunConfig, directory: Path) -> Examples | None:
-    """The examples of the run, or None with a line that says why they cannot be read."""
+def readable_examples(config: RunConfig, directory: Path) -> tuple[Examples | None, str | None]:
+    """The examples of the run; or None, and why they cannot be read: a card can be planned for where no data are."""
     try:
-        return open_examples(config, "train", open_processor(directory, config))
+        require_paths(config, "train")
+        return open_examples(config, "train", open_processor(directory, config)), None
     except ValueError as error:
         show(f"steps and lengths are not known, for the data cannot be read: {error}")
-        return None
+        return None, str(error)
 
 
 def workload_of(

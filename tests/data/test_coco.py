@@ -106,7 +106,7 @@ def test_a_broken_annotation_is_named_and_its_image_skipped(tmp_path: Path, wron
         load_records(coco=file, cache_dir=tmp_path / "cache")
     skipped = SkippedRecords(share=0.5)
     assert load_records(coco=file, cache_dir=tmp_path / "cache", skipped=skipped)["id"] == ["1"]
-    assert list(skipped.reasons) == ["entry 2"]
+    assert list(skipped.reasons) == [f"{file}, entry 2"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_row_with_another_number_of_fields_is_no_example(folder: Path) -> None
         load(file)
     skipped = SkippedRecords(share=0.9)
     assert [one["id"] for one in load(file, skipped=skipped)] == ["2"]
-    assert list(skipped.reasons) == ["line 3", "line 4"]
+    assert list(skipped.reasons) == [f"{file}, line 3", f"{file}, line 4"]
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_what_is_wrong_with_metadata_is_said_with_its_line(tmp_path: Path) -> No
     (folder / "metadata.jsonl").write_text("\n".join([*map(json.dumps, lines), "{"]))
     skipped = SkippedRecords(share=0.9)
     assert len(load(folder, skipped=skipped)) == 1
+    assert ["metadata.jsonl, line" in id for id in skipped.reasons] == [True] * 4
     reasons = list(skipped.reasons.values())
-    assert ["metadata.jsonl, line" in reason for reason in reasons] == [True] * 4
     assert "it has no image; expected" in reasons[0]
     assert "it has file_name and image; expected one" in reasons[1]
     assert "is no plain path" in reasons[2]
@@ -94,7 +94,7 @@ def test_an_image_beside_the_classes_is_no_example(tmp_path: Path) -> None:
         load(folder)
     skipped = SkippedRecords(share=0.5)
     assert len(load(folder, skipped=skipped)) == 2
-    assert list(skipped.reasons) == ["image 1"]
+    assert list(skipped.reasons) == [f"{folder}, image 1"]
 
 
 @pytest.mark.parametrize(

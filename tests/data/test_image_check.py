@@ -46,7 +46,7 @@ def test_headers_find_what_they_tell_and_decoding_the_rest(folder: Path, tmp_pat
     by_header = unusable(paths(folder), tmp_path, folder)
     assert names(by_header) == ["nothing.jpg", "no.jpg"]
     assert "cannot identify" in by_header[str(folder / "nothing.jpg")]
-    assert "No such file" in by_header[str(folder / "no.jpg")]
+    assert "does not exist" in by_header[str(folder / "no.jpg")]
     assert names(unusable(paths(folder), tmp_path, folder, decode=True)) == ["truncated.jpg", "nothing.jpg", "no.jpg"]
 
 
@@ -141,7 +141,7 @@ def test_the_file_that_was_probably_meant_is_named(
     asked = os.path.normpath(folder / missing)
     (reason,) = unusable([asked], tmp_path, folder.parent).values()
     said = f"; did you mean {folder / meant}?" if meant else ""
-    assert reason == f"image {asked} cannot be used: No such file or directory{said}"
+    assert reason == f"image {asked} does not exist{said}"
 
 
 def test_a_folder_is_listed_once_for_all_that_is_missing(

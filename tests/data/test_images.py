@@ -214,7 +214,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_missing_files_and_wrong_sources_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.jpg cannot be used: .*No such file"):
+    with pytest.raises(ValueError, match=r"gone\.jpg does not exist; correct its path"):
         open_image(tmp_path / "gone.jpg")
     with pytest.raises(ValueError, match="directory"):
         open_image(tmp_path)

@@ -140,10 +140,10 @@ def test_a_line_that_is_no_example_is_named(folder: Path, bad: Any, message: str
         load(folder, chat(), bad)
     skipped = SkippedRecords(share=0.5)
     assert len(load(folder, chat(), bad, skipped=skipped)) == 1
-    assert list(skipped.reasons) == ["line 2"]
+    assert list(skipped.reasons) == [f"{folder}/chats.jsonl, line 2"]
 
 
 def test_a_line_that_is_no_json_is_named(folder: Path) -> None:
     (folder / "chats.jsonl").write_text(json.dumps(chat()) + '\n{"messages": [\n')
-    with pytest.raises(ValueError, match=r"chats\.jsonl, line 2: Expecting value"):
+    with pytest.raises(ValueError, match=r"chats\.jsonl, line 2: not valid JSON: Expecting value"):
         load_records(messages=folder / "chats.jsonl", cache_dir=folder)

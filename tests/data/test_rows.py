@@ -22,7 +22,7 @@ def table(*ids: Any, columns: list[str] | None = None, numbers: list[int] | None
 def read(given: Table) -> list[str]:
     """The ids, and of invalid rows what is said of the id."""
     found = records_of(given, {}, "answer en {question}", None)
-    return [one.reason.partition(": ")[2] if isinstance(one, InvalidRecord) else one["id"] for one in found]
+    return [one.reason if isinstance(one, InvalidRecord) else one["id"] for one in found]
 
 
 def clash(id: str, line: int) -> str:

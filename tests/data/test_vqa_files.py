@@ -1,12 +1,13 @@
 """The official files become records: the same content, any order, bounded memory, clear errors for what is wrong."""
 
+import gzip
 import json
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,71 @@ def test_questions_of_test_dev_ask_about_images_of_test(tmp_path: Path) -> None:
     assert records[0]["image"]["path"].endswith("COCO_test2015_000000000100.jpg")
 
 
+def with_named_images(names: Mapping[int, str | None]) -> Files:
+    """Files as TextVQA's: images are named by texts, and nothing says of which split they are."""
+    files = make(images=len(names))
+    for name in ("questions", "annotations"):
+        del files[name]["data_subtype"]
+        for one in files[name][name]:
+            one["image_id"] = names[one["image_id"]]
+    return files
+
+
+NAMES = {100: "003a8ae2ef43b901", 101: "1234567890123456", 102: "a.b-c_d"}
+
+
+def write_named(folder: Path, files: Files) -> dict[str, Any]:
+    arguments = write(folder, files, images=False)
+    for name in ("questions", "annotations"):
+        arguments[name] = arguments[name].rename(folder / f"TextVQA_{name}.json")
+    for name in NAMES.values():
+        (folder / "images" / f"{name}.jpg").write_bytes(IMAGE)
+    return arguments
+
+
+def test_images_may_be_named_by_texts(tmp_path: Path) -> None:
+    """Also by digits alone, in a file in which others are texts."""
+    arguments = write_named(tmp_path, with_named_images(NAMES))
+    records, plain = load_records(**arguments), load_records(**write(tmp_path / "plain", make(images=3)))
+    assert records["image_id"][:] == [NAMES[int(name)] for name in plain["image_id"]]
+    assert records[0]["image"]["path"] == str(tmp_path / "images" / "003a8ae2ef43b901.jpg")
+    for column in ("id", "question", "prefix", "answers", "answer", "answer_type", "question_type"):
+        assert records[column][:] == plain[column][:]
+    drawn = load_records(**arguments, count=3, seed=1)
+    assert len(set(drawn["image_id"])) == 1  # a whole image
+
+
+@pytest.mark.parametrize("name", ["../a", "a/b", ".a", "", None])
+def test_an_image_cannot_be_named_by_a_path(tmp_path: Path, name: str | None) -> None:
+    arguments = write_named(tmp_path, with_named_images({**NAMES, 101: name}))
+    with pytest.raises(ValueError, match=r"questions\.json: expected .*image_id"):
+        load_records(**arguments)
+
+
+def test_annotations_of_another_named_image_are_refused(tmp_path: Path) -> None:
+    files = with_named_images(NAMES)
+    files["annotations"]["annotations"][0]["image_id"] = "other"
+    with pytest.raises(ValueError, match="has another image_id for it"):
+        load_records(**write_named(tmp_path, files))
+
+
+def test_files_may_be_compressed(tmp_path: Path) -> None:
+    """By gzip; a broken one is named."""
+    arguments = write(tmp_path, make())
+    expected = load_records(**arguments).to_list()
+    for name in ("questions", "annotations"):
+        file = arguments[name].with_name(f"{arguments[name].name}.gz")
+        file.write_bytes(gzip.compress(arguments[name].read_bytes()))
+        arguments[name] = file
+    assert load_records(**arguments).to_list() == expected
+    whole = file.read_bytes()
+    empty = gzip.compress(b"")
+    for broken in (whole[:-20], whole[:40] + b"xxxxxxxx" + whole[48:], empty):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"annotations\.json\.gz cannot be decompressed: .*download it again"):
+            load_records(**arguments)
+
+
 def duplicated(files: Files, name: str) -> None:
     files[name][name].append(files[name][name][3])
 
@@ -275,7 +341,7 @@ def test_records_without_images_are_counted_and_the_first_named(tmp_path: Path) 
     for image_id in (101, 102, 103, 105):
         (tmp_path / "images" / f"COCO_val2014_{image_id:012d}.jpg").unlink()
     with pytest.raises(
-        ValueError, match=r"12 of 18 records .*\n  101000: image .*COCO_val2014_000000000101\.jpg .*No such file"
+        ValueError, match=r"12 of 18 records .*\n  101000: image .*COCO_val2014_000000000101\.jpg does not exist"
     ):
         load_records(**arguments)
     with pytest.raises(ValueError, match=r"no_such\.json does not exist"):

@@ -280,8 +280,10 @@ def test_dry_run_says_what_fits_from_config_json_alone(tmp_path: Path, capsys: p
     argv = [config, f"model.path={tmp_path}", "model.revision=null", "model.device=cpu", "--dry-run"]
     train.main([*argv, "memory.budget_gib=4"])
     out = capsys.readouterr().out
-    assert "it fits" in out
     assert "optimizer" in out
+    missing = "its data cannot be read: data.train.questions: downloads/vqav2/"
+    assert f"it fits where no text is longer than assumed; but a run cannot start, for {missing}" in out
+    assert not out.rstrip().endswith("it fits")
     assert "steps and lengths are not known, for the data cannot be read" in " ".join(out.split())
     assert "rows of 37 tokens, answers of 8 (assumed: the data cannot be read)" in " ".join(out.split())
     with pytest.raises(ValueError, match=r"this does not fit: 0\.\d+ GiB are needed at least, the budget is 0\.10"):

@@ -355,5 +355,5 @@ def test_the_plan_takes_the_lengths_of_the_data(
     assert f"rows of {max(rows)} tokens, answers of {answer} (the longest of the data)" in shown(capsys)
     train.main([*argv, "--dry-run", "data.train.jsonl=absent.jsonl", "data.max_text_tokens=77"])
     said = shown(capsys)
-    assert "steps and lengths are not known, for the data cannot be read: absent.jsonl" in said
+    assert "steps and lengths are not known, for the data cannot be read: data.train.jsonl: absent.jsonl" in said
     assert f"rows of {processor.num_image_tokens + 1 + 77} tokens, answers of 8 (assumed" in said
