@@ -1,8 +1,10 @@
 """Files and folders that a source is made of: there, and of the right kind, or an error that names them."""
 
+import argparse
 import os
 from os import PathLike
 from pathlib import Path
+from string import Template
 
 File = str | PathLike[str]
 
@@ -26,3 +28,13 @@ def require_folder(path: File, what: str = "the folder of the images") -> Path:
         said = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{path} {said}; expected {what}")
     return folder
+
+
+def path_argument(text: str) -> Path:
+    """A path in which `~`, `$NAME` and `${NAME}` are expanded; `$$` is a dollar sign."""
+    try:
+        return Path(Template(text).substitute(os.environ)).expanduser()
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the environment variable {error} is not set") from error
+    except (ValueError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; write $$ for a dollar sign, ./~ for a tilde") from error

@@ -20,6 +20,7 @@ MODULES = {  # of the commands that are no scripts
     "demo": "finetune.demo.__main__",
     "runs": "finetune.report.runs",
     "config": "finetune.config.__main__",
+    "convert": "data.convert",
 }
 CHECKOUT = Path(__file__).parents[1]
 SUMMARIES = {
@@ -32,6 +33,7 @@ SUMMARIES = {
     "demo": "a page in the browser that asks base and adapters",
     "runs": "the runs of a directory as a table",
     "config": "every key of the YAML file, or its JSON schema for editors",
+    "convert": "any source of examples -> JSON lines",
 }
 
 

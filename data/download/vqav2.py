@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from string import Template
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -31,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data.download.remote_zip import ATTEMPTS, Archive, Member
+from data.files import path_argument
 from data.records import load_records
 
 SPLITS = {"train2014": "Train", "val2014": "Val"}  # in the names of images, and in those of VQAv2's archives
@@ -116,16 +115,6 @@ def selected_images(questions: Path, selection: Mapping[str, Any]) -> list[str]:
     with TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         images = load_records(questions=questions, cache_dir=cache, **selection)["image"]
         return sorted({image["path"] for image in images})
-
-
-def path_argument(text: str) -> Path:
-    """A path in which `~`, `$NAME` and `${NAME}` are expanded; `$$` is a dollar sign."""
-    try:
-        return Path(Template(text).substitute(os.environ)).expanduser()
-    except KeyError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: the environment variable {error} is not set") from error
-    except (ValueError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}; write $$ for a dollar sign, ./~ for a tilde") from error
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -4,6 +4,7 @@ Not here: what is wrong within a file of the right kind (the readers beside this
 """
 
 import codecs
+import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ MAGIC = {
     codecs.BOM_UTF16_BE: "a text in UTF-16",
 }
 METADATA = ("metadata.jsonl", "metadata.csv")  # in a folder of images
+SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk of datasets writes into a folder
 NAMES = {"image", "file_name", "prefix", "question", "suffix"}  # by which a first line of columns is known
 BEGINNING = 1 << 16  # bytes in which the first line is looked for
 LOOKS = {
@@ -88,6 +90,52 @@ def readers(file: Path) -> Sequence[str]:
     if any(isinstance(values.get(name), list) for name in ("messages", "conversations", "prompt")):
         return ("messages",)
     return ("jsonl", "messages")
+
+
+def kind_of(path: Path) -> str:
+    """The key of the source that reads what is at a path.
+
+    Raises:
+        ValueError: there is nothing, or that cannot be told; says what to give instead.
+    """
+    if path.is_dir():
+        if any((path / name).is_file() for name in SAVED):
+            return "disk"
+        if is_image_folder(path):
+            return "folder"
+        if any(path.glob("*.parquet")):
+            return "parquet"
+        raise ValueError(f"it cannot be told what {path} is: expected images, *.parquet, or what save_to_disk wrote")
+    if not path.exists() and glob.has_magic(str(path)):
+        return "parquet"
+    require_file(path)
+    with path.open("rb") as content:
+        begin = content.readline(BEGINNING)
+    if begin.startswith(b"PAR1"):
+        return "parquet"
+    if path.suffix == ".json" and (key := _kind_of_json(path)):
+        return key
+    if kind := other_kind(path):
+        raise ValueError(f"{path} is {kind}; expected a source of examples")
+    keys = readers(path)
+    by_name = path.suffix.removeprefix(".")
+    key = by_name if by_name in ("csv", "tsv") and not keys else next(iter(keys), None)
+    if key is None:
+        raise ValueError(f"it cannot be told what {path} is: name its kind, such as --csv {path} or --jsonl {path}")
+    return "messages" if len(keys) > 1 and b'"completion"' in begin else key
+
+
+def _kind_of_json(path: Path) -> str | None:
+    """Of a file that is one JSON object; None where it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    if "questions" in content or ("annotations" in content and "images" not in content):
+        raise ValueError(f"{path} is one of the official VQA files: give --questions, --annotations and --images")
+    return "coco" if {"images", "annotations"} <= content.keys() else None
 
 
 def is_image_folder(folder: Path) -> bool:

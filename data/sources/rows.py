@@ -5,8 +5,10 @@
 
 `prefix` is the whole prompt; `question` is put into the prompt of the configuration instead. `suffix` is a text, which
 may be empty where the right answer is to say nothing, a whole number, or a list of answers that are equally right. `id`
-may name the example, else its place in the file does; an empty one counts as none. What else a row has is kept in the
-column `extra`. Other names of columns are given as `columns`: {suffix: label}. Not here: reading files (one module
+may name the example, else its place in the file does; an empty one counts as none. `equally_right: false` says that the
+answers of `suffix` are what annotators said, as in VQA's files; then `answer`, `answer_type` and `question_type` may
+say the most frequent one and of which types they are. What else a row has is kept in the column `extra`. Other names of
+columns are given as `columns`: {suffix: label}. Not here: reading files (one module
 each, beside this one).
 """
 
@@ -23,6 +25,7 @@ from data.invalid import InvalidRecord
 from data.processor import single_line
 
 ROLES = ("image", "prefix", "question", "suffix", "id")  # what a column may be, by the name that it has by default
+ANNOTATED = ("answer", "answer_type", "question_type")  # of a row whose answers are annotators'
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")  # two letters at least: C:/ is a drive
 Choose = Callable[[Sequence[str]], list[int]]
 
@@ -138,7 +141,8 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
         raise ValueError(
             f"expected texts or whole numbers, of which prefix and suffix may be empty, got {shown(values)}"
         )
-    if any(answer and not answer.strip() for answer in answers if answer):
+    annotated = values.get("equally_right") is False
+    if not annotated and any(answer and not answer.strip() for answer in answers if answer):
         raise ValueError(f'expected a suffix that is a text, or "" for an empty answer, got {shown(values)}')
     if asked == "question" and not text.strip():
         raise ValueError(f"expected a text as question, got {text!r}")
@@ -147,7 +151,8 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
     if not isinstance(id, str | int):
         raise ValueError(f"expected a text or a whole number as id, got {id!r}")
     image, image_id = _image(values[names["image"]], folder)
-    extra = {key: value for key, value in values.items() if key not in names.values()}
+    given_too = _of_annotators(values) if annotated else {}
+    extra = {key: value for key, value in values.items() if key not in names.values() and key not in given_too}
     return {
         "id": str(id),
         "image": image,
@@ -157,7 +162,16 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
         "answers": answers,
         "equally_right": True,
         "extra": json.dumps(extra, ensure_ascii=False, default=plain) if extra else "",
+        **given_too,
     }
+
+
+def _of_annotators(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of annotators' answers. ValueError where it is no text."""
+    found = {name: values[name] for name in ANNOTATED if name in values}
+    if wrong := [name for name, text in found.items() if not isinstance(text, str)]:
+        raise ValueError(f"expected a text as {wrong[0]}, got {found[wrong[0]]!r:.200}")
+    return {"equally_right": False} | found
 
 
 def _asked(columns: Collection[str], names: Mapping[str, str]) -> str:

@@ -1,0 +1,225 @@
+"""Write any source of examples as JSON lines, the form that is easiest to look at, to edit and to share.
+
+    python -m data.convert mine.csv --to jsonl mine.jsonl               the kind is told by the file
+    python -m data.convert --csv mine.csv --columns question=query --to jsonl mine.jsonl
+    python -m data.convert --questions Q --annotations A --images DIR --to jsonl mine.jsonl
+
+The options are the keys that a source has in a configuration. What is read back is the same: ids, prompts or questions,
+answers, further columns; of the official VQA files also that the answers are annotators' and not equally right, and of
+which type they are. Images that are files stay where they are, and the line to read the result with, which is printed,
+names their folder; those of Parquet files, save_to_disk and the Hub are written as files into NAME-images beside the
+result. Rows that cannot be used are left out and listed with the reason. The exit code is 0, 1 if rows were left out,
+2 after an error (nothing is written then), 130 after Ctrl-C. Not here: reading (data/records.py), which see for what
+a row may be.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from data.files import path_argument
+from data.images import suffix_of
+from data.invalid import SkippedRecords
+from data.records import load_records
+from data.sources import HUB, TABLES, open_table
+from data.sources.kinds import kind_of
+from data.sources.rows import ANNOTATED, ROLES
+
+OFFICIAL = ("questions", "annotations")
+WITH_BYTES = ("parquet", "disk", HUB)  # sources whose images may be bytes
+# Put before questions while they are read, so that they are told from prefixes, which are whole prompts.
+MARK = "\ue000"
+LEFT_OUT = 1  # exit code
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        count: of examples. left_out: why each of the others cannot be used, by its id or place.
+        images: the folder that `images` has to name to read the result; None: its own.
+    """
+
+    count: int
+    left_out: Mapping[str, str]
+    images: Path | None
+
+
+def convert(source: Mapping[str, Any], output: Path) -> Converted:
+    """Write the examples of a source.
+
+    Args:
+        source: arguments of `load_records` that say where examples are.
+        output: the file.
+
+    Raises:
+        ValueError: the source cannot be read, has no answers, or has nothing that can be used; `output` exists.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists already: give another path, or delete it")
+    if source.get("questions") and not source.get("annotations"):
+        raise ValueError("the questions have no answers: give their annotations too (--annotations)")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, ignore_cleanup_errors=True) as within:
+        skipped = SkippedRecords(share=math.inf)
+        try:
+            records = load_records(**source, prompt=MARK + "{question}", skipped=skipped, cache_dir=within)
+        except ValueError as error:
+            raise ValueError("\n  ".join([str(error), *map(": ".join, skipped.reasons.items())])) from error
+        folder = folder_of(source)
+        place = writer_of_images(output) if folder is None else path_within(folder)
+        unfinished, count = Path(within, output.name), 0
+        with unfinished.open("w", encoding="utf-8") as lines:
+            for record in records:
+                if record["id"] not in skipped.reasons:
+                    lines.write(json.dumps(row_of(record, place(record["image"])), ensure_ascii=False) + "\n")
+                    count += 1
+        if not count:
+            raise ValueError("\n  ".join(["no example can be used:", *map(": ".join, skipped.reasons.items())]))
+        os.replace(unfinished, output)
+    elsewhere = folder if folder is not None and folder != output.parent.absolute() else None
+    return Converted(count, skipped.reasons, elsewhere)
+
+
+def folder_of(source: Mapping[str, Any]) -> Path | None:
+    """The folder that images lie in as files; None where they may be bytes."""
+    if any(source.get(key) for key in WITH_BYTES):
+        return None
+    if source.get("images"):
+        return Path(source["images"]).absolute()
+    key = next(key for key in TABLES if source.get(key))
+    return open_table(key, source[key], None).folder
+
+
+def path_within(folder: Path) -> Callable[[Mapping[str, Any]], str]:
+    """What names an image that is a file: its path within a folder."""
+    return lambda image: Path(image["path"]).relative_to(folder).as_posix()
+
+
+def writer_of_images(output: Path) -> Callable[[Mapping[str, Any]], str]:
+    """What writes an image as a file beside `output`, named by its content, and names it."""
+    folder = output.with_name(f"{output.stem}-images")
+
+    def place(image: Mapping[str, Any]) -> str:
+        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        file = folder / (hashlib.sha256(content).hexdigest()[:32] + suffix_of(content))
+        if not file.exists():
+            folder.mkdir(exist_ok=True)
+            file.write_bytes(content)
+        return f"{folder.name}/{file.name}"
+
+    return place
+
+
+def row_of(record: Mapping[str, Any], image: str) -> dict[str, Any]:
+    """A record (data/records.py) as the row that is read as it.
+
+    Raises:
+        ValueError: it has a further column with a name that means something in a row.
+    """
+    role = "question" if record["prefix"].startswith(MARK) else "prefix"
+    answers = record["answers"]
+    row = {"id": record["id"], "image": image, role: record["question"]}
+    row["suffix"] = answers[0] if len(answers) == 1 else answers
+    if not record["equally_right"]:
+        row |= {"equally_right": False} | {name: record[name] for name in ANNOTATED if record[name]}
+    extra = json.loads(record["extra"]) if record["extra"] else {}
+    if taken := sorted({*ROLES, *(ANNOTATED if not record["equally_right"] else ())} & extra.keys()):
+        raise ValueError(
+            f"example {record['id']}: beside what --columns names it has {', '.join(taken)}, which would be taken for "
+            "that: rename the column in the source"
+        )
+    return row | extra
+
+
+def columns_argument(text: str) -> dict[str, str]:
+    """`question=query,suffix=label` for `argparse`."""
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if wrong := [pair for pair in pairs if len(pair) < 2 or pair[0] not in ROLES or not pair[1]]:
+        expected = f"expected ROLE=NAME with {', '.join(ROLES)} as role, such as question=query"
+        raise argparse.ArgumentTypeError(f"{'='.join(wrong[0])!r}: {expected}")
+    return dict(pairs)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="IN", nargs="?", type=path_argument, help="a file or folder")
+    parser.add_argument("output", metavar="OUT", type=path_argument, help="the file to write")
+    parser.add_argument("--to", choices=["jsonl"], default="jsonl", help="what to write (default: %(default)s)")
+    for key in TABLES:
+        parser.add_argument(f"--{key}", type=path_argument, help=f"instead of IN: read it as {key}")
+    parser.add_argument("--hub", metavar="OWNER/NAME", help="instead of IN: a data set on the Hugging Face Hub")
+    parser.add_argument("--questions", type=path_argument, help="instead of IN: the official questions file")
+    parser.add_argument("--annotations", type=path_argument, help="with --questions: the official annotations file")
+    parser.add_argument("--images", type=path_argument, metavar="DIR", help="folder of the images, if not IN's own")
+    parser.add_argument(
+        "--columns", type=columns_argument, metavar="ROLE=NAME,...", help="other names of columns: question=query"
+    )
+    parser.add_argument("--split", help="of a data set with several, or train2014 where official files do not say it")
+    parser.add_argument("--subset", help="of a data set on the Hub with several configurations")
+    parser.add_argument("--revision", help="branch, tag or commit of a data set on the Hub")
+    return parser.parse_intermixed_args(argv)
+
+
+def source_of(given: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `load_records`; a line says as what IN is read.
+
+    Raises:
+        ValueError: not one source is given, or it cannot be told what IN is.
+    """
+    keys = [key for key in (*TABLES, HUB, "questions") if getattr(given, key) is not None]
+    if len(keys) + (given.source is not None) != 1:
+        got = ", ".join([*([str(given.source)] if given.source else []), *(f"--{key}" for key in keys)]) or "none"
+        raise ValueError(f"expected one source, IN or one of the options that name one, got {got}")
+    names = (*TABLES, HUB, *OFFICIAL, "images", "columns", "split", "subset", "revision")
+    source = {name: value for name in names if (value := getattr(given, name)) is not None}
+    if given.source is not None:
+        key = kind_of(given.source)
+        print(f"{given.source} is read as {key}")
+        source[key] = given.source
+    return source
+
+
+def main(argv: Sequence[str]) -> None:
+    given = parse(argv)
+    converted = convert(source_of(given), given.output)
+    for name, reason in converted.left_out.items():
+        print(f"  {name}: {reason}", file=sys.stderr)
+    if converted.left_out:
+        print(f"{len(converted.left_out):,} rows cannot be used and were left out", file=sys.stderr)
+    images = f", images: {converted.images}" if converted.images else ""
+    print(f"{converted.count:,} examples written; read them with train: {{jsonl: {given.output}{images}}}")
+    if converted.left_out:
+        sys.exit(LEFT_OUT)
+
+
+def run() -> int:
+    """Call `main` with the command line, and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have what the encoding lacks
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
