@@ -192,6 +192,11 @@ def source_of(given: argparse.Namespace) -> dict[str, Any]:
     return source
 
 
+def shown_path(path: Path) -> Path:
+    """A path as a person would write it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def main(argv: Sequence[str]) -> None:
     given = parse(argv)
     converted = convert(source_of(given), given.output)
@@ -199,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"  {name}: {reason}", file=sys.stderr)
     if converted.left_out:
         print(f"{len(converted.left_out):,} rows cannot be used and were left out", file=sys.stderr)
-    images = f", images: {converted.images}" if converted.images else ""
+    images = f", images: {shown_path(converted.images)}" if converted.images else ""
     print(f"{converted.count:,} examples written; read them with train: {{jsonl: {given.output}{images}}}")
     if converted.left_out:
         sys.exit(LEFT_OUT)

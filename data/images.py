@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, features
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 MAX_PIXELS = 89_478_485  # 268 MB once decoded; from here on Pillow suspects a decompression bomb
 MAX_METADATA = 2**28  # bytes of texts and colour profile in a PNG, once decompressed; Pillow's own limit is 1 MB each
@@ -72,8 +72,10 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], T]) -> T:
             raise
         if isinstance(error, FileNotFoundError):
             raise ValueError(f"{name} does not exist; correct its path, or leave it out") from error
+        # Of bytes Pillow would name the object that holds them.
+        said = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else str(error)
         fix = f"give a whole 8-bit one of at most {MAX_PIXELS:,} pixels ({', '.join(FORMATS)}), or leave it out"
-        raise ValueError(f"{name} cannot be used: {error}; {fix}") from error
+        raise ValueError(f"{name} cannot be used: {said}; {fix}") from error
 
 
 @functools.cache

@@ -79,3 +79,17 @@ def test_every_file_that_is_linked_exists(document: str) -> None:
     path = ROOT / document
     linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8"))
     assert not [file for file in linked if not (path.parent / file).exists()]
+
+
+def test_messages_that_are_explained_are_those_that_are_shown() -> None:
+    """What stands in backticks in the first column of docs/troubleshooting.md, with ... for what differs."""
+    sources = [path for folder in ("model", "data", "finetune") for path in (ROOT / folder).rglob("*.py")]
+    # Texts of several lines of source as one.
+    source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in sources))
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    cells = [row.split("|")[1] for row in page.splitlines() if row.startswith("| ")]
+    quoted = [message for cell in cells for message in re.findall(r"`([^`]* [^`]*)`", cell)]
+    assert len(quoted) > 10
+    for message in quoted:
+        for part in filter(None, (part.strip() for part in message.split("..."))):
+            assert part in source, f"no message says {part!r}"

@@ -201,7 +201,7 @@ def test_a_data_set_of_the_hub_is_written_with_its_images(tmp_path: Path, monkey
         "datasets.load_dataset_builder",
         lambda *_, **__: loading("parquet", data_files=str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "c")),
     )
-    source = {"hub": "mine/captions", "split": "train"}
+    source: Source = {"hub": "mine/captions", "split": "train"}
     convert.convert(source, tmp_path / "out.jsonl")
     expected = load_records(**source, cache_dir=tmp_path / "cache").to_list()
     found = load_records(jsonl=tmp_path / "out.jsonl", cache_dir=tmp_path / "cache").to_list()
