@@ -38,9 +38,9 @@ class Example:
 
 def examples_of(page: str) -> list[Example]:
     """An example ends with its commands, and goes with the files of the section before it."""
-    found = []
+    found: list[Example] = []
     for section in re.split(r"^##+ ", page, flags=re.M)[1:]:
-        title, blocks = section.splitlines()[0], []
+        title, blocks = section.splitlines()[0], list[tuple[str, str, str]]()
         for path, kind, content in BLOCK.findall(section):
             blocks.append((kind, path, content))
             if kind == "console":

@@ -42,7 +42,8 @@ def lines(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def jsonl(folder: Path) -> Source:
-    rows = [{"image": name, "prefix": p, "suffix": s} for name, (p, s) in zip(images(folder), TEXTS, strict=True)]
+    texts = zip(images(folder), TEXTS, strict=True)
+    rows: list[dict[str, Any]] = [{"image": name, "prefix": p, "suffix": s} for name, (p, s) in texts]
     rows[0] |= {"id": "mine", "source": {"page": [1, None]}, "score": 0.5}
     rows[1] = {"image": "b.png", "question": "how many?", "suffix": ["two", 2, "two"]}
     return {"jsonl": lines(folder / "train.jsonl", rows)}
