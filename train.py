@@ -97,7 +97,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
-        "--dry-run", action="store_true", help="say what the run would take and whether it fits, and stop"
+        "--dry-run",
+        action="store_true",
+        help="say what the run would take and whether it fits, by assumed lengths if there are no data, and stop",
     )
     instead.add_argument(
         "--check", action="store_true", help="decode every image, list every record that cannot be used, and stop"

@@ -186,12 +186,14 @@ def shared_questions(train: Dataset, validation: Dataset) -> tuple[list[str], st
     """
     learned, asked = questions_of(train), questions_of(validation)
     shared = set(learned) & set(asked)
-    by_size: dict[tuple[int, str], set[str]] = {}
-    for image, prefix in {*learned, *asked}:
-        if (size := size_of(image)) is not None:
-            by_size.setdefault((size, prefix), set()).add(image)
-    candidates = {key: images for key, images in by_size.items() if len(images) > 1}
-    files = {image: size for (size, _), images in candidates.items() for image in images}
+    sizes = {image: size_of(image) for image, _ in {*learned, *asked}}
+    by_size = ({(sizes[image], prefix) for image, prefix in questions} for questions in (learned, asked))
+    in_both = set.intersection(*by_size)
+    files = {
+        image: size
+        for image, prefix in {*learned, *asked}
+        if (size := sizes[image]) is not None and (size, prefix) in in_both
+    }
     if sum(files.values()) > MOST_BYTES:
         return ids_of(validation, asked, lambda question: question in shared), "images compared by their paths"
     digests = {image: hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in files}

@@ -80,3 +80,13 @@ def test_the_advice_can_be_followed(share: float, count: int, advice: str) -> No
     invalid = [InvalidRecord(f"q{k}", "broken") for k in range(count)]
     with pytest.raises(ValueError, match=re.escape(f"{count} of 100 records cannot be used; {advice}:")):
         SkippedRecords(share=share, skippable=0.03).add(invalid, 100)
+
+
+def test_records_with_broken_lines_are_counted_among_all_to_the_end() -> None:
+    """A line that is no record is not among the records whose images are looked at later."""
+    skipped = SkippedRecords(share=0.5)
+    skipped.add([InvalidRecord("line 1", "broken")], 4)
+    skipped.add([InvalidRecord("2", "truncated")], 3)
+    assert list(skipped.reasons) == ["line 1", "2"]
+    with pytest.raises(ValueError, match=r"3 of 4 records cannot be used"):
+        skipped.add([InvalidRecord("3", "truncated")], 3)

@@ -12,8 +12,7 @@ from torch import Tensor
 from data import Processor
 from finetune.preflight.inspection import batch_checks, leaking_rows, leaks_by_mask, leaks_of, structure_of
 from finetune.training.examples import network_config
-from model import PaliGemma
-from model.layers import prefix_lm_mask
+from model import IGNORE_INDEX, PaliGemma
 from model.random_init import from_random
 from tests.preflight.small_run import run_config
 
@@ -100,13 +99,12 @@ def test_the_leak_is_found_in_the_row_where_it_is(model: PaliGemma, batch: Batch
     assert f"the answer of row {rows[0]} leaks into the prefix" in leak.found
 
 
-def test_the_mask_shows_a_leak_that_takes_two_layers(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No position sees the answer's second token but the last one, which an early one sees."""
-    mask = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])
+def test_a_leak_that_takes_two_layers_is_found(model: PaliGemma, batch: Batch) -> None:
+    """Where the last token counts as prefix, it sees the answer, and all of the prefix sees it in the next layer."""
     last = int(batch["attention_mask"][0].sum()) - 1
-    mask[0, 0, 3, last] = True
-    monkeypatch.setattr("finetune.preflight.inspection.prefix_lm_mask", lambda *_: mask)
-    assert leaks_by_mask(batch) == [0]
+    batch["token_type_ids"][0, last] = 0
+    batch["labels"][0, last] = IGNORE_INDEX
+    assert leaks_of(model, batch) == leaks_by_mask(batch) == [0]
 
 
 def test_a_large_network_on_a_cpu_is_not_read_for_the_leak_test(
