@@ -33,7 +33,7 @@ class SkippedRecords:
     Attributes:
         reasons: why each was skipped, by its id.
         looked_at: the records that the calls of `add` were about, together.
-        total: the most records that were ever spoken of: of a file with broken lines those are more than its records.
+        total: the most records that a call was about: of a file with broken lines those are more than its records.
     """
 
     def __init__(

@@ -114,7 +114,7 @@ def load_records(
     if aspect == "pad":
         rows, options = partial(in_squares, rows), [*options, aspect]
     if prefix_of_ids:
-        rows, options = partial(with_prefix, rows, prefix_of_ids), [*options, prefix_of_ids]
+        rows, options = partial(with_prefix, rows, prefix_of_ids, name), [*options, prefix_of_ids]
     records, invalid = memory_mapped(rows, files, [*options, draw.keywords if drawn else ""], cache)
     total = len(records) + len(invalid)
     if len(records) and (folder is not None or questions is None):  # official questions may do without images
@@ -172,12 +172,12 @@ def image_names(places: pa.Table) -> list[str]:
 
 
 def with_prefix(
-    rows: Callable[[], Iterable[dict[str, Any] | InvalidRecord]], prefix: str
+    rows: Callable[[], Iterable[dict[str, Any] | InvalidRecord]], prefix: str, file: str
 ) -> Iterator[dict[str, Any] | InvalidRecord]:
-    """What `rows()` yields, with ids that begin with `prefix`."""
+    """What `rows()` yields, with ids that begin with `prefix`, unless they say a place in `file`."""
     for row in rows():
         if isinstance(row, InvalidRecord):
-            yield row._replace(id=prefix + row.id)
+            yield row if row.id.startswith(f"{file}, ") else row._replace(id=prefix + row.id)
         else:
             yield {**row, "id": prefix + row["id"]}
 

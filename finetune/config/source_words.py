@@ -28,11 +28,11 @@ def source_of(words: Sequence[str], option: str) -> Source:
             document.override(("data", "validation", *keys), value, f"{option} {word}")
         except ValueError as error:
             document.problems.append(f"{option}: {error}")
-    source = None
+    run = None
     try:
-        source = RunConfig.model_validate_json(json.dumps(document.data), strict=True).data.validation
+        run = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
         add_problems(document, error.errors(include_url=False))
-    if source is None or document.problems:
+    if run is None or document.problems:
         raise ConfigError("\n".join(document.problems))
-    return source
+    return run.data.only("validation")

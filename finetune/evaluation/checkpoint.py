@@ -135,7 +135,7 @@ def choose_prompt(adapter: Path | None, given: str | None, default: str) -> str:
 
 def open_source(source: Source, limit: int | None, prompt: str, aspect: Literal["squash", "pad"] = "squash") -> Dataset:
     """The records to evaluate on, with locations as `aspect` says."""
-    given = source.model_dump(exclude={"task"})
+    given = source.model_dump(exclude={"task", "name", "weight"})
     return decodable(first(load_records(**given, prompt=prompt, seed=SEED, aspect=aspect), limit))
 
 

@@ -35,6 +35,7 @@ def check(config: RunConfig) -> None:
         try:
             usable = usable_records(config, split, processor, skipped)
         except ValueError as error:
+            show(*reasons_in(skipped))
             refused.append(f"data.{split}: {error}")
             continue
         opened += [usable] if usable else []
@@ -42,7 +43,7 @@ def check(config: RunConfig) -> None:
             require_judgeable(config, usable, refused)
         count, total = len(skipped.reasons), len(skipped.reasons) + len(usable or ())
         show(f"data.{split}: {total - count:,} records can be used, {count:,} cannot")
-        show(*(f"  {name}: {reason}" for name, reason in skipped.reasons.items()))
+        show(*reasons_in(skipped))
         allowed = skipped_records(config, split, listed=False)
         if not usable or count > allowed.share * total:
             refused.append(f"{count:,} records of data.{split} cannot be used; {allowed.advice(count, total)}")
@@ -67,11 +68,13 @@ def usable_records(config: RunConfig, split: str, processor: Processor, skipped:
     others are added to `skipped`.
 
     Raises:
-        ValueError: the source as a whole cannot be read.
+        ValueError: a source as a whole cannot be read, or of several sources one has none that can be used.
     """
     try:
         examples = open_examples(config, split, processor, skipped)
     except NoRecordsError:
+        if len(config.data.sources(split)) > 1:
+            raise
         return None
     longest = examples.longest
     show(f"data.{split}: the longest text has {longest.text:,} tokens, the longest answer {longest.answer:,}")
@@ -81,3 +84,8 @@ def usable_records(config: RunConfig, split: str, processor: Processor, skipped:
     if (prompts := prompt_check(usable)).outcome == "warning":
         show(f"data.{split}: {prompts}")
     return usable
+
+
+def reasons_in(skipped: SkippedRecords) -> list[str]:
+    """A line for each record that cannot be used."""
+    return [f"  {name}: {reason}" for name, reason in skipped.reasons.items()]

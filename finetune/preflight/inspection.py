@@ -78,7 +78,7 @@ def inspect_examples(config: RunConfig) -> Inspection:
     opened = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
     dataset = PaliGemmaDataset(opened.records, processor, config.data.answers, config.train.seed, opened.skipped)
     found: dict[str, dict[str, Any]] = {}
-    for pair in plan_steps(config, len(opened.records))[0]:
+    for pair in plan_steps(config, opened.sizes)[0]:
         if len(found) < MOST:
             found.setdefault((example := dataset[pair])["id"], example)
     examples = list(found.values())

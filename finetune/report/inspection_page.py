@@ -91,7 +91,7 @@ def of_inspection(config: RunConfig, found: Inspection, examples: list[Shown]) -
     counts = {name: sum(check.outcome == name for check in checks) for name in ("pass", "warning", "fail")}
     return {
         "title": f"What {Path(config.output).name} learns from",
-        "source": config.data.train.name,
+        "source": config.data.title("train"),
         "counts": counts,
         "checks": sorted(checks, key=lambda check: ("fail", "warning", "pass").index(check.outcome)),
         "examples": examples,

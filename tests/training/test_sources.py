@@ -75,17 +75,13 @@ def test_the_share_that_may_be_skipped_is_of_all_sources(tmp_path: Path) -> None
     config = config_of(tmp_path, f"data.train=[{small}, {large}]", "data.on_error=skip", "data.skip_at_most=0.03")
     skipped = SkippedRecords(share=0.03)
     assert len(open_records(config, "train", skipped)) == 86
-    assert list(skipped.reasons) == ["small/line 7", "small/line 8"]
-    with pytest.raises(
-        ValueError, match=r"2 of 88 records cannot be used; .*:\n  small/line 7: .*small\.jsonl, line 7"
-    ):
+    assert [name.rpartition("/")[2] for name in skipped.reasons] == ["small.jsonl, line 7", "small.jsonl, line 8"]
+    with pytest.raises(ValueError, match=r"2 of 88 records cannot be used; .*:\n  [^:]*small\.jsonl, line 7: expected"):
         open_records(config, "train", SkippedRecords(share=0.01))
 
 
 def test_a_source_of_which_nothing_can_be_used_says_why(tmp_path: Path) -> None:
     good, bad = lines(tmp_path, "good", range(3)), lines(tmp_path, "bad", range(0), broken=2)
     config = config_of(tmp_path, f"data.train=[{good}, {bad}]")
-    with pytest.raises(
-        ValueError, match=r"2 of 8 records cannot be used; .*:\n  bad/line 1: .*bad\.jsonl, line 1: expected"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 8 records cannot be used; .*:\n  [^:]*bad\.jsonl, line 1: expected"):
         open_records(config, "train")
