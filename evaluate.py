@@ -9,8 +9,8 @@
 The first form reads the configuration of a run, takes its data.validation, and writes OUTPUT/eval/ARM/results.json (the
 official format) and metrics.json for each ARM; with --limit it writes nothing. In every form --output DIR says where to
 write. Figures of other questions are not overwritten. JSON lines are as in training, `{"image": ..., "prefix": ...,
-"suffix": ...}`; an answer counts if it equals the suffix, or one of several, unless --task says otherwise. --source takes
-the keys that data.validation has in a configuration: `--source csv=mine.csv columns.question=query`, `--source
+"suffix": ...}`; an answer counts if it equals the suffix, or one of several, unless --task says otherwise. --source
+takes the keys that data.validation has in a configuration: `--source csv=mine.csv columns.question=query`, `--source
 hub=owner/name split=test`. With `accelerate launch --multi_gpu evaluate.py ...` the GPUs share the images.
 """
 
