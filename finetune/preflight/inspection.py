@@ -130,6 +130,7 @@ def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor]) -> dict[str
     ids, types, labels = (row[name][:length].tolist() for name in ("input_ids", "token_type_ids", "labels"))
     expected = config.num_image_tokens
     supervised = [label != IGNORE_INDEX for label in labels]
+    ends = {label for label, kind, after in zip(labels, types, [*types[1:], 0], strict=True) if kind and kind != after}
     checks = {
         "image tokens": (
             f"{ids.count(config.image_token_id)} image tokens, expected {expected} at the start",
@@ -141,16 +142,16 @@ def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor]) -> dict[str
         ),
         "token types": (
             "token types that are not 0 for the prefix, then 1 for the suffix",
-            types == sorted(types) and types[-1] == 1,
+            types == sorted(types) and types[-1] > 0,
         ),
         "labels": (
             "labels that are not the suffix, and the suffix alone",
-            supervised == [kind == 1 for kind in types]
+            supervised == [kind > 0 for kind in types]
             and all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True)),
         ),
         "<eos>": (
             "an answer that does not end in <eos>, so that the network would never stop",
-            labels[-1] == config.eos_token_id,
+            ends == {config.eos_token_id},
         ),
     }
     return {name: found for name, (found, is_right) in checks.items() if not is_right}

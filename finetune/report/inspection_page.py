@@ -105,9 +105,9 @@ def shown(found: Inspection, row: int) -> Shown:
     example, processor = found.examples[row], found.processor
     batch = {name: tensor[row] for name, tensor in found.batch.items()}
     kinds = kinds_of(batch, found.dimensions.image_token_id)
-    ids = batch["input_ids"].tolist()
+    stretches = tokens_of(batch, kinds, processor)
     texts = {
-        kind: visible(processor.tokenizer.decode([i for i, k in zip(ids, kinds, strict=True) if k == kind]).strip())
+        kind: " | ".join(text_of(tokens, processor) for of, tokens in stretches if of == kind)
         for kind in ("prefix", "suffix")
     }
     pixels: Tensor = example["pixel_values"]
@@ -117,7 +117,7 @@ def shown(found: Inspection, row: int) -> Shown:
         texts["prefix"],
         texts["suffix"],
         [data_uri(unnormalized(view, processor.pixel_form), "JPEG") for view in views],
-        tokens_of(batch, kinds, processor),
+        stretches,
         data_uri(mask_image(found.attention[row].numpy(), kinds), "PNG"),
         len(example["input_ids"]),
     )
@@ -133,11 +133,11 @@ def kinds_of(row: Mapping[str, Tensor], image_token_id: int) -> list[str]:
 
 
 def tokens_of(row: Mapping[str, Tensor], kinds: list[str], processor: Processor) -> list[tuple[str, list[Token]]]:
-    """The tokens of a row [S] in stretches of one kind; image tokens and padding, which are all alike, as one."""
+    """The tokens of a row [S] in stretches of one kind and type; image tokens and padding, which are alike, as one."""
     stretches: list[tuple[str, list[Token]]] = []
-    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+    ids, labels, types = (row[name].tolist() for name in ("input_ids", "labels", "token_type_ids"))
     for position, (kind, id, label) in enumerate(zip(kinds, ids, labels, strict=True)):
-        if not stretches or stretches[-1][0] != kind:
+        if not position or (kinds[position - 1], types[position - 1]) != (kind, types[position]):
             stretches.append((kind, []))
         tokens = stretches[-1][1]
         if tokens and kind in ("image", "padding") and tokens[-1].id == id:
@@ -147,6 +147,11 @@ def tokens_of(row: Mapping[str, Tensor], kinds: list[str], processor: Processor)
         supervised = None if label == IGNORE_INDEX else label
         tokens.append(Token("(no token)" if text is None else one_line(text), id, supervised, position))
     return stretches
+
+
+def text_of(tokens: list[Token], processor: Processor) -> str:
+    """The text of a stretch of tokens, without special ones, safe to be shown."""
+    return visible(processor.tokenizer.decode([token.id for token in tokens]).strip())
 
 
 def unnormalized(pixels: Tensor, form: PixelForm) -> Image.Image:

@@ -88,6 +88,18 @@ def test_what_ruins_training_is_found(
     assert found.advice
 
 
+def test_each_of_several_suffixes_has_to_end_in_eos(model: PaliGemma, batch: Batch) -> None:
+    """Their token types are 1, 2 and so on."""
+    length = int(batch["attention_mask"][0].sum())
+    row = {name: batch[name][0, :length] for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
+    suffix = row["token_type_ids"] == 1
+    row = {name: torch.cat((values, values[suffix])) for name, values in row.items()}
+    row["token_type_ids"][length:] = 2
+    assert structure_of(model.config, row) == {}
+    row["input_ids"][length - 1] = row["labels"][length - 1] = 9
+    assert list(structure_of(model.config, row)) == ["<eos>"]
+
+
 @pytest.mark.parametrize("rows", [[0], [1], [0, 1]])
 def test_the_leak_is_found_in_the_row_where_it_is(model: PaliGemma, batch: Batch, rows: list[int]) -> None:
     """By the network, and by the mask alone, which need not be told which token was edited."""
