@@ -145,7 +145,8 @@ def test_answers_are_cut_where_that_was_asked_and_said(
     train.main([*argv, "data.max_text_tokens=50", "data.truncate_answers=true", "--inspect"])
     said = shown(capsys)
     assert "data.train: 2 records have an answer that is cut at data.max_text_tokens, by up to" in said
-    assert "answer, <eos>" in said
+    assert "warning: nothing is cut: no prompt is ever cut, 2 answers lose up to" in said
+    assert "pass: <eos>: every label ends in it" in said
     with pytest.raises(ValueError, match="answers are cut at max_text_tokens, which is auto: give it a number"):
         train.main([*argv, "data.truncate_answers=true", "--inspect"])
 
