@@ -58,7 +58,7 @@ def warn(name: str, found: str, advice: str, is_fine: bool) -> Check:
 
 
 def length_checks(lengths: TextLengths, skipped: int, processor: Processor) -> list[Check]:
-    """Whether texts are cut, or left out. skipped: records that cannot be used, for whatever reason."""
+    """Whether texts are cut, or left out. skipped: how many records cannot be used."""
     limit = "max_text_tokens" if processor.max_text_tokens == processor.text_limit else "positions of the network"
     longest = (
         f"the longest text has {lengths.longest_text:,} tokens of at most {processor.text_limit:,} ({limit}), the "
