@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data import Processor
+from data.dataset import Answers
 from data.lengths import TextLengths
 from data.records import image_names, image_places
 from finetune.system.terminal import shortened
@@ -90,10 +91,10 @@ def prompt_check(records: Dataset) -> Check:
     )
 
 
-def answer_checks(records: Dataset, answers: Literal["rotate", "majority"], processor: Processor) -> list[Check]:
+def answer_checks(records: Dataset, answers: Answers, processor: Processor) -> list[Check]:
     """How the tokenizer splits what is learned, and whether one answer outweighs all others."""
     majority = Counter(records["answer"][:])
-    learned = Counter(itertools.chain.from_iterable(records["answers"][:])) if answers == "rotate" else majority
+    learned = majority if answers == "majority" else Counter(itertools.chain.from_iterable(records["answers"][:]))
     looked_at = learned.most_common(MOST_ANSWERS)
     odd = [f"{quoted(text)} ({reason})" for text, _ in looked_at if (reason := oddly_split(text, processor))]
     most, times = majority.most_common(1)[0]
