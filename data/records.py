@@ -51,6 +51,10 @@ class NoRecordsError(ValueError):
     """Of all records of a source none can be used."""
 
 
+class NoRecordsError(ValueError):
+    """Of all records of a source none can be used."""
+
+
 def load_records(
     *,
     questions: File | None = None,

@@ -59,7 +59,7 @@ def warn(name: str, found: str, advice: str, is_fine: bool) -> Check:
 
 
 def length_checks(lengths: TextLengths, skipped: int, processor: Processor) -> list[Check]:
-    """Whether texts are cut, or left out. skipped: records that cannot be used, for whatever reason."""
+    """Whether texts are cut, or left out. skipped: how many records cannot be used."""
     limit = "max_text_tokens" if processor.max_text_tokens == processor.text_limit else "positions of the network"
     longest = (
         f"the longest text has {lengths.longest_text:,} tokens of at most {processor.text_limit:,} ({limit}), the "
@@ -94,7 +94,7 @@ def prompt_check(records: Dataset) -> Check:
 def answer_checks(records: Dataset, answers: Answers, processor: Processor) -> list[Check]:
     """How the tokenizer splits what is learned, and whether one answer outweighs all others."""
     majority = Counter(records["answer"][:])
-    learned = Counter(itertools.chain.from_iterable(records["answers"][:])) if answers != "majority" else majority
+    learned = majority if answers == "majority" else Counter(itertools.chain.from_iterable(records["answers"][:]))
     looked_at = learned.most_common(MOST_ANSWERS)
     odd = [f"{quoted(text)} ({reason})" for text, _ in looked_at if (reason := oddly_split(text, processor))]
     most, times = majority.most_common(1)[0]

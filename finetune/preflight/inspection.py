@@ -118,7 +118,7 @@ def right_of(config: PaliGemmaConfig) -> dict[str, str]:
     return {
         "image tokens": f"each row begins with {config.num_image_tokens} image tokens, and has no other",
         "<bos>": "each row has exactly one, after the image tokens",
-        "token types": "0 for the prefix, then 1 for the suffix",
+        "token types": "0 for the prefix, then 1 for the suffix, 2 for a second one",
         "labels": "the suffix, and the suffix alone",
         "<eos>": "every label ends in it",
     }
@@ -141,7 +141,7 @@ def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor]) -> dict[str
             ids.count(config.bos_token_id) == 1 and ids[expected] == config.bos_token_id,
         ),
         "token types": (
-            "token types that are not 0 for the prefix, then 1 for the suffix",
+            "token types that are not 0 for the prefix, then 1 for the suffix, 2 for a second one",
             types == sorted(types) and types[-1] > 0,
         ),
         "labels": (
@@ -173,23 +173,21 @@ def leaking_rows(config: RunConfig, dimensions: PaliGemmaConfig, batch: Mapping[
 
 
 def leaks_by_mask(batch: Mapping[str, Tensor]) -> list[int]:
-    """Rows in which a position could learn, over any number of layers, of a supervised token that comes after it."""
-    mask = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])[:, 0]  # (B, S, S)
-    supervised, positions = batch["labels"] != IGNORE_INDEX, torch.arange(mask.shape[-1])
-    later = positions[None, :] > positions[:, None]  # (S, S)
-    found = []
-    for row, seen in enumerate(mask):
-        reached, before = seen | torch.eye(len(seen), dtype=torch.bool), None
-        while before is None or not torch.equal(before, reached):  # each round doubles the layers
-            before, reached = reached, (reached.float() @ reached.float()) > 0
-        if bool((reached & later & supervised[row][None, :] & batch["attention_mask"][row].bool()[:, None]).any()):
-            found.append(row)
-    return found
+    """Rows in which a position sees a supervised token that comes after it, or one of another suffix. Where none does,
+    no position learns of one over several layers either: the first step on such a way would be one of these.
+    """
+    types, real = batch["token_type_ids"], batch["attention_mask"].bool()
+    seen = prefix_lm_mask(batch["attention_mask"], types)[:, 0]  # (B, S, S)
+    positions = torch.arange(types.shape[1])
+    hidden = (positions[None, :] > positions[:, None]) | (types[:, :, None] != types[:, None, :])  # (B, S, S)
+    leak = seen & hidden & (batch["labels"] != IGNORE_INDEX)[:, None, :] & real[:, :, None]
+    leaking: list[int] = leak.any(dim=(1, 2)).nonzero()[:, 0].tolist()
+    return leaking
 
 
 @torch.inference_mode()
 def leaks_of(model: PaliGemma, batch: Mapping[str, Tensor]) -> list[int]:
-    """Rows in which an edit of the first supervised token moves a prediction made before it.
+    """Rows in which an edit of the first supervised token moves a prediction made before it, or in another suffix.
 
     Args:
         batch: right-padded `input_ids`, `attention_mask`, `token_type_ids`, `labels` i64 [B, S] and `pixel_values`.
@@ -207,6 +205,8 @@ def leaks_of(model: PaliGemma, batch: Mapping[str, Tensor]) -> list[int]:
         for ids in (batch["input_ids"], edited)
     )
     moved = (before != after).any(dim=-1)  # (B, S)
-    early = moved & (torch.arange(moved.shape[1], device=first.device) < first[:, None])
-    leaking: list[int] = early.any(dim=1).nonzero()[:, 0].tolist()
+    types = batch["token_type_ids"]
+    apart = (types != types[rows, first][:, None]) & batch["attention_mask"].bool()
+    hidden = apart | (torch.arange(moved.shape[1], device=first.device) < first[:, None])
+    leaking: list[int] = (moved & hidden).any(dim=1).nonzero()[:, 0].tolist()
     return leaking

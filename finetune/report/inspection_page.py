@@ -28,7 +28,7 @@ from finetune.system.terminal import one_line, shortened, visible
 from model import IGNORE_INDEX
 
 INSPECT_FILE = "inspect.html"
-# What a token is -> its colour in the picture of the attention mask; templates/inspect.html has the same.
+# What a token is -> its colour in the image of the attention mask; templates/inspect.html has the same.
 KINDS = {"image": "#4c86e0", "prefix": "#2f9e6b", "suffix": "#d9822b", "padding": "#8a94a6"}
 JPEG_QUALITY = 90
 
