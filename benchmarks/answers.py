@@ -208,7 +208,7 @@ def plot(file: Path, results: dict[str, list[Measured]]) -> None:
     left.set(xlabel="visits of questions", ylabel="VQA accuracy, percent: mean and 95% interval")
     left.legend(fontsize=8)
     losses = {arm: [run.expected_loss for run in runs] for arm, runs in results.items()}
-    draw_seeds(right, losses, "expected loss over the annotators, nats a token: mean, 95% interval, and each seed")
+    draw_seeds(right, losses, "expected loss, nats a token: mean, 95% interval, and each seed")
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
 
