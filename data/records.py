@@ -44,11 +44,7 @@ FEATURES = datasets.Features(
 )
 FORMAT = 6  # goes up when records are written differently, so that cached ones are written again
 AT_ONCE = 1 << 23  # bytes of images that are in memory at once while records are written
-ROWS_AT_ONCE = 1000  # and rows: each batch takes some kilobytes of whoever maps the file
-
-
-class NoRecordsError(ValueError):
-    """Of all records of a source none can be used."""
+ROWS_AT_ONCE = 500  # and rows: each batch takes some kilobytes of whoever maps the file
 
 
 class NoRecordsError(ValueError):
