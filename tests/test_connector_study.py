@@ -6,17 +6,22 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from unittest import mock
 
 import pytest
 from PIL import Image
 
+import train
 from benchmarks import connectors
 from benchmarks.connectors import BEGIN, END, Job
 from data.synthetic import scenes
+from finetune import cli
 from finetune.config.load import load_config
 from finetune.config.stages import runs_of
+from tests import preloaded
 
 ROOT = Path(__file__).parent.parent
 ARMS = ["linear", "pixel_shuffle"]
@@ -44,8 +49,20 @@ def studied(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A directory of finished runs, with a document and a plot."""
     place = tmp_path_factory.mktemp("study")
     (place / "study.md").write_text(f"before\n\n{BEGIN}\n\nan earlier table\n\n{END}\n\nafter\n")
-    connectors.main([*arguments(place), *settings])
+    with mock.patch.object(subprocess, "run", preloaded_run):
+        connectors.main([*arguments(place), *settings])
     return place
+
+
+def preloaded_run(command: Sequence[str], stdout: TextIO, env: dict[str, str], **_: int) -> Any:
+    """Stands for `subprocess.run` of train.py: what the command prints, and how it ends, without Python's start."""
+    ran = preloaded.run(trained, *command[2:], environment=env)
+    stdout.write(ran.stdout + ran.stderr)
+    return ran
+
+
+def trained(_: Sequence[str]) -> None:
+    cli.run(train.main)
 
 
 def arguments(place: Path) -> list[str]:
