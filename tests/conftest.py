@@ -19,6 +19,8 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
+from tests.undrawn import undrawn_charts
+
 transformers.utils.logging.disable_progress_bar()
 # How long an example takes says something about the machine, and what else it does, not about what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -37,6 +39,13 @@ def pytest_collection_finish() -> None:
 def _threads_and_a_fixed_seed() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _charts() -> Iterator[None]:
+    """The reports of runs come without charts; where tests look at them, a fixture of this name lets them be drawn."""
+    with undrawn_charts():
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from finetune import LoRAConfig, inject_lora
 from finetune.lora.protocol import adapters, set_dropout_seeds, trained_parameters
@@ -98,7 +99,11 @@ def compared(dtype: torch.dtype) -> dict[str, float | bool]:
     }
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29511")}
-    torch.set_num_threads(1)
-    spawn(run, (sys.argv[1],), nprocs=PROCESSES)
+    torch.set_num_threads(1)  # no threads in this process: it forks
+    start_processes(run, (argv[0],), nprocs=PROCESSES, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

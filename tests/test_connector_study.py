@@ -6,18 +6,23 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from unittest import mock
 
 import pytest
 from PIL import Image
 
+import train
 from benchmarks import connectors
 from benchmarks.connectors import BEGIN
 from benchmarks.study import END, T_975, Job, differences, interval, write_table
 from data.synthetic import scenes
+from finetune import cli
 from finetune.config.load import load_config
 from finetune.config.stages import runs_of
+from tests import preloaded
 
 ROOT = Path(__file__).parent.parent
 ARMS = ["linear", "pixel_shuffle"]
@@ -41,12 +46,41 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def studied(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The arms' configurations, with a stage of three steps instead of 50."""
+    place = tmp_path_factory.mktemp("configs")
+    for arm in ARMS:
+        text = (connectors.CONFIGS / f"{arm}.yaml").read_text(encoding="utf-8")
+        (place / f"{arm}.yaml").write_text(text.replace("name: align, max_steps: 50", "name: align, max_steps: 3"))
+    (stage,) = load_config(place / "pixel_shuffle.yaml").stages
+    assert stage.max_steps == 3
+    return place
+
+
+@pytest.fixture
+def _short_stage(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connectors, "CONFIGS", configs)
+
+
+@pytest.fixture(scope="module")
+def studied(settings: list[str], configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of finished runs, with a document and a plot."""
     place = tmp_path_factory.mktemp("study")
     (place / "study.md").write_text(f"before\n\n{BEGIN}\n\nan earlier table\n\n{END}\n\nafter\n")
-    connectors.main([*arguments(place), *settings])
+    with mock.patch.object(subprocess, "run", preloaded_run), mock.patch.object(connectors, "CONFIGS", configs):
+        connectors.main([*arguments(place), *settings])
     return place
+
+
+def preloaded_run(command: Sequence[str], stdout: TextIO, env: dict[str, str], **_: int) -> Any:
+    """Stands for `subprocess.run` of train.py: what the command prints, and how it ends, without Python's start."""
+    ran = preloaded.run(trained, *command[2:], environment=env)
+    stdout.write(ran.stdout + ran.stderr)
+    return ran
+
+
+def trained(_: Sequence[str]) -> None:
+    cli.run(train.main)
 
 
 def arguments(place: Path) -> list[str]:
@@ -124,6 +158,7 @@ def test_the_table_says_what_the_runs_measured(studied: Path) -> None:
         assert 0 < float(rows["pixel_shuffle"][cost]) < float(rows["linear"][cost])
 
 
+@pytest.mark.usefixtures("_short_stage")
 def test_a_run_with_an_alignment_stage_counts_its_steps(studied: Path, settings: list[str]) -> None:
     job = Job(connectors.CONFIGS / "pixel_shuffle.yaml", 1, studied / "runs/pixel_shuffle/seed1")
     (stage,) = load_config(connectors.CONFIGS / "pixel_shuffle.yaml").stages
@@ -142,6 +177,7 @@ def test_the_plot_is_a_small_image(studied: Path) -> None:
     assert (studied / "study.png").stat().st_size < 150_000
 
 
+@pytest.mark.usefixtures("_short_stage")
 def test_finished_runs_are_not_repeated_and_the_table_is_the_same(
     studied: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +194,7 @@ def test_finished_runs_are_not_repeated_and_the_table_is_the_same(
 def test_a_run_that_fails_ends_the_study_by_name(tmp_path: Path, settings: list[str]) -> None:
     (tmp_path / "study.md").write_text(f"{BEGIN}\n{END}\n")
     with pytest.raises(ValueError, match=r"^linear, seed 1: train\.py ended with 2; see (.*seed1\.log)$") as caught:
-        connectors.main([*arguments(tmp_path), *settings, "lora.rank=0"])
+        connectors.main(["--workers", "1", *arguments(tmp_path), *settings, "lora.rank=0"])
     log = re.findall("see (.*)$", str(caught.value))[0]
     assert "lora.rank: got 0" in Path(log).read_text()
 

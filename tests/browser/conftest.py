@@ -31,6 +31,11 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _charts() -> None:
+    """Reports are drawn, as they are not where runs are tested."""
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     try:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests import fully_sharded, preloaded
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
@@ -20,9 +18,8 @@ def test_two_processes_hold_half_of_every_layer_and_compute_the_same(tmp_path: P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.fully_sharded", str(tmp_path / "found.json")]
     environment = os.environ | {"MASTER_PORT": port}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = preloaded.run(fully_sharded.main, str(tmp_path / "found.json"), environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found) == 2 * 2  # processes, in fp64 and in bf16

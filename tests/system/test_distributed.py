@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 from finetune.system import distributed
 from finetune.training.checkpoints import newest_whole
-from tests import kill_test, rounding, several_processes
+from tests import kill_test, preloaded, rounding, several_processes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs forked processes")
 
@@ -30,8 +29,7 @@ FP32 = torch.finfo(torch.float32).eps  # runs are computed in fp64 (tests/severa
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that tests/several_processes.py does."""
     directory = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "tests.several_processes", str(directory)]
-    done = subprocess.run(command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False)
+    done = preloaded.run(several_processes.main, str(directory))
     assert done.returncode == 0, done.stdout + done.stderr
     return directory
 

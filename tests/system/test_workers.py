@@ -14,7 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,10 @@ from data.synthetic import scenes
 from finetune import cli, run
 from finetune.system import workers
 from finetune.training.gradient_accumulation import GradientAccumulation
-from tests import kill_test
+from tests import kill_test, preloaded
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="worker processes are forked")
 
-PATIENCE = 600.0  # seconds; what hangs is ended
 SIZE = 64  # examples in a batch, as by default
 SIDE = 64  # pixels: a batch is 3 MiB
 SHM = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
@@ -58,18 +57,6 @@ def batches(count: int, examples: Dataset[Any], processes: int) -> list[list[dic
     return list(workers.loader(examples, wanted, processes))
 
 
-def program(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    """This file as a program; a run that hangs is a subprocess.TimeoutExpired."""
-    command = [sys.executable, "-m", "tests.system.test_workers", *arguments]
-    return finished(command, before)
-
-
-def finished(command: list[str], before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE, preexec_fn=before
-    )
-
-
 def test_a_batch_arrives_as_it_was_made_and_an_image_once() -> None:
     made = [Made()[i] for i in range(SIZE)]
     sent = pickle.dumps(workers.Batch([*made, ValueError("no such image")]))
@@ -84,7 +71,7 @@ def test_a_batch_arrives_as_it_was_made_and_an_image_once() -> None:
 
 def test_few_file_handles_are_enough() -> None:
     """Torch's own way takes one for each tensor, four an example, of the batches that wait."""
-    ran = program("batches", before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)))
+    ran = preloaded.run(main, "batches", "128")
     assert (ran.returncode, ran.stdout) == (0, "512 examples\n"), ran.stderr
 
 
@@ -95,13 +82,16 @@ def test_no_shared_memory_is_needed() -> None:
         subprocess.run([*namespace, "true"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no file system can be mounted without privileges here: {getattr(error, 'stderr', error)}")
-    ran = finished([*namespace, sys.executable, "-m", "tests.system.test_workers", "batches"])
+    command = [*namespace, sys.executable, "-m", "tests.system.test_workers", "batches"]
+    ran = subprocess.run(
+        command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False, timeout=preloaded.PATIENCE
+    )
     assert (ran.returncode, ran.stdout) == (0, "512 examples\n"), ran.stderr
 
 
 def test_a_batch_that_cannot_be_sent_ends_its_worker() -> None:
     """And is not waited for."""
-    ran = program("unsendable")
+    ran = preloaded.run(main, "unsendable")
     assert ran.returncode == cli.MISTAKE, ran.stderr
     assert "a worker process could not send its examples: " in ran.stderr
     assert "error: a worker process that prepares examples has ended" in ran.stderr
@@ -112,7 +102,7 @@ def test_a_batch_that_cannot_be_sent_ends_its_worker() -> None:
 )
 def test_a_run_with_workers_ends_when_it_has_to(tmp_path: Path, fault: str, code: int) -> None:
     """Also the process ends, although workers ignore the signal that would end them."""
-    ran = program("train", str(tmp_path), fault)
+    ran = preloaded.run(main, "train", str(tmp_path), fault)
     assert ran.returncode == code, ran.stderr
     assert ("Traceback" in ran.stderr) == (fault == "a bug")
     if fault == "killed":
@@ -123,7 +113,7 @@ def test_a_run_with_workers_ends_when_it_has_to(tmp_path: Path, fault: str, code
 
 
 def test_workers_that_cannot_be_started_are_explained() -> None:
-    ran = program("handles")
+    ran = preloaded.run(main, "handles")
     assert ran.returncode == cli.MISTAKE, ran.stderr
     assert "error: the worker processes that prepare examples cannot be started" in ran.stderr
     assert "Too many open files" in ran.stderr
@@ -144,9 +134,15 @@ def explained() -> Any:
         raise ValueError(workers.explain(error)) from error
 
 
-def main(what: str, *arguments: str) -> None:
+def main(argv: Sequence[str]) -> None:
+    cli.run(lambda _: do(*argv))
+
+
+def do(what: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     if what == "batches":
+        if arguments:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (int(arguments[0]),) * 2)
         print(sum(len(batch) for batch in batches(8, Made(), 4)), "examples")
     elif what == "unsendable":
         with explained():
@@ -183,4 +179,4 @@ def train_with(directory: Path, fault: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda argv: main(*argv))
+    main(sys.argv[1:])

@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from data.synthetic import scenes
-from tests import kill_test
+from tests import kill_test, preloaded
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
 
 def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
     """The short form of tests/kill_test.py, in a process of its own: this one may have threads."""
-    command = [sys.executable, "-m", "tests.kill_test", "--runs", "3", "--seed", str(random.randrange(10**6))]
-    done = subprocess.run(command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False)
+    done = preloaded.run(kill_test.main, "--runs", "3", "--seed", str(random.randrange(10**6)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills: 3" in done.stdout
 

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from finetune.config.load import load_config
 from finetune.system import distributed
 from finetune.training.checkpoints import newest_whole
 from finetune.training.setup import open_model
-from tests import kill_test, rounding
+from tests import kill_test, preloaded, rounding, sharded_processes
 from tests.system.test_distributed import FP32, assert_same_adapter, codes, curve, said
 
 pytestmark = pytest.mark.skipif(
@@ -28,8 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 def runs(directory: Path, group: str) -> Path:
     """A group of the runs of tests/sharded_processes.py."""
-    command = [sys.executable, "-m", "tests.sharded_processes", str(directory), group]
-    done = subprocess.run(command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False)
+    done = preloaded.run(sharded_processes.main, str(directory), group)
     assert done.returncode == 0, done.stdout + done.stderr
     return directory
 
