@@ -2,8 +2,9 @@
 
     python -m benchmarks.mixture
 
-Trains configs/mixture.yaml twice, as it stands and with its questions alone, on as many questions, evaluates both and
-the base on questions and captions, and writes the table in docs/mixtures.md. A run that is finished is not repeated,
+Trains configs/mixture.yaml twice, with all of its sources and with its questions alone, on as many questions, evaluates
+both and the base on questions and captions, and writes the table in docs/mixtures.md. Both keep their last step: the
+best one by captions would be an early one of questions alone. A run that is finished is not repeated,
 one that was interrupted resumes.
 """
 
@@ -38,7 +39,7 @@ def questions_alone(mixture: RunConfig) -> RunConfig:
     return mixture.model_copy(
         update={
             "data": mixture.data.model_copy(update={"train": (unweighted(first),)}),
-            "train": mixture.train.model_copy(update={"max_steps": steps, "eval_every": -(-steps // 2)}),
+            "train": mixture.train.model_copy(update={"max_steps": steps}),
             "output": str(Path(mixture.output).with_name("questions")),
         }
     )
@@ -51,6 +52,8 @@ def unweighted(source: Source) -> Source:
 def measured(mixture: RunConfig) -> dict[str, Score]:
     """The score of the base, of questions alone and of the mixture, trained where that is left to do."""
     found: dict[str, Score] = {}
+    last = {"eval_every": None}
+    mixture = mixture.model_copy(update={"train": mixture.train.model_copy(update=last)})
     for name, config in (("questions alone", questions_alone(mixture)), ("mixture", mixture)):
         result = Result.read(Path(config.output))
         if result is None or not result.finished:
