@@ -5,8 +5,8 @@
 Each kill is a SIGKILL at a random moment of a process that trains, evaluates and writes a checkpoint at every step;
 every other one waits for a directory to be in the writing.
 After each, everything that stands under the name of a checkpoint or of the adapter must be whole by its manifest; and
-each time a run gets to its end, its adapter must be the uninterrupted one's, bit for bit. Prints what happened; exit
-code 1 where anything was not so. Works where processes can be forked (Linux).
+each time a run gets to its end, as the last one is let do, its adapter must be the uninterrupted one's, bit for bit.
+Prints what happened; exit code 1 where anything was not so. Works where processes can be forked (Linux).
 """
 
 from __future__ import annotations
@@ -102,6 +102,13 @@ def kill(directory: Path, kills: int, rng: random.Random) -> tuple[Counter[str],
         elif code != -signal.SIGKILL:
             wrong.append(f"{output.name}: exit code {code}")
             shutil.rmtree(output)
+    # What was killed last goes on to its end, so that one adapter at least was compared after a kill.
+    output = directory / f"run-{counts['finished runs']}"
+    if output.exists():
+        wrong += [f"{output.name}: exit code {code}"] if (code := wait(begin(directory, output.name))) else []
+        counts["finished runs"] += not code
+        if not code and adapter(output) != expected:
+            wrong.append(f"{output.name}: another adapter")
     return counts, wrong
 
 

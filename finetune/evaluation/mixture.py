@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune.evaluation.answer import Answer
@@ -27,10 +27,11 @@ def figures(task: Task, score: Score) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureTask:
-    """Judges the answers to each source by its own task; the metric is the mean over the sources.
+    """Judges the answers to each source by its own task; the metric is the geometric mean over the sources.
 
-    That the mean is one of several metrics is for the comparison of a run's steps alone: what it is made of stands in
-    `Score.by_source`.
+    It is for the comparison of a run's steps alone: what it is made of stands in `Score.by_source`. With the arithmetic
+    mean the source with the largest figures would decide, and CIDEr-D goes to 1000; here a tenth more of one metric
+    makes up for a tenth less of another one, whatever their units. It is 0 where one of them is.
 
     Attributes:
         tasks: by the names of the sources, with which the ids of their records begin.
@@ -42,13 +43,14 @@ class MixtureTask:
 
     @property
     def metric(self) -> str:
-        """Such as: mean of VQA accuracy (questions) and CIDEr (captions)."""
-        return "mean of " + " and ".join(f"{task.metric} ({name})" for name, task in self.tasks.items())
+        """Such as: geometric mean of VQA accuracy (questions) and CIDEr-D (captions)."""
+        return "geometric mean of " + " and ".join(f"{task.metric} ({name})" for name, task in self.tasks.items())
 
     @property
     def unit(self) -> str:
         """That of the sources, where they have one in common."""
-        return " and ".join(dict.fromkeys(task.unit for task in self.tasks.values()))
+        units = {task.unit for task in self.tasks.values()}
+        return units.pop() if len(units) == 1 else "of different units"
 
     def require(self, records: Iterable[Record] = ()) -> None:
         """See `Task.require`."""
@@ -57,8 +59,8 @@ class MixtureTask:
             task.require(by_source[name])
 
     def score(self, answers: Mapping[str, Answer], records: Iterable[Record]) -> Score:
-        """See `Task.score`. The interval takes the sources to be independent of each other; a source without any of
-        these records is left out.
+        """See `Task.score`. The interval takes the sources to be independent of each other (the delta method); a source
+        without any of these records is left out.
         """
         records = list(records)
         require_answered(answers, records)
@@ -67,13 +69,11 @@ class MixtureTask:
             for name, some in self.by_source(records).items()
             if some
         }
-        count, halves = len(scores), [(score.interval[1] - score.interval[0]) / 2 for score in scores.values()]
-        overall = sum(score.overall for score in scores.values()) / count
-        half = math.hypot(*halves) / count
+        overall, interval = geometric_mean(list(scores.values()))
         return Score(
             metric=self.metric,
             overall=overall,
-            interval=(overall - half, overall + half),
+            interval=interval,
             questions=len(records),
             images=len({cluster_of(record) for record in records}),
             by_answer_type={},
@@ -98,3 +98,14 @@ class MixtureTask:
                 raise ValueError(f"record {record['id']!r} is of no source; expected one of {', '.join(found)}")
             found[name].append(record)
         return found
+
+
+def geometric_mean(scores: Sequence[Score]) -> tuple[float, tuple[float, float]]:
+    """Of the overall figures, with a 95% interval."""
+    count = len(scores)
+    mean = math.prod(score.overall for score in scores) ** (1 / count)
+    if not mean:
+        return mean, (0.0, math.prod(score.interval[1] for score in scores) ** (1 / count))
+    widths = [(score.interval[1] - score.interval[0]) / 2 / score.overall for score in scores]
+    half = mean * math.hypot(*widths) / count
+    return mean, (max(0.0, mean - half), mean + half)

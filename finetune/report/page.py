@@ -39,7 +39,7 @@ CURVES = {
     "loss": "training loss",
     "eval_loss": "validation loss",
     **{f"eval_{task.key}": f"validation {task.key}, {task.unit}" for task in TASKS.values()},
-    f"eval_{MixtureTask.key}": "validation, mean of the metrics of all sources",
+    f"eval_{MixtureTask.key}": "validation, geometric mean of the metrics of all sources",
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradients",
     "memory_gib": "memory, GiB",

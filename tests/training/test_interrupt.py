@@ -21,6 +21,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
     done = preloaded.run(kill_test.main, "--runs", "3", "--seed", str(random.randrange(10**6)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills: 3" in done.stdout
+    assert "finished runs: 0" not in done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

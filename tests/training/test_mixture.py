@@ -52,7 +52,7 @@ def test_a_run_on_a_mixture_from_its_start_to_its_report(tmp_path: Path, monkeyp
 
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "eval_loss" in line][-1]
-    both = (last["eval_questions_accuracy"] + last["eval_captions_cider"]) / 2
+    both = (last["eval_questions_accuracy"] * last["eval_captions_cider"]) ** 0.5
     assert last["eval_mean_of_sources"] == pytest.approx(both)
 
     evaluate.main([CONFIG, *run])
