@@ -482,7 +482,8 @@ def test_answers_are_chosen_among_those_of_a_file(
 
 def test_labels_of_a_run_are_the_right_answers_of_its_training_data(base: Path, tmp_path: Path) -> None:
     """Of the source of the same name, where there is one, and only where the task is classify."""
-    validation, train_files = (files(base, split) for split in ("val2014", "train2014"))
+    train_files: dict[str, Any] = dict(files(base, "train2014"))
+    validation = files(base, "val2014")
     captions = {"jsonl": f"{base}/data/captions_train2014.jsonl", "name": "captions"}
 
     def labels(train: Any, validation: Any) -> dict[str, list[str]]:
