@@ -11,7 +11,8 @@ official format) and metrics.json for each ARM; with --limit it writes nothing. 
 write. Figures of other questions are not overwritten. JSON lines are as in training, `{"image": ..., "prefix": ...,
 "suffix": ...}`; an answer counts if it equals the suffix, or one of several, unless --task says otherwise. --source
 takes the keys that data.validation has in a configuration: `--source csv=mine.csv columns.question=query`, `--source
-hub=owner/name split=test`. With `accelerate launch --multi_gpu evaluate.py ...` the GPUs share the images.
+hub=owner/name split=test`. With --candidates FILE, which has one answer a line, such as yes and no, each answer is the
+most likely one of these. With `accelerate launch --multi_gpu evaluate.py ...` the GPUs share the images.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ TASKS = ("auto", "vqa", "answer", "classify", "document", "chart", "detect", "ca
 RUN, CHECKPOINT, RESULTS = "CONFIG.yaml", "--model (or --adapter)", "--results"
 # The arguments that each form accepts.
 ACCEPTED = {
-    RUN: "config overrides arm limit output",
+    RUN: "config overrides arm limit output candidates",
     CHECKPOINT: "model revision adapter questions annotations images jsonl source task prompt limit output batch_size "
-    "max_new_tokens dtype quantize device",
+    "max_new_tokens dtype quantize device candidates",
     RESULTS: "results questions annotations limit output",
 }
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     accepted = {name: getattr(given, name) for name in ACCEPTED[form].split()}
     if form == RUN:
         config, words = load_config(given.config, given.overrides), [given.config, *given.overrides]
-        scores = evaluate_run(config, words, given.arm or (), given.limit, given.output)
+        scores = evaluate_run(config, words, given.arm or (), given.limit, given.output, given.candidates)
         if given.limit is None and given.output is None:
             distributed.on_main(partial(show_page, Path(config.output)))
             distributed.on_main(partial(show_cards, Path(config.output)))
@@ -101,6 +102,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     form = form_of(given)
     if unknown := [name for name in words if name not in ACCEPTED[form].split()]:
         raise ValueError(f"the form with {form} takes no {refused(unknown)}{alternative(form, unknown)}")
+    if given.candidates is not None and "max_new_tokens" in words:
+        raise ValueError("--candidates takes no --max-new-tokens: answers are chosen among those of the file")
     if form == RESULTS:
         require(given, "questions", "annotations")
     elif form == CHECKPOINT and given.source is not None:
@@ -177,6 +180,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="extend",
     )
     option("--task", "what answers are judged by: data.validation.task of `paligemma-lora config`", choices=TASKS)
+    option(
+        "--candidates",
+        "file of the answers that are allowed, one a line: the most likely one is taken, instead of a generated text",
+        metavar="FILE",
+        type=path_argument,
+    )
     option("--prompt", f"of official questions (default: as the adapter was trained, or {DEFAULT_PROMPT!r})")
     option("--limit", "evaluate on the first N questions only", type=cli.positive, metavar="N")
     option("--output", "directory for metrics.json and, for new answers, results.json", type=path_argument)

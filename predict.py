@@ -4,13 +4,14 @@
     python predict.py --model assets/tiny-base --image *.jpg --prompt "caption en" --format jsonl
     python predict.py --adapter runs/quickstart --image photos/ other.png --prompt "caption en"
     python predict.py --adapter runs/mine --image photos/ --prompt "detect cat ; dog" --draw drawn
+    python predict.py --adapter runs/mine --image photos/ --prompt "answer en is it raining?" --candidates yes_no.txt
 
 The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. A folder stands
 for the image files in it, sorted by name: .jpg, .png, .webp and the other formats that can be opened; hidden files and
 folders within are left out. An image that is given twice is asked about once. An image that cannot be used is named,
 the others are answered, and the exit code is 2; with --format jsonl its lines have "error" instead of "answer" and
-"finished". --draw saves each image under its name in a directory, with the boxes that all answers about it name; it
-replaces no file.
+"finished". With --candidates FILE, which has one answer a line, the answer is the most likely one of these. --draw
+saves each image under its name in a directory, with the boxes that all answers about it name; it replaces no file.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ def ask(arguments: argparse.Namespace, broken: dict[str, str], drawings: dict[st
     from finetune.adapters.locate import find_adapter, find_base
     from finetune.adapters.network import adapted_config
     from finetune.adapters.storage import load_adapter
-    from finetune.evaluation.evaluate import generate_answers, unfinished_note
+    from finetune.evaluation.candidates import read_candidates
+    from finetune.evaluation.evaluate import choose_answers, generate_answers, unfinished_note
     from finetune.lora.nf4 import open_base
     from finetune.system.device import pick_device, pick_dtype
     from finetune.training.examples import processor_of
     from model import fetch
 
+    candidates = read_candidates(arguments.candidates) if arguments.candidates else []
     adapter = find_adapter(arguments.adapter) if arguments.adapter else None
     base, revision = arguments.model, arguments.revision
     if base is None:
@@ -72,21 +75,19 @@ def ask(arguments: argparse.Namespace, broken: dict[str, str], drawings: dict[st
         print(f"{marked} prompts begin with <image> or <bos>: taken off, for every row has them", file=sys.stderr)
     for prompt in arguments.prompt:
         processor.encode(prompt)  # one that is refused, before minutes are spent on opening a network
+    for text in candidates:
+        processor.answer_ids(text)
     quantization = cli.quantization(arguments.quantize, adapter)
     model = open_base(directory, pick_dtype(arguments.dtype, device), device, quantization)
     if adapter:
         load_adapter(model, adapter)
     records = pairs_of(arguments)
-    answers = generate_answers(
-        model,
-        processor,
-        [record for record in records if record["image"] not in broken],
-        new_tokens,
-        arguments.batch_size,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
+    usable = [record for record in records if record["image"] not in broken]
+    if candidates:
+        answers = choose_answers(model, processor, usable, candidates, arguments.batch_size)
+    else:
+        sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
+        answers = generate_answers(model, processor, usable, new_tokens, arguments.batch_size, **sampling)
     for line in lines(records, answers, broken, arguments.format):
         print(line)
     if drawings:
@@ -94,7 +95,8 @@ def ask(arguments: argparse.Namespace, broken: dict[str, str], drawings: dict[st
         said = f"images saved in {arguments.draw}: {len(drawings):,}, with boxes drawn on them: {boxes:,}"
         print(visible(said), file=sys.stderr)
     unfinished = sum(not answer.finished for answer in answers.values())
-    for note in (guessed, unfinished_note(unfinished, len(answers), new_tokens, "--max-new-tokens")):
+    cut_off = unfinished_note(unfinished, len(answers), new_tokens, "--max-new-tokens")
+    for note in (None if candidates else guessed, cut_off):
         if note:
             print(note, file=sys.stderr)
 
@@ -195,15 +197,15 @@ def lines(
             if form == "jsonl":
                 yield json_line(asked | {"error": broken[record["image"]]}, sys.stdout)
             continue
-        answer, finished = (given := answers[record["id"]]).text, given.finished
+        given = answers[record["id"]]
         if form == "jsonl":
-            yield json_line(
-                asked | {"answer": answer, "finished": finished, "confidence": round(given.confidence, 4)}, sys.stdout
-            )
+            found = {"answer": given.text, "finished": given.finished, "confidence": round(given.confidence, 4)}
+            listed = {"candidates": given.listed} if given.candidates else {}
+            yield json_line(asked | found | listed, sys.stdout)
         elif len(answers) == 1:
-            yield visible(answer)
+            yield visible(given.text)
         else:
-            yield "\t".join(map(one_line, (record["image"], record["prefix"], answer)))
+            yield "\t".join(map(one_line, (record["image"], record["prefix"], given.text)))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -212,6 +214,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError("expected --model, a checkpoint; or --adapter, which names its base; or both")
     if arguments.model is None and arguments.revision is not None:
         raise ValueError("--revision is of the Hub id that --model gives: give that too")
+    usual = {"max_new_tokens": None, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    given = [name for name, value in usual.items() if getattr(arguments, name) != value]
+    if arguments.candidates and given:
+        named = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"--candidates takes no {named}: answers are chosen among those of the file")
     return arguments
 
 
@@ -227,6 +234,11 @@ def build_parser() -> argparse.ArgumentParser:
     option("--adapter", "directory of an adapter on that checkpoint, or of a run", type=path_argument)
     option("--image", "image files, and folders of them", nargs="+", required=True, type=argument)
     option("--prompt", "prompts, each asked of every image", nargs="+", required=True)
+    option(
+        "--candidates",
+        "file of the answers that are allowed, one a line: the most likely one is taken, instead of a generated text",
+        type=path_argument,
+    )
     option("--max-new-tokens", cli.NEW_TOKENS_HELP, type=cli.positive)
     option("--temperature", "0 takes the most likely token, higher values sample", type=float, default=0.0)
     option("--top-p", "sample from the most likely tokens of this probability", type=float, default=1.0)

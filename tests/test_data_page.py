@@ -132,9 +132,11 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
     """The network answers these, one record each."""
 
     def answers(model: object, processor: object, records: Any, *_: object, **__: object) -> dict[str, Answer]:
-        return {record["id"]: Answer(text, True, -0.5) for record, text in zip(records, texts, strict=True)}
+        given = (Answer(text, True, -0.5, ((text, -0.5),)) for text in texts)
+        return {record["id"]: answer for record, answer in zip(records, given, strict=True)}
 
     monkeypatch.setattr("finetune.evaluation.evaluate.generate_answers", answers)
+    monkeypatch.setattr("finetune.evaluation.evaluate.choose_answers", answers)  # of the labels
 
 
 def test_every_source_and_every_task_has_an_example() -> None:

@@ -20,7 +20,7 @@ from benchmarks.acceptance import correctness, correctness_training, memory, mem
 from benchmarks.acceptance.bench import Bench
 from benchmarks.acceptance.card import Card, Memory, covered
 from benchmarks.acceptance.findings import Check, Finding, Part, Report, SkippedError, at_most, run_part
-from finetune.evaluation import evaluate
+from finetune.evaluation import batches
 from finetune.lora.linear import adapters
 from finetune.training import trainer
 from finetune.training.gradient_accumulation import GradientAccumulation
@@ -358,7 +358,7 @@ def test_a_batch_of_questions_that_is_lost_fails(bench: Bench, monkeypatch: pyte
         self.size = self.last // 2
         warnings.warn(f"out of memory: {reason}", stacklevel=1)
 
-    monkeypatch.setattr(evaluate.Batches, "halve", forgets)
+    monkeypatch.setattr(batches.Batches, "halve", forgets)
     found = run({"evaluation": memory_training.evaluation_recovers}, bench)
     assert failed(found) == {"recovers.evaluation"}
     assert " of 12 answered" in found["recovers.evaluation"].figure

@@ -28,11 +28,13 @@ import train
 from data.boxes import boxes_in
 from data.drawing import draw_boxes
 from data.images import open_image
+from data.records import load_records
 from data.synthetic import scenes
 from finetune import cli
 from finetune.adapters.metadata import training_facts
 from finetune.config.load import load_config
 from finetune.evaluation.answer import Answer
+from finetune.evaluation.run import labels_of_run
 from finetune.system import terminal
 from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.result import Result
@@ -442,6 +444,63 @@ def test_lines_of_ones_own_are_scored_with_any_adapter(
     (tmp_path / "mine.jsonl").write_text(rows[0])
     with pytest.raises(ValueError, match=r"holds figures of something else \(jsonl differ\)"):
         evaluate.main([*mine, "--output", str(tmp_path / "found")])
+
+
+def test_answers_are_chosen_among_those_of_a_file(
+    base: Path, run: Path, tmp_path: Path, image_paths: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run, of a checkpoint, and by predict.py; figures of other candidates, or of none, are not overwritten."""
+    allowed, other = tmp_path / "allowed.txt", tmp_path / "other.txt"
+    allowed.write_text("no\nyes\na red circle\n")
+    other.write_text("no\nyes\n")
+    adapter = [*arguments(base, run), "--arm", "adapter", "--limit", "6", "--output", str(tmp_path / "run")]
+    evaluate.main([*adapter, "--candidates", str(allowed)])
+    named = [word for name, value in files(base, "val2014").items() for word in (f"--{name}", value)]
+    network = ["--adapter", str(run / "adapter"), "--dtype", "float32", "--device", "cpu"]
+    asked = [*network, *named, "--limit", "6", "--output", str(tmp_path / "model"), "--candidates", str(allowed)]
+    evaluate.main(asked)
+    assert "ECE" in capsys.readouterr().out
+    metrics, answers = (tmp_path / "run/adapter/metrics.json", tmp_path / "run/adapter/answers.jsonl")
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert {line["answer"] for line in lines} <= {"no", "yes", "a red circle"}
+    assert [len(line["candidates"]) for line in lines] == [3] * 6
+    assert answers.read_text() == (tmp_path / "model/answers.jsonl").read_text()
+    assert json.loads(metrics.read_text())["candidates"] == ["no", "yes", "a red circle"]
+    for more in ([], ["--candidates", str(other)]):
+        with pytest.raises(ValueError, match=r"holds figures of something else \(candidates differ\)"):
+            evaluate.main([*adapter, *more])
+    with pytest.raises(ValueError, match="--candidates takes no --max-new-tokens"):
+        evaluate.main([*asked, "--max-new-tokens", "3"])
+    predicting = [*network, "--image", *image_paths, "--prompt", "caption en", "--candidates", str(allowed)]
+    capsys.readouterr()
+    predict.main([*predicting, "--format", "jsonl"])
+    for line in map(json.loads, capsys.readouterr().out.splitlines()):
+        assert [line["answer"], line["confidence"]] == list(line["candidates"][0].values())
+    with pytest.raises(ValueError, match="--candidates takes no --temperature, --seed: answers are chosen"):
+        predict.main([*predicting, "--temperature", "1", "--seed", "3"])
+
+
+def test_labels_of_a_run_are_the_right_answers_of_its_training_data(base: Path, tmp_path: Path) -> None:
+    """Of the source of the same name, where there is one, and only where the task is classify."""
+    train_files: dict[str, Any] = dict(files(base, "train2014"))
+    validation = files(base, "val2014")
+    captions = {"jsonl": f"{base}/data/captions_train2014.jsonl", "name": "captions"}
+
+    def labels(train: Any, validation: Any) -> dict[str, list[str]]:
+        data = f"data={json.dumps({'train': train, 'validation': validation})}"
+        return labels_of_run(load_config(ROOT / "configs/quickstart.yaml", [*overrides(base, tmp_path), data]))
+
+    answers = {record["answer"] for record in load_records(**train_files)}
+    classify = validation | {"task": "classify"}
+    assert labels(train_files, validation) == {}
+    found = labels(train_files, classify)
+    assert (list(found), set(found[""])) == ([""], answers)
+    two = [train_files | {"name": "questions"}, captions]
+    of_two = labels(two, [classify | {"name": "questions"}, captions])
+    assert (list(of_two), set(of_two["questions"])) == (["questions"], answers)
+    gone = train_files | {"questions": f"{base}/gone.json"}
+    with pytest.raises(ValueError, match=r"gone\.json does not exist(.|\n)*the task classify are .*--candidates FILE"):
+        labels(gone, classify)
 
 
 def test_another_adapter_is_evaluated_on_the_questions_of_a_run(base: Path, run: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.acceptance.rounding import distance, joined
 from benchmarks.acceptance.training import make_trainer
 from benchmarks.side_by_side import GIB
 from data import collate
-from finetune.evaluation.evaluate import in_batches
+from finetune.evaluation.batches import in_batches
 from finetune.lora.linear import LoRAConfig
 from finetune.lora.protocol import trained_parameters
 from finetune.preflight.plan import CONTEXT, Plan, Planner

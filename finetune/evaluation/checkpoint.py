@@ -23,11 +23,12 @@ from finetune.adapters.network import adapted_config
 from finetune.adapters.storage import load_adapter
 from finetune.config.source import SOURCE_PATHS, Source
 from finetune.config.source_words import source_of
+from finetune.evaluation.candidates import Candidates, labels_of, read_candidates
 from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
-from finetune.evaluation.inputs import INPUTS_KEY, first, inputs_of_source, require_same_inputs
+from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, inputs_of_source, require_same_inputs
 from finetune.evaluation.score import Score
 from finetune.evaluation.task_choice import task_of_source
-from finetune.evaluation.tasks import Task
+from finetune.evaluation.tasks import CLASSIFY, Task
 from finetune.lora.nf4 import open_base
 from finetune.system import distributed
 from finetune.system.console import show
@@ -64,6 +65,7 @@ class CheckpointOptions:
     dtype: str
     quantize: str
     device: str
+    candidates: Path | None
 
     @property
     def examples(self) -> Source:
@@ -86,6 +88,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     Raises:
         ValueError: files, checkpoint or adapter cannot be used, or `options.output` holds figures of other inputs.
     """
+    allowed = read_candidates(options.candidates) if options.candidates else ()
     source = options.examples
     adapter = find_adapter(options.adapter) if options.adapter else None
     model, revision = options.model, options.revision
@@ -97,6 +100,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     prompt = None if options.jsonl else choose_prompt(adapter, options.prompt, default_prompt)
     facts = {"model": model, "adapter": str(adapter) if adapter else None, "prompt": prompt}
     inputs = facts | inputs_of_source(source, SEED) | {"limit": options.limit}
+    inputs |= file_digests(candidates=options.candidates)
     device = pick_device(options.device)
     distributed.init(device)
     if options.output:
@@ -105,7 +109,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
     dtype = pick_dtype(options.dtype, device)
     directory = fetch(model, revision)
     new_tokens, note = max_new_tokens_of(directory, adapter, options.max_new_tokens, "--max-new-tokens")
-    if note:
+    if note and not allowed:
         show(note)
     quantize = cli.quantization(options.quantize, adapter)
     processor = processor_of(directory, adapted_config(directory, adapter))
@@ -113,8 +117,11 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
         records = open_source(source, options.limit, prompt or default_prompt, "pad")
     records = askable(records, processor, SkippedRecords())
     task.require(records.remove_columns("image"))
+    labels = {"": labels_of(records)} if task is CLASSIFY and not allowed else {}
+    candidates = Candidates(allowed, labels)
+    rows = options.batch_size
     result = open_and_evaluate(
-        directory, adapter, processor, records, task, dtype, device, options.batch_size, new_tokens, quantize
+        directory, adapter, processor, records, task, candidates, dtype, device, rows, new_tokens, quantize
     )
     show_unfinished(str(adapter or model), result, "--max-new-tokens")
     if options.output:
@@ -145,6 +152,7 @@ def open_and_evaluate(
     processor: Processor,
     records: Dataset,
     task: Task,
+    candidates: Candidates,
     dtype: torch.dtype,
     device: torch.device,
     batch_size: int,
@@ -152,11 +160,13 @@ def open_and_evaluate(
     quantize: str | None,
 ) -> Evaluation:
     """Open a model, evaluate it, and free it on return: two models would not fit on a small GPU."""
+    for text in candidates.texts:
+        processor.answer_ids(text)  # one that is refused, before minutes are spent on opening a network
     model = open_base(directory, dtype, device, quantize)
     if adapter:
         load_adapter(model, adapter)
     shown = progress("answering")
-    return evaluate(model, processor, records, task, max_new_tokens, batch_size=batch_size, progress=shown)
+    return evaluate(model, processor, records, task, max_new_tokens, candidates, batch_size=batch_size, progress=shown)
 
 
 def show_unfinished(name: str, result: Evaluation, option: str) -> None:

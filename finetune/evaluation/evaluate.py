@@ -1,8 +1,9 @@
-"""Answers generated and scored: the loss of the majority answer, and the metric of the task (tasks.py).
+"""Answers generated, or chosen among candidates, and scored: the loss of the majority answer, and the metric of the
+task (tasks.py).
 
-Every image passes the vision tower once for all its questions. Several processes share the images, and each has all
-answers in the end; where they share sharded layers, too, they compute equally many batches, and tokens of answers in
-each, some of which are dropped (finetune/system/sharding.py). Logits of a data set are never kept.
+Every image passes the vision tower once for all its questions (batches.py). Several processes share the images, and
+each has all answers in the end; where they share sharded layers, too, they compute equally many tokens of answers in
+each batch, some of which are dropped (finetune/system/sharding.py). Logits of a data set are never kept.
 """
 
 from __future__ import annotations
@@ -10,47 +11,50 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data import Processor, collate
 from finetune.evaluation.answer import Answer
+from finetune.evaluation.batches import in_batches
+from finetune.evaluation.candidates import GENERATED, Candidates, most_likely
+from finetune.evaluation.mixture import SEPARATOR
 from finetune.evaluation.score import Score
-from finetune.evaluation.tasks import Task
+from finetune.evaluation.tasks import Task, is_right
 from finetune.evaluation.vqa_accuracy import write_results
 from finetune.system import distributed, sharding
-from finetune.system.device import first_line, free_memory, is_out_of_memory
 from model import IGNORE_INDEX, PaliGemma
 from model.progress import Progress, silent
 
 METRICS_FILE, ANSWERS_FILE = "metrics.json", "answers.jsonl"
 Record = Mapping[str, Any]
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What one network answered, and how good that is."""
 
-    generated: dict[str, Answer]
+    given: dict[str, Answer]
     task: Task
     score: Score
     max_new_tokens: int
+    candidates: Candidates = GENERATED
+    labels: Mapping[str, Answer] = dataclasses.field(default_factory=dict)
+    """The most likely label of records whose task asks for it, by their id."""
 
     @property
     def answers(self) -> dict[str, str]:
         """The texts, by the id of the record."""
-        return {name: answer.text for name, answer in self.generated.items()}
+        return {name: answer.text for name, answer in self.given.items()}
 
     @property
     def unfinished(self) -> int:
         """Answers that reached `max_new_tokens` without `<eos>`."""
-        return sum(not answer.finished for answer in self.generated.values())
+        return sum(not answer.finished for answer in self.given.values())
 
     def save(self, directory: Path, records: Iterable[Record], **facts: Any) -> None:
         """Write `results.json` in the official format, `answers.jsonl` with what was asked, expected and answered, and
@@ -60,13 +64,18 @@ class Evaluation:
         write_results(directory / "results.json", self.answers)
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self.answered(records))
         (directory / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
-        generated = {"task": self.task.name, "unfinished": self.unfinished, "max_new_tokens": self.max_new_tokens}
-        write_metrics(directory, self.score, **generated, **facts)
+        made = {"task": self.task.name, "unfinished": self.unfinished}
+        chosen = {"candidates": list(self.candidates.answers)}
+        made |= chosen if self.candidates.answers else {"max_new_tokens": self.max_new_tokens}
+        write_metrics(directory, self.score, **made, **facts)
 
     def answered(self, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        """The lines of `answers.jsonl`: `score` as the task values the answer, `confidence` as `Answer` has it."""
+        """The lines of `answers.jsonl`: `score` as the task values the answer, `confidence` as `Answer` has it; where
+        candidates or labels were scored, `candidates` has the most likely ones.
+        """
         for record in records:
-            answer = self.generated[record["id"]]
+            answer = self.given[record["id"]]
+            listed = self.labels.get(record["id"], answer).listed
             yield {
                 "id": record["id"],
                 "image_id": record["image_id"],
@@ -78,6 +87,7 @@ class Evaluation:
                 "score": round(self.score.values[record["id"]], 2),
                 "confidence": round(answer.confidence, 4),
                 "finished": answer.finished,
+                **({"candidates": listed} if listed else {}),
             }
 
 
@@ -104,11 +114,22 @@ def evaluate(
     records: Sequence[Record],
     task: Task,
     max_new_tokens: int,
+    candidates: Candidates = GENERATED,
     **settings: Any,
 ) -> Evaluation:
     """Answers to all records, scored by the task's metric; `settings` as in `generate_answers`."""
-    answers = generate_answers(model, processor, records, max_new_tokens, **settings)
-    return Evaluation(answers, task, task.score(answers, records), max_new_tokens)
+    if candidates.answers:
+        answers = choose_answers(model, processor, records, candidates.answers, **settings)
+    else:
+        answers = generate_answers(model, processor, records, max_new_tokens, **settings)
+    score, labels = task.score(answers, records), dict[str, Answer]()
+    for source, texts in candidates.labels.items():
+        some = [i for i, record in enumerate(records) if not source or record["id"].startswith(source + SEPARATOR)]
+        if some:
+            chosen = choose_answers(model, processor, records, texts, positions=some, **settings)
+            right = statistics.fmean(is_right(chosen[records[i]["id"]].text, records[i]) for i in some)
+            score, labels = score.with_other("accuracy among labels", 100 * right, source), labels | chosen
+    return Evaluation(answers, task, score, max_new_tokens, candidates, labels)
 
 
 def generate_answers(
@@ -130,11 +151,42 @@ def generate_answers(
         given = (answer_of(processor, ids, log_probs) for ids, log_probs in new.rows(processor.eos_id))
         return dict(zip((row["id"] for row in rows), given, strict=True))
 
-    answers: dict[str, Answer] = {}
-    for answered in in_batches(model, processor, records, batch_size, answer, progress):
-        answers |= answered
-    answers = {name: answer for shard in distributed.gather(answers) for name, answer in shard.items()}
-    return {record["id"]: gathered(*answers[record["id"]]) for record in records}
+    return in_order(in_batches(model, processor, records, batch_size, answer, progress), records)
+
+
+def choose_answers(
+    model: PaliGemma,
+    processor: Processor,
+    records: Sequence[Record],
+    candidates: Sequence[str],
+    batch_size: int = 16,
+    progress: Progress = silent,
+    positions: Sequence[int] | None = None,
+) -> dict[str, Answer]:
+    """The most likely of the candidates for each record, or for those at `positions`, by its id, in the records' order.
+
+    Raises:
+        ValueError: a candidate holds what no answer may hold, such as a special token.
+    """
+    tokens = [processor.answer_ids(text) for text in candidates]
+
+    def choose(rows: list[Record], features: Tensor) -> dict[str, Answer]:
+        texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
+        asked, mask = texts["input_ids"], texts["attention_mask"]
+        scores = model.score(asked, [tokens] * len(rows), attention_mask=mask, image_features=features)
+        pairs = zip(scores.log_probs, scores.tokens, strict=True)
+        chosen = (most_likely(candidates, log_probs.cpu(), counts) for log_probs, counts in pairs)
+        return dict(zip((row["id"] for row in rows), chosen, strict=True))
+
+    return in_order(in_batches(model, processor, records, batch_size, choose, progress, positions), records)
+
+
+def in_order(batches: Iterable[dict[str, Answer]], records: Sequence[Record]) -> dict[str, Answer]:
+    """The answers of all batches and processes by the ids of their records, in the records' order."""
+    mine = {name: answer for batch in batches for name, answer in batch.items()}
+    answers = {name: answer for shard in distributed.gather(mine) for name, answer in shard.items()}
+    ids = (record["id"] for record in records)
+    return {name: gathered(*answers[name]) for name in ids if name in answers}
 
 
 def answer_of(processor: Processor, ids: list[int], log_probs: list[float]) -> Answer:
@@ -143,9 +195,16 @@ def answer_of(processor: Processor, ids: list[int], log_probs: list[float]) -> A
     return Answer(processor.decode(ids), ids[-1] == processor.eos_id, statistics.fmean(log_probs), tuple(tokens))
 
 
-def gathered(text: str, finished: bool, log_prob: float, tokens: Iterable[tuple[str, float]]) -> Answer:
+def gathered(
+    text: str,
+    finished: bool,
+    log_prob: float,
+    tokens: Iterable[tuple[str, float]],
+    candidates: Iterable[tuple[str, float]],
+) -> Answer:
     """An answer, which came as lists where another process made it."""
-    return Answer(text, finished, log_prob, tuple((token, found) for token, found in tokens))
+    pairs = (tuple((piece, found) for piece, found in some) for some in (tokens, candidates))
+    return Answer(text, finished, log_prob, *pairs)
 
 
 @torch.inference_mode()
@@ -169,95 +228,3 @@ def mean_loss(
     total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
     total, tokens = distributed.total(total), int(distributed.total(tokens))
     return total / tokens if tokens else float("nan")
-
-
-@torch.inference_mode()
-def in_batches(
-    model: PaliGemma,
-    processor: Processor,
-    records: Sequence[Record],
-    batch_size: int,
-    work: Callable[[list[Record], Tensor], Result],
-    progress: Progress = silent,
-    positions: Sequence[int] | None = None,
-) -> Iterator[Result]:
-    """What `work` makes of all records, or of those at `positions`, batch by batch: of their rows and the image tokens
-    [B, N, D] of their images.
-
-    Questions of one image are side by side, so that each image passes the vision encoder once. Of several processes
-    each has its share of the images. A batch that runs out of memory is repeated in halves, as are all after it.
-    """
-    model.eval()
-    ids = [record["image_id"] for record in records]
-    ordered = sorted((ids[i], i) for i in (range(len(ids)) if positions is None else positions))
-    images = list(dict.fromkeys(image_id for image_id, _ in ordered))
-    mine = set(images[distributed.rank() :: distributed.count()])
-    batches = Batches([i for image_id, i in ordered if image_id in mine], batch_size)
-    features: dict[str, Tensor] = {}
-    for batch in progress(batches, len(batches)):
-        rows = [records[i] for i in batch or [0]]  # an empty batch: others have one, and sharded layers need all
-        try:
-            with sharding.same_memory(model.language_model.model):
-                features = encode_new(model, processor, rows, features)
-                result = work(rows, torch.stack([features[row["image_id"]] for row in rows]))
-        except Exception as error:
-            if not is_out_of_memory(error) or not batches.can_halve:
-                raise
-            reason = first_line(error)
-        else:
-            if batch:
-                yield result
-            continue
-        features = {}
-        free_memory(model.device)
-        batches.halve(reason)
-
-
-class Batches:
-    """Indices in batches of `size`; one that was too large comes again, in halves.
-
-    Processes that share sharded layers have equally many, of one size: the last ones may be empty.
-    """
-
-    def __init__(self, indices: list[int], size: int) -> None:
-        self.indices, self.size, self.done, self.last = indices, size, 0, 0
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while sharding.any_process(self.done < len(self.indices)):
-            batch = self.indices[self.done : self.done + self.size]
-            self.last = len(batch)
-            self.done += len(batch)
-            yield batch
-
-    @property
-    def largest(self) -> int:
-        """The size of the batch at work, or of the largest one that a process may have."""
-        return self.size if sharding.shards_layers() else self.last
-
-    @property
-    def can_halve(self) -> bool:
-        return self.largest > 1
-
-    def halve(self, reason: str) -> None:
-        self.done -= self.last
-        largest, self.size = self.largest, self.largest // 2
-        warnings.warn(
-            f"out of memory with {largest} questions at once ({reason}): repeated, and from here on {self.size} at "
-            "once; a smaller evaluation.batch_size (--batch-size) saves the attempt",
-            stacklevel=3,
-        )
-
-
-def encode_new(
-    model: PaliGemma, processor: Processor, rows: list[Record], known: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Image tokens [N, D] of the rows' images, by id: those that are known, others encoded; no more are kept."""
-    images = {row["image_id"]: row["image"] for row in rows}
-    features = {name: known[name] for name in images if name in known}
-    if new := [name for name in images if name not in features]:
-        pixels = torch.stack([processor.pixels(images[name]) for name in new])
-        features |= zip(new, model.encode_images(pixels.to(model.device)), strict=True)
-    return features

@@ -46,7 +46,7 @@ def inputs_of_source(source: Source, seed: int) -> dict[str, Any]:
     return inputs
 
 
-def file_digests(**files: str | None) -> dict[str, Any]:
+def file_digests(**files: str | Path | None) -> dict[str, Any]:
     """Size and sha256 of the files that exist. Whoever opens a missing one reports it."""
     return {name: describe(Path(file)) for name, file in files.items() if file and Path(file).is_file()}
 

@@ -7,6 +7,7 @@ OUTPUT/eval/ARM. With a limit nothing is written, unless a directory is named.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,18 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from data.invalid import NAMED
+from data.invalid import NAMED, SkippedRecords
 from data.records import decodable
 from finetune import cli
 from finetune.adapters.generation_config import max_new_tokens_of
 from finetune.adapters.network import adapted_config
 from finetune.config.schema import RunConfig
+from finetune.evaluation.candidates import Candidates, labels_of, read_candidates
 from finetune.evaluation.checkpoint import open_and_evaluate, show_unfinished
-from finetune.evaluation.inputs import INPUTS_KEY, inputs_of_run, require_same_inputs
+from finetune.evaluation.inputs import INPUTS_KEY, file_digests, inputs_of_run, require_same_inputs
 from finetune.evaluation.mixture import MixtureTask
 from finetune.evaluation.score import Score
 from finetune.evaluation.task_choice import task_of_source
-from finetune.evaluation.tasks import Task
+from finetune.evaluation.tasks import CLASSIFY, Task
 from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
@@ -60,6 +62,7 @@ def evaluate_run(
     names: Sequence[str] = (),
     limit: int | None = None,
     output: Path | None = None,
+    candidates: Path | None = None,
 ) -> dict[str, Score]:
     """The score of each arm, by the metric of the task.
 
@@ -68,12 +71,14 @@ def evaluate_run(
         names: the arms to evaluate; all by default.
         limit: evaluate on the first questions only, those of several sources in turns.
         output: directory for answers and figures, instead of the run's own.
+        candidates: a file of the answers that are allowed; by default answers are generated.
 
     Raises:
         ValueError: there is nothing to evaluate on, an arm is missing, or figures of other inputs would be overwritten.
     """
     if config.data.validation is None:
         raise ValueError(f"{words[0]} has no data.validation: nothing to evaluate on")
+    allowed = read_candidates(candidates) if candidates else []
     require_paths(config, "validation")
     task_of(config).require()
     device = pick_device(config.model.device)
@@ -82,15 +87,16 @@ def evaluate_run(
     arms = arms_of(config, words, names)
     directory = output or (None if limit else Path(config.output, "eval"))
     with locked(directory / "eval.lock", directory, "evaluating") if directory else contextlib.nullcontext():
-        inputs = inputs_of_run(config, limit)
+        inputs = inputs_of_run(config, limit) | file_digests(candidates=candidates)
         if directory:
             for name in arms:
                 distributed.on_main(partial(require_same_inputs, directory / name, inputs))
         records = records_of_run(config, limit, listed=limit is None and output is None)
         task_of(config).require(records.remove_columns("image"))
-        dtype, new_tokens = pick_dtype(config.model.dtype, device), new_tokens_of_run(config)
+        asked = Candidates(allowed) if allowed else Candidates(labels=labels_of_run(config))
+        dtype, new_tokens = pick_dtype(config.model.dtype, device), new_tokens_of_run(config, noted=not allowed)
         return {
-            name: evaluate_arm(config, name, arm, records, dtype, device, new_tokens, directory, inputs)
+            name: evaluate_arm(config, name, arm, records, asked, dtype, device, new_tokens, directory, inputs)
             for name, arm in arms.items()
         }
 
@@ -100,6 +106,7 @@ def evaluate_arm(
     name: str,
     arm: Arm,
     records: Dataset,
+    candidates: Candidates,
     dtype: torch.dtype,
     device: torch.device,
     new_tokens: int,
@@ -111,8 +118,9 @@ def evaluate_arm(
     processor = processor_of(checkpoint, adapted_config(checkpoint, arm.adapter))
     quantize = None if name == "merged" else config.model.quantize
     rows = config.evaluation.batch_size
+    task = task_of(config)
     result = open_and_evaluate(
-        checkpoint, arm.adapter, processor, records, task_of(config), dtype, device, rows, new_tokens, quantize
+        checkpoint, arm.adapter, processor, records, task, candidates, dtype, device, rows, new_tokens, quantize
     )
     if name != "base":
         show_unfinished(name, result, "evaluation.max_new_tokens")
@@ -175,12 +183,40 @@ def records_of_run(config: RunConfig, limit: int | None, listed: bool) -> Datase
     return records
 
 
-def new_tokens_of_run(config: RunConfig) -> int:
-    """The maximum number of tokens in an answer, for all arms: as configured, or as stored with the run's result."""
+def labels_of_run(config: RunConfig) -> dict[str, list[str]]:
+    """As `Candidates.labels`: of each validation source whose task is classify the right answers of the training source
+    of that name, or of all training data where none has it.
+
+    Raises:
+        ValueError: they cannot be read, or are too many.
+    """
+    sources = config.data.sources("validation")
+    asked = [source.called for source in sources if task_of_source(source) is CLASSIFY]
+    if not asked:
+        return {}
+    try:
+        require_paths(config, "train")
+        opened = open_sources(config, "train", SkippedRecords(share=math.inf))  # the training has named what it skips
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\nthe labels of the task classify are the right answers of data.train: correct that, or give "
+            "--candidates FILE with one answer a line"
+        ) from error
+    trained = {source.called: records for source, records in zip(config.data.sources("train"), opened, strict=True)}
+    several = len(sources) > 1
+    return {
+        name if several else "": labels_of(trained[name]) if name in trained else labels_of(*opened) for name in asked
+    }
+
+
+def new_tokens_of_run(config: RunConfig, noted: bool) -> int:
+    """The maximum number of tokens in an answer, for all arms: as configured, or as stored with the run's result.
+    noted: whether a person is told what it was taken from.
+    """
     configured, output = config.evaluation.max_new_tokens, Path(config.output)
     adapter = output / "adapter" if config.lora and (output / "adapter").exists() else None
     given = None if configured == "auto" else configured
     new_tokens, note = max_new_tokens_of(output / "model", adapter, given, "evaluation.max_new_tokens")
-    if note:
+    if note and noted:
         show(note)
     return new_tokens

@@ -54,6 +54,13 @@ class Score:
         names = [field.name for field in dataclasses.fields(self) if field.name != "values"]
         return {name: getattr(self, name) for name in names} | rounded
 
+    def with_other(self, name: str, value: float, source: str = "") -> "Score":
+        """The score with a further metric, in percent: its own, or where a source is named that source's."""
+        if source:
+            of_source = self.by_source[source].with_other(name, value)
+            return dataclasses.replace(self, by_source=self.by_source | {source: of_source})
+        return dataclasses.replace(self, others=self.others | {name: value})
+
 
 def require_answered(answers: Mapping[str, object], records: Iterable[Record]) -> None:
     """One answer for every record, by id, and something to compare it with; a record has `id` and `answers`.

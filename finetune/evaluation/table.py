@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from finetune.evaluation.calibration import ECE
 from finetune.evaluation.score import PERCENT, Score
 from finetune.system.console import new_table
 
@@ -16,7 +17,8 @@ def score_table(scores: Mapping[str, Score]) -> Table:
     types = sorted({name for score in scores.values() for name in score.by_answer_type})
     most_first = sorted(scores.values(), key=lambda score: -len(score.others))
     names = list(dict.fromkeys(name for score in most_first for name in score.others))
-    headed = names if first.unit == PERCENT else [f"{name}, percent" for name in names]
+    short = ["ECE" if name == ECE else name for name in names]  # its whole name would take the room of three columns
+    headed = short if first.unit == PERCENT else [f"{name}, percent" for name in short]
     title = f"{first.metric}, {first.unit}"
     sources = {name: score.metric for name, score in first.by_source.items()}
     of_sources = [f"{name}: {metric}" for name, metric in sources.items()]

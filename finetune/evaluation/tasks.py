@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from finetune.evaluation.answer import Answer
+from finetune.evaluation.calibration import ECE, expected_calibration_error
 from finetune.evaluation.captions import CaptionTask
 from finetune.evaluation.detection_task import DetectTask
 from finetune.evaluation.score import PERCENT, Score, mean_score, require_answered
@@ -60,7 +61,8 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MeanTask:
-    """A task whose metric is the mean of what each answer is worth, 0 to 1.
+    """A task whose metric is the mean of what each answer is worth, 0 to 1. Where answers have a confidence, its
+    expected calibration error is among the further metrics.
 
     Attributes:
         value: of one answer.
@@ -83,18 +85,23 @@ class MeanTask:
         """See `Task.score`."""
         records = list(records)
         require_answered(answers, records)
-        texts = [answers[record["id"]].text for record in records]
+        given = [answers[record["id"]] for record in records]
+        texts = [answer.text for answer in given]
 
         def values(of: Value) -> dict[str, float]:
             return {record["id"]: of(text, record) for text, record in zip(texts, records, strict=True)}
 
-        found = mean_score(self.metric, values(self.value), records)
+        worth = values(self.value)
+        found = mean_score(self.metric, worth, records)
         others = {name: mean_score(name, values(of), records).overall for name, of in self.others.items()}
-        if self.labels is None:
-            return dataclasses.replace(found, others=others)
-        by_label = {label: 100 * value for label, value in self.labels(texts, records).items()}
-        others |= {"macro F1": sum(by_label.values()) / len(by_label)}
-        return dataclasses.replace(found, others=others, by_label=by_label, label_metric="F1")
+        if self.labels is not None:
+            by_label = {label: 100 * value for label, value in self.labels(texts, records).items()}
+            others |= {"macro F1": sum(by_label.values()) / len(by_label)}
+            found = dataclasses.replace(found, by_label=by_label, label_metric="F1")
+        if all(answer.has_confidence for answer in given):
+            confidences = [answer.confidence for answer in given]
+            others |= {ECE: 100 * expected_calibration_error(confidences, list(worth.values()))}
+        return dataclasses.replace(found, others=others)
 
 
 def is_vqa_right(answer: str, record: Record) -> float:
@@ -174,12 +181,13 @@ def f1_by_label(answers: Sequence[str], records: Sequence[Record]) -> dict[str, 
     return {label: 2 * right[label] / (answered[label] + expected[label]) for label in expected}
 
 
+CLASSIFY = MeanTask("classify", "accuracy", "accuracy", is_right, {"exact match": is_exact}, f1_by_label)
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         MeanTask("vqa", "accuracy", "VQA accuracy", is_vqa_right),
         MeanTask("answer", "accuracy", "accuracy", is_right, {"exact match": is_exact}),
-        MeanTask("classify", "accuracy", "accuracy", is_right, {"exact match": is_exact}, f1_by_label),
+        CLASSIFY,
         MeanTask("document", "anls", "ANLS", anls, {"accuracy": is_right}),
         MeanTask("chart", "accuracy", "relaxed accuracy", is_about_right, {"exact match": is_exact}),
         DetectTask(),

@@ -13,6 +13,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from finetune.evaluation.calibration import Bin
+
 INK = "#010203"  # stands for the page's text colour
 GREY, COLORS = "#8a94a6", ("#2f7de1", "#e08a1e", "#3aa76d", "#b0569c", "#d1495b", "#5b8e7d", "#7a5cd1")
 STYLE: Any = {
@@ -81,6 +83,27 @@ def bars(
             handles = [Patch(color=color_of(arm, arms), label=arm) for arm in arms]
             figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside upper left", ncols=len(arms))
         return to_svg(figure, label)
+
+
+def reliability(arms: Mapping[str, Sequence[Bin]], label: str) -> str:
+    """A reliability diagram: of each arm's bins the accuracy over the confidence, in percent, a larger point for more
+    answers; on the dashed diagonal both are equal.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(4.6, 3.6)
+        axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle="--", alpha=0.5)
+        for name, bins in arms.items():
+            color, total = color_of(name, list(arms)), sum(of.answers for of in bins)
+            confidences, accuracies = [100 * of.confidence for of in bins], [100 * of.accuracy for of in bins]
+            axes.plot(confidences, accuracies, color=color, linewidth=1.2)
+            axes.scatter(confidences, accuracies, [8 + 150 * of.answers / total for of in bins], color=color, alpha=0.7)
+        axes.set_xlim(0, 102)
+        axes.set_ylim(0, 102)
+        axes.set_xlabel("confidence, percent")
+        axes.set_title(label, loc="left", fontsize=10)
+        axes.grid(alpha=0.2)
+        axes.legend([Patch(color=color_of(name, list(arms))) for name in arms], list(arms), frameon=False, fontsize=8)
+        return to_svg(figure, f"{label} over confidence")
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:

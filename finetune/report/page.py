@@ -17,6 +17,7 @@ from data.invalid import SkippedRecords
 from data.records import ImagesById
 from finetune.config.schema import RunConfig
 from finetune.config.strict_yaml import dump
+from finetune.evaluation.calibration import ECE, calibration_bins
 from finetune.evaluation.mixture import MixtureTask
 from finetune.evaluation.score import PERCENT
 from finetune.evaluation.tasks import TASKS
@@ -100,6 +101,7 @@ def of_run(run: RunData) -> dict[str, Any]:
         "sources": sources(run.arms),
         "by_type": by_type_chart(run.arms),
         "question_types": question_types(run.arms),
+        "reliability": reliability_chart(run.arms),
         "curves": curves_of({run.name: run}),
         "cards": cards(run),
         "confusions": confusions(run.trained),
@@ -206,6 +208,16 @@ def by_type_chart(arms: dict[str, Arm]) -> Markup | None:
         return None
     groups = {kind: {arm: by_type[kind] for arm, by_type in accuracies.items() if kind in by_type} for kind in types}
     return Markup(charts.bars(groups, {}, metric_of(arms), highest_of(arms)))
+
+
+def reliability_chart(arms: dict[str, Arm]) -> Markup | None:
+    """Accuracy by confidence, of the arms whose calibration was measured."""
+    bins = {}
+    for name, arm in arms.items():
+        if ECE in arm.metrics.get("others", {}) and arm.answers:
+            pairs = [(line["confidence"], line["score"] / 100) for line in arm.answers.values()]
+            bins[name] = calibration_bins(*map(list, zip(*pairs, strict=True)))
+    return Markup(charts.reliability(bins, metric_of({name: arms[name] for name in bins}))) if bins else None
 
 
 def question_types(arms: dict[str, Arm]) -> list[tuple[str, int, dict[str, float]]]:

@@ -15,7 +15,8 @@ from data.image_form import ImageForm
 from data.records import load_records
 from data.synthetic.scenes import write as write_scenes
 from finetune.evaluation.answer import Answer
-from finetune.evaluation.evaluate import Batches, generate_answers, mean_loss
+from finetune.evaluation.batches import Batches
+from finetune.evaluation.evaluate import generate_answers, mean_loss
 from finetune.system import distributed
 from model import ConnectorConfig, PaliGemma
 from model.convert import changed, convert

@@ -45,6 +45,8 @@ def test_a_metric_that_one_model_has_not_is_empty_there_and_a_unit_is_said() -> 
     cells = cells_of(score_table({"base": base, "adapter": adapter}))
     assert ["accuracy, times 100"] in cells
     assert ["", "overall", "95%", "precision, percent", "recall, percent", "questions"] in cells
+    adapter_alone = score_table({"adapter": dataclasses.replace(whole, others={"expected calibration error": 3.0})})
+    assert ["", "overall", "95%", "ECE", "questions"] in cells_of(adapter_alone)
     rows = {row[0]: row for row in cells if row[0] in ("base", "adapter")}
     assert rows["base"][3:] == ["", "0.00", "1"]
     assert rows["adapter"][3:] == ["12.50", "25.00", "1"]

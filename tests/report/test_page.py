@@ -67,6 +67,8 @@ def test_what_a_page_says(run: Path, base: Path) -> None:
     page = Page((run / "report.html").read_text())
     metrics = json.loads((run / "eval/adapter/metrics.json").read_text())
     assert f"{metrics['overall']:.2f}% rightly (95% confidence: {metrics['interval'][0]:.2f} to" in page.text
+    assert f"adapter {metrics['others']['expected calibration error']:.2f}" in page.text
+    assert "confidence, percent" in page.text
     answers = [json.loads(line) for line in (run / "eval/adapter/answers.jsonl").read_text().splitlines()]
     shown = [attributes for attributes in page.of("div") if attributes.get("class") == "question"]
     assert len(shown) == len(answers)
