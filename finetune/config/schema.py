@@ -153,7 +153,7 @@ class DataConfig(Section):
         names = [source.called for source in given]
         for number, name in enumerate(names):
             if (first := names.index(name)) < number:
-                both = f"{split}.{number} and {split}.{first} are both called {name}: give them names of their own"
+                both = f"data.{split}.{number} and data.{split}.{first} are both called {name}: give one of them a name"
                 raise error_at(f"{split}.{number}.name", both, f"{split}.{first}.name")
         weighted = [source.weight is not None for source in given]
         if split == "validation" and any(weighted):
