@@ -88,7 +88,7 @@ class DataConfig(Section):
     """Examples to train on: a source, or a list of sources that take turns (a mixture)."""
     validation: SourcesOrAuto | None = None
     """Examples to evaluate on, likewise, each source of a list by a task of its own. auto: a tenth of the images of
-    data.train, drawn with train.seed, with all examples about them, which are not trained on.
+    each source of data.train, drawn with train.seed, with all examples about them, which are not trained on.
     """
     prompt: Text = "answer en {question}"
     """Prompt of the official files' questions; {question} is where the question goes."""
