@@ -58,7 +58,7 @@ def bars(
     shown = [value for group in groups.values() for value in group.values()] + [end for _, end in intervals.values()]
     most = highest or max([*shown, 1.0])
     arms = list(dict.fromkeys(arm for group in groups.values() for arm in group))
-    below = textwrap.wrap(label, 80)  # of a mixture it names each source
+    below = textwrap.wrap(label, 70)  # of a mixture it names each source
     height = 0.9 + 0.24 * sum(len(group) + 0.6 for group in groups.values()) + 0.17 * (len(below) - 1)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(6.4, height)
