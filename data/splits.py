@@ -19,14 +19,15 @@ class Split(NamedTuple):
 
 
 def hold_out(sources: Mapping[str, datasets.Dataset], seed: int, share: float = SHARE) -> dict[str, Split]:
-    """Of each source what is trained on and what is held out: a share of the images of all sources, and with an image
-    all records about it, of whichever source.
+    """Of each source what is trained on and what is held out: a share of its images, and with an image all records
+    about it, of whichever source.
 
     An image is told by its path, or the digest of its bytes; which ones are drawn depends on the seed and on their
-    `image_id`s alone, so that the folder may lie elsewhere.
+    `image_id`s alone, so that the folder may lie elsewhere. All sources draw in one order: those with the same images
+    hold out the same ones.
 
     Raises:
-        ValueError: there are fewer than two images, or all those of a source, or none of them, would be held out.
+        ValueError: there are fewer than two images, or all those of a source would be held out.
     """
     names = {name: image_names(image_places(records)) for name, records in sources.items()}
     drawn_by: dict[str, str] = {}
@@ -34,18 +35,23 @@ def hold_out(sources: Mapping[str, datasets.Dataset], seed: int, share: float = 
         for image, image_id in zip(names[name], records["image_id"][:], strict=True):
             drawn_by.setdefault(image, hashlib.sha256(f"{seed}/{image_id}".encode()).hexdigest())
     if len(drawn_by) < 2:
-        raise ValueError(f"there are images to hold out from two on, and data.train has {len(drawn_by)}")
-    order = sorted(drawn_by, key=lambda image: (drawn_by[image], image))
-    held = set(order[: max(1, round(share * len(order)))])
+        raise ValueError(
+            f"data.validation: auto holds out whole images, and data.train has {len(drawn_by)}; expected two or more: "
+            "give data.validation examples of its own"
+        )
+    held: set[str] = set()
+    for images in map(set, names.values()):
+        order = sorted(images, key=lambda image: (drawn_by[image], image))
+        held.update(order[: max(1, round(share * len(order)))])
     found: dict[str, Split] = {}
     for name, records in sources.items():
         positions: tuple[list[int], list[int]] = ([], [])
         for position, image in enumerate(names[name]):
             positions[image in held].append(position)
-        if not all(positions):
-            taken = "none" if positions[0] else "all"
+        if not positions[False]:
             raise ValueError(
-                f"of the images of {name}, {taken} would be held out: give data.validation examples of its own"
+                f"data.validation: auto would hold out all {len(set(names[name])):,} images of {name}, and leave none "
+                "to train on: give data.validation examples of its own"
             )
         found[name] = Split(*map(records.select, positions))
     return found

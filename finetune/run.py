@@ -159,7 +159,8 @@ def learn_one(
         callbacks=[*callbacks_for(config, batch_sampler, samples, metric), stop := StopOnSignal()],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.stopping and trainer.state.global_step < batch_sampler.total:
+    ended = trainer.state.global_step == batch_sampler.total or trainer.is_past_its_best
+    if stop.stopping and not ended:
         raise cli.StoppedError(f"stopped after step {trainer.state.global_step}; to resume: {resuming(words)}")
     trainer.finish()
     conclude(config, trainer.state.global_step, batch_sampler.total, after)

@@ -84,7 +84,8 @@ def _kind(field: JsonSchema) -> str:
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
     if field["type"] == "array":
-        return f"list of {_kind(field['items'])}"
+        items = _kind(field["items"]).replace("section", "sections")
+        return f"list of {items}" + (", not an empty one" if field.get("minItems") else "")
     if field["type"] == "object":
         return f"mapping of names to {_kind(field['additionalProperties'])}"
     word = {"integer": "whole number", "string": "text", "boolean": "true or false"}.get(field["type"], field["type"])

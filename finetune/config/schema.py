@@ -88,7 +88,7 @@ class DataConfig(Section):
     """Examples to train on: a source, or a list of sources that take turns (a mixture)."""
     validation: SourcesOrAuto | None = None
     """Examples to evaluate on, likewise, each source of a list by a task of its own. auto: a tenth of the images of
-    data.train, drawn with train.seed, with all examples about them, which are not trained on.
+    each source of data.train, drawn with train.seed, with all examples about them, which are not trained on.
     """
     prompt: Text = "answer en {question}"
     """Prompt of the official files' questions; {question} is where the question goes."""
@@ -153,7 +153,7 @@ class DataConfig(Section):
         names = [source.called for source in given]
         for number, name in enumerate(names):
             if (first := names.index(name)) < number:
-                both = f"{split}.{number} and {split}.{first} are both called {name}: give them names of their own"
+                both = f"data.{split}.{number} and data.{split}.{first} are both called {name}: give one of them a name"
                 raise error_at(f"{split}.{number}.name", both, f"{split}.{first}.name")
         weighted = [source.weight is not None for source in given]
         if split == "validation" and any(weighted):

@@ -3,13 +3,14 @@
 Not here: reading them (data/sources, data/records.py).
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from finetune.config.section import ALTERNATIVE, Count, PathText, Positive, Section, Text, error_at
+from finetune.config.section import ALTERNATIVE, Count, PathText, Section, Text, error_at
 
 OFFICIAL = ("questions", "annotations")  # keys of the VQA files
 TABLES = (  # keys of all other sources that are paths, data.sources.TABLES
@@ -34,7 +35,7 @@ class Source(Section):
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")] | None = None
     """In a list of sources what this one is called in figures and ids, such as captions. null: as its file or data set.
     """
-    weight: Positive | None = None
+    weight: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """In a list of data.train how often this source is drawn, relative to the others: 3 beside 1 is three of four
     examples. null, for all of them: as often as they have examples.
     """
@@ -99,12 +100,13 @@ class Source(Section):
         """The name of its file, without the path; or its id on the Hub."""
         if self.hub:
             return self.hub
-        return Path(next(path for key, path in self.paths.items() if key != "images")).name
+        path = next(path for key, path in self.paths.items() if key != "images")
+        return os.path.basename(os.path.abspath(path)) or path  # of "." the name of the folder that it is
 
     @property
     def called(self) -> str:
         """Its name in a list of sources."""
-        return self.name or re.sub(r"[^\w-]+", "-", Path(self.title).stem)
+        return self.name or re.sub(r"[^\w-]+", "-", Path(self.title).stem).strip("-") or "source"
 
     @field_validator("split")  # the last of those that say where examples are
     @classmethod

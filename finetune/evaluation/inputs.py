@@ -28,7 +28,8 @@ def inputs_of_run(config: RunConfig, limit: int | None) -> dict[str, Any]:
     """What determines the validation questions of a run, and the prompt they are put in."""
     sources = config.data.sources("validation")
     found = {source.called: inputs_of_source(source, config.train.seed) for source in sources}
-    inputs: dict[str, Any] = found if len(sources) > 1 else next(iter(found.values()))
+    of_several = {f"source {name}": about for name, about in found.items()}  # a source may be called prompt
+    inputs: dict[str, Any] = of_several if len(sources) > 1 else next(iter(found.values()))
     if config.data.validation == "auto":
         inputs |= {"held_out_by": config.train.seed}
     return inputs | {"prompt": config.data.prompt, "limit": limit}

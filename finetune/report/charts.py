@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def curves(lines: Mapping[str, Series], label: str) -> str:
             axes.plot(steps, values, color=color_of(name, list(lines)), linewidth=1.6, marker=marker, markersize=3)
         axes.set_xlabel("step")
         axes.locator_params("x", integer=True)
-        axes.set_title(label, loc="left", fontsize=10)
+        axes.set_title(textwrap.fill(label, 48), loc="left", fontsize=10)
         axes.grid(axis="y", alpha=0.2)
         if len(lines) > 1:
             axes.legend(axes.get_lines(), list(lines), frameon=False, fontsize=8)  # also a name that begins with "_"
@@ -59,7 +60,8 @@ def bars(
     shown = [value for group in groups.values() for value in group.values()] + [end for _, end in intervals.values()]
     most = highest or max([*shown, 1.0])
     arms = list(dict.fromkeys(arm for group in groups.values() for arm in group))
-    height = 0.9 + 0.24 * sum(len(group) + 0.6 for group in groups.values())
+    below = textwrap.wrap(label, 70)  # of a mixture it names each source
+    height = 0.9 + 0.24 * sum(len(group) + 0.6 for group in groups.values()) + 0.17 * (len(below) - 1)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(6.4, height)
         row, ticks = 0.0, []
@@ -78,7 +80,7 @@ def bars(
         axes.set_xlim(0, 1.1 * most)
         if highest:
             axes.set_xticks([highest * quarter / 4 for quarter in range(5)])
-        axes.set_xlabel(label)
+        axes.set_xlabel("\n".join(below))
         if len(groups) > 1:
             handles = [Patch(color=color_of(arm, arms), label=arm) for arm in arms]
             figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside upper left", ncols=len(arms))

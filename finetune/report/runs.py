@@ -109,8 +109,8 @@ def state_of(run: RunData) -> str:
 
 
 def differences_of(runs: dict[str, RunData]) -> dict[str, dict[str, str]]:
-    """Of each run, the keys that lead to another result and that not all runs have the same value of; none where there
-    is one run, or no difference.
+    """Of each run, the keys that lead to another result and that not all runs have the same value of, as far as the run
+    has them; none where there is one run, or no difference.
     """
     from finetune.config.schema import RunConfig
     from finetune.config.section import Effect
@@ -125,7 +125,15 @@ def differences_of(runs: dict[str, RunData]) -> dict[str, dict[str, str]]:
     ]
     if not differing:
         return {}
-    return {name: {key: str(of_one.get(key)) for key in differing} for name, of_one in values.items()}
+    return {
+        name: {key: str(of_one[key]) for key in differing if key in of_one and not is_unused(key, of_one[key])}
+        for name, of_one in values.items()
+    }
+
+
+def is_unused(key: str, value: object) -> bool:
+    """Whether this is a key of a source of examples, of which there are many kinds, that is not given."""
+    return value is None and key.startswith(("data.train.", "data.validation."))
 
 
 def table_of_differences(differing: dict[str, dict[str, str]]) -> Table:

@@ -61,6 +61,14 @@ class BatchSampler:
         weights = self.weights or self.sizes
         return tuple(weight / sum(weights) for weight in weights)
 
+    @property
+    def never_drawn(self) -> list[int]:
+        """The positions of the sources that the run takes no example of."""
+        if len(self.sizes) == 1:
+            return []
+        drawn = set(turns(self.shares, self.total * self.batch_size)[0].unique().tolist())
+        return [source for source in range(len(self.sizes)) if source not in drawn]
+
     def __getitem__(self, step: int) -> list[tuple[int, int]]:
         """The (record, epoch) pairs of one step, counted from 0."""
         if not 0 <= step < self.total:

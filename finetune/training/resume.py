@@ -17,6 +17,7 @@ from finetune.training.checkpoints import checkpoints, newest_whole
 from finetune.training.result import Result
 
 DATA_FILE = "data.json"
+ABSENT = "(absent)"
 
 
 def find_checkpoint(config: RunConfig, resume: str, accept_changes: bool = False) -> tuple[Path | None, list[str]]:
@@ -147,12 +148,14 @@ def edited(output: Path, config: RunConfig) -> list[str]:
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, list[str]]:
-    """Keys whose values differ, as lines to show, by what they change: the "result", the "numerics" or "nothing"."""
+    """Keys whose values differ, as lines to show, by what they change: the "result", the "numerics" or "nothing". A key
+    that is absent on one side, such as those of one more source, is no difference where it is null on the other.
+    """
     old, new = (flat(config.model_dump(mode="json")) for config in (before, now))
     found: dict[str, list[str]] = {}
     for key in dict.fromkeys([*old, *new]):
-        was, is_now = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if was != is_now:
+        was, is_now = old.get(key, ABSENT), new.get(key, ABSENT)
+        if was != is_now and (was, is_now) not in ((None, ABSENT), (ABSENT, None)):
             found.setdefault(RunConfig.effect_of(key), []).append(f"{key}: was {was}, is {is_now}")
     return found
 

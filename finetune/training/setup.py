@@ -67,8 +67,16 @@ def plan_steps(config: RunConfig, sizes: Sequence[int]) -> BatchSampler:
 
 
 def shortness_note(steps: BatchSampler) -> str | None:
-    """What a person should know of a run that can learn little, because it has few steps or few examples; or None."""
+    """What a person should know of a run that can learn little, because it has few steps or few examples, or takes none
+    of a source's; or None.
+    """
     size, examples = steps.batch_size, steps.num_records
+    if never := steps.never_drawn:
+        names = " and ".join(f"data.train.{source}" for source in never)
+        return (
+            f"{names} {'are' if len(never) > 1 else 'is'} never drawn in the {steps.total * size:,} examples that the "
+            "run takes: raise the weight, or make the run longer (train.epochs, train.max_steps)"
+        )
     if size > examples:
         return (
             f"a step of train.batch_size={size} is more than the {examples:,} examples of data.train: it takes some of "

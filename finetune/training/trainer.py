@@ -209,9 +209,11 @@ class LoRATrainer(Trainer):
 
     @property
     def is_past_its_best(self) -> bool:
-        """Whether as many evaluations as `train.patience` allows brought nothing better than the one before them."""
-        patience = self.run.train.patience
-        if patience is None or self.best is None or not self.args.eval_steps:
+        """Whether this step was evaluated, and as many evaluations as `train.patience` allows brought nothing better
+        than the one before them.
+        """
+        patience, is_evaluated = self.run.train.patience, self.evaluated_step == self.state.global_step
+        if patience is None or self.best is None or not self.args.eval_steps or not is_evaluated:
             return False
         best = self.best.better_since or self.best.step
         return self.state.global_step - best >= patience * self.args.eval_steps

@@ -8,6 +8,8 @@ import pytest
 
 from finetune.config.load import ConfigError, dump_config, load_config
 from finetune.config.schema import RunConfig
+from finetune.config.source import Source
+from finetune.training.resume import differences
 from tests.config.minimal import MINIMAL
 
 QUESTIONS, CAPTIONS = "jsonl: q/train.jsonl", "jsonl: c/captions.jsonl"
@@ -54,15 +56,16 @@ def test_auto_validates_on_the_sources_of_training(path: Path) -> None:
         ),
         (
             f"data.train=[{{{QUESTIONS}}}, {{jsonl: other/train.csv}}]",
-            "data.train.1.name: train.1 and train.0 are both",
+            "data.train.1.name: data.train.1 and data.train.0 are both",
         ),
         (f"data.train=[{{{QUESTIONS}, weight: 0}}]", "data.train.0.weight: got 0; expected number > 0"),
         (f"data.train=[{{{QUESTIONS}, fracton: 0.5}}]", "data.train.0.fracton: unknown key; did you mean"),
-        ("data.train=[]", "data.train: got []; expected section or list of section"),
+        (f"data.train=[{{{QUESTIONS}, weight: 1e308}}]", "data.train.0.weight: got 1e+308; expected number"),
+        ("data.train=[]", "data.train: got []; expected section or list of sections, not an empty one"),
         ("data.train=[{questions: q.json, images: i}]", "data.train.0.annotations: training needs the answers"),
         (f"data.train={{{QUESTIONS}, weight: 2}}", "data.train.weight: it is for a list of sources"),
         (f"data.validation=[{{{QUESTIONS}, weight: 2}}]", "data.validation.0.weight: every validation source is"),
-        ("data.validation=some", 'data.validation: got "some"; expected section or list of section or auto or null'),
+        ("data.validation=some", 'data.validation: got "some"; expected section or list of sections, not an empty one'),
         ("train.patience=2", "train.patience: evaluating needs data.validation"),
     ],
 )
@@ -70,6 +73,25 @@ def test_what_a_list_cannot_be_is_named_at_its_key(path: Path, override: str, sa
     with pytest.raises(ConfigError) as raised:
         load_config(path, [override])
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "called"),
+    [("a/b c &.jsonl", "b-c"), ("a/*.parquet", "source"), ("/", "source"), (".", None), ("a/..", None)],
+)
+def test_every_source_is_called_something(path: str, called: str | None) -> None:
+    """Its ids begin with that, and its figures are under it."""
+    here = Path.cwd().name
+    assert Source(folder=path).called == (called or here)
+
+
+def test_a_single_source_instead_of_a_list_differs_where_something_is_said(path: Path) -> None:
+    """Not in the two dozen kinds of sources that neither is."""
+    before = load_config(path, [f"data.train=[{{{QUESTIONS}}}, {{{CAPTIONS}, count: 3}}]"])
+    found = differences(before, load_config(path, [f"data.train={{{QUESTIONS}}}"]))["result"]
+    assert "data.train.1.jsonl: was c/captions.jsonl, is (absent)" in found
+    assert "data.train.1.count: was 3, is (absent)" in found
+    assert not [line for line in found if "None" in line]
 
 
 def test_another_weight_leads_to_another_result() -> None:

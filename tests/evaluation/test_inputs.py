@@ -65,3 +65,19 @@ def test_a_new_image_in_the_folder_of_a_class_is_another_input_and_other_data(tm
         "data.train.folder",
         "data.validation.folder",
     ]
+
+
+def test_a_source_is_told_from_the_other_inputs_whatever_it_is_called(tmp_path: Path) -> None:
+    """One called prompt would else be hidden by the prompt, and its change would overwrite figures."""
+    (tmp_path / "a.jsonl").write_text("1")
+    sources = f"[{{jsonl: {tmp_path}/a.jsonl, name: prompt}}, {{jsonl: {tmp_path}/a.jsonl, name: limit}}]"
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"{{model: {{path: x}}, data: {{train: {sources}, validation: {sources}}}, train: {{max_steps: 1}}}}"
+    )
+    config = load_config(path, [f"output={tmp_path}/run"])
+    before = inputs_of_run(config, 3)
+    (tmp_path / "a.jsonl").write_text("2")
+    after = inputs_of_run(config, 3)
+    assert {name for name in before if before[name] != after[name]} == {"source prompt", "source limit"}
+    assert (after["prompt"], after["limit"]) == ("answer en {question}", 3)

@@ -127,6 +127,15 @@ def test_names_in_charts_are_no_formulas_and_none_is_hidden() -> None:
         assert shown.count(name) == 3  # in two legends, and at an axis
 
 
+def test_long_labels_of_charts_go_on_in_the_next_line() -> None:
+    """A mixture's metric names each source; what is wider than the figure would be cut off."""
+    label = "mean of " + " and ".join(f"accuracy (source_{number})" for number in range(9))
+    for chart in (charts.bars({"": {"base": 1.0}}, {}, label), charts.curves({"run": ([1, 2], [1.0, 2.0])}, label)):
+        lines = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", chart) if "source_" in text]
+        assert " ".join(lines) == label
+        assert max(map(len, lines)) <= 70
+
+
 def test_line_separators_in_answers_are_no_ends_of_lines(run: Path, tmp_path: Path) -> None:
     answer = "red\u2028circle\x85"
     shutil.copytree(run, tmp_path / "run")

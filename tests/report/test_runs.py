@@ -76,6 +76,16 @@ def test_only_keys_that_differ_are_shown(tmp_path: Path, capsys: pytest.CaptureF
     assert "what differs" not in shown(capsys, str(tmp_path / "one"))
 
 
+def test_what_a_source_is_not_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "one", "data.train={jsonl: a.jsonl}")
+    write_run(tmp_path / "two", "data.train=[{jsonl: a.jsonl}, {csv: b.csv, count: 3}]")
+    text = shown(capsys, str(tmp_path))
+    assert "data.train.jsonl: a.jsonl" in text
+    assert "data.train.1.count: 3" in text
+    assert "data.train.1.csv: b.csv" in text
+    assert "None" not in text
+
+
 def test_it_is_readable_at_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With names and values that are long, none of which is cut."""
     name = "a-run-with-a-name-of-very-many-letters-that-says-what-was-tried-in-it-0123456789"

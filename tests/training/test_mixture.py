@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import evaluate
 from finetune.config.load import load_config
 from finetune.run import callbacks_for, learn
+from finetune.training.trainer import LoRATrainer
 from tests.test_scripts import base_with_scenes, digest, files, overrides
 from tests.training.test_run_on_parquet import Interrupt, Interrupted
 
@@ -103,3 +105,24 @@ def test_a_run_that_gets_no_better_stops_and_is_finished(tmp_path: Path, capsys:
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert (result["stopped_at"], result["finished"]) == (None, True)
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
+
+
+def test_a_signal_in_the_step_that_patience_ends_with_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run has come to its end: resumed it would train a step that an undisturbed one does not."""
+    base, evaluated = base_with_scenes(tmp_path / "base"), LoRATrainer.evaluate
+
+    def interrupted(trainer: LoRATrainer) -> dict[str, float]:
+        metrics = evaluated(trainer)
+        if trainer.state.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return metrics
+
+    monkeypatch.setattr(LoRATrainer, "evaluate", lambda trainer, *_, **__: interrupted(trainer))
+    more = ("train.learning_rate=1e-20", "train.eval_every=1", "train.patience=1", "evaluation.count=1")
+    config = load_config("configs/quickstart.yaml", overrides(base, tmp_path / "run", *more))
+    learn(config, [])
+    assert "stopped early, after step 2 of 4" in capsys.readouterr().out
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["stopped_at"], result["finished"]) == (2, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from finetune.config.schema import RunConfig
 from finetune.config.stages import runs_of
-from finetune.training.setup import image_note, start_note
+from finetune.training.batch_sampler import BatchSampler
+from finetune.training.setup import image_note, shortness_note, start_note
 from model import ConnectorConfig, PaliGemma
 from model.convert import changed, convert
 
@@ -81,3 +83,19 @@ def test_image_tokens_are_told_with_what_they_are_made_of() -> None:
     assert image_note(resampled) == (
         "20 image tokens a row, by the connector resampler (4, 1) and images of 56 pixels, pad, tiles 4"
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (BatchSampler((10,), 20, 0, 60), "a step of train.batch_size=20 is more than the 10 examples of data.train"),
+        (BatchSampler((100,), 20, 0, 10), "the run has 10 steps, .* such as 4, makes more steps"),
+        (BatchSampler((100, 100), 4, 0, 60, (1e9, 1e-9)), "^data.train.1 is never drawn in the 240 examples"),
+        (BatchSampler((1, 900, 1), 4, 0, 60), "^data.train.0 and data.train.2 are never drawn in the 240 examples"),
+        (BatchSampler((100, 100), 4, 0, 60, (1, 100)), None),
+        (BatchSampler((100,), 4, 0, 60), None),
+    ],
+)
+def test_what_a_run_is_too_short_for_is_told(steps: BatchSampler, said: str | None) -> None:
+    note = shortness_note(steps)
+    assert re.search(said, note or "") if said else note is None
