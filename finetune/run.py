@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from data import PaliGemmaDataset, Processor, collate
+from data import PaliGemmaDataset, collate
 from data.lengths import TextLengths
-from data.records import decodable
 from finetune import cli, save_adapter
 from finetune.adapters.fingerprint import fingerprint
 from finetune.adapters.generation_config import store_max_new_tokens
 from finetune.adapters.metadata import TrainingFacts
 from finetune.config.schema import RunConfig
 from finetune.config.stages import runs_of
-from finetune.evaluation.evaluate import evaluate, mean_loss
-from finetune.evaluation.mixture import figures
+from finetune.evaluation.in_training import asked_in_training, evaluation_of
 from finetune.evaluation.run import task_of
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
@@ -29,11 +26,9 @@ from finetune.system import distributed
 from finetune.system.atomic import write_whole
 from finetune.system.console import show
 from finetune.system.device import free_memory, pick_device
-from finetune.system.progress import progress
 from finetune.training.checkpoints import step_of
 from finetune.training.commits import at_commits
 from finetune.training.examples import (
-    drawn,
     max_new_tokens,
     network_config,
     open_examples,
@@ -58,9 +53,6 @@ from finetune.training.setup import (
 from finetune.training.tracking import Samples, callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, fetch
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_changes: bool = False) -> None:
@@ -133,14 +125,12 @@ def learn_one(
     dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
     require_fit(config, planned)
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
-    if asked and (note := shared_images_note(examples.records, asked)):
-        show(f"warning: {note}")
     batch_sampler = plan_steps(config, examples.sizes)
-    if note := shortness_note(batch_sampler):
-        show(f"warning: {note}")
     if checkpoint and is_finished(config, checkpoint, batch_sampler.total, accept_changes):
         show(f"{config.output} is finished: nothing is left to train; kept {Result.read(Path(config.output))}")
         return False
+    shared = shared_images_note(examples.records, asked) if asked else None
+    show(*(f"warning: {note}" for note in (shared, shortness_note(batch_sampler)) if note))
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
     show_start(config, model, planned, checkpoint, batch_sampler.total)
     distributed.on_main(partial(start_run, config))
@@ -239,47 +229,6 @@ def conclude(config: RunConfig, step: int, total: int, after: str) -> None:
     if result and result.step < step:  # a last step that was kept has said so just now
         show(f"kept {result}")
     show(f"saved {result_directory(config)}; {after}")
-
-
-def asked_in_training(config: RunConfig, processor: Processor) -> Dataset | None:
-    """A fixed selection of the valid validation questions, whose images were decoded; None where the run has none."""
-    if not config.evaluates:
-        return None
-    examples = open_examples(config, "validation", processor)
-    records, skipped = examples.valid, examples.skipped
-    if config.evaluation.count is not None and config.evaluation.count < len(records):
-        records = drawn(records, examples.sizes_of_valid, config.evaluation.count, config.train.seed)
-    records = decodable(records, skipped)
-    task_of(config).require(records.remove_columns("image"))
-    return records
-
-
-def evaluation_of(
-    config: RunConfig,
-    model: PaliGemma,
-    processor: Processor,
-    records: Dataset | None,
-    new_tokens: int,
-    samples: Samples,
-) -> Callable[[], dict[str, float]] | None:
-    """What measures the model during training: loss and the metric of the task on these records; None without them.
-
-    Args:
-        new_tokens: the most that an answer may have.
-        samples: keeps some of the answers.
-    """
-    if records is None:
-        return None
-    rows, task = config.evaluation.batch_size, task_of(config)
-
-    def measure() -> dict[str, float]:
-        answering, losing = progress("answering"), progress("loss of the answers")
-        evaluated = evaluate(model, processor, records, task, new_tokens, batch_size=rows, progress=answering)
-        samples.keep(records, evaluated.answers)
-        loss = mean_loss(model, processor, records, rows, losing)
-        return {"loss": loss, **figures(task, evaluated.score), "unfinished": evaluated.unfinished}
-
-    return measure
 
 
 def result_directory(config: RunConfig) -> Path:

@@ -26,6 +26,7 @@ import torch
 import train
 from data.synthetic import scenes
 from finetune import run as training_run
+from finetune.evaluation import in_training
 from finetune.preflight.plan import Plan
 from finetune.system import distributed
 from finetune.training.execution_plan import ExecutionPlan
@@ -155,14 +156,14 @@ def say_what_is_held() -> None:
 
 
 def say_answers() -> None:
-    evaluate = training_run.evaluate
+    evaluate = in_training.evaluate
 
     def told(*given: Any, **named: Any) -> Any:
         evaluated = evaluate(*given, **named)
         print("answers:", json.dumps(evaluated.answers), flush=True)
         return evaluated
 
-    training_run.evaluate = told
+    in_training.evaluate = told
 
 
 def little_memory_in_the_layers() -> None:
