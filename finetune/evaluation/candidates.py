@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MOST_LABELS = 200  # that are scored without being asked for
+LEFT_OUT = "accuracy among labels is left out"
 LISTED = 3  # candidates that an answer names
 
 
@@ -86,8 +87,8 @@ def labels_of(*records: Dataset) -> list[str]:
         labels |= dict.fromkeys(pc.unique(answered.column("answer")).to_pylist())
     if len(labels) > MOST_LABELS:
         raise ValueError(
-            f"the task classify has {len(labels):,} distinct right answers; at most {MOST_LABELS} labels are expected, "
-            "for each is scored: give --candidates FILE with one answer a line, or judge the answers by the task answer"
+            f"{len(labels):,} distinct right answers; at most {MOST_LABELS} are scored beside what is generated: "
+            "--candidates FILE, with one answer a line, names those to choose among"
         )
     return list(labels)
 

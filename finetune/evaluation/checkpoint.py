@@ -23,7 +23,7 @@ from finetune.adapters.network import adapted_config
 from finetune.adapters.storage import load_adapter
 from finetune.config.source import SOURCE_PATHS, Source
 from finetune.config.source_words import source_of
-from finetune.evaluation.candidates import Candidates, labels_of, read_candidates
+from finetune.evaluation.candidates import LEFT_OUT, Candidates, labels_of, read_candidates
 from finetune.evaluation.evaluate import Evaluation, evaluate, unfinished_note
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, first, inputs_of_source, require_same_inputs
 from finetune.evaluation.score import Score
@@ -117,8 +117,7 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
         records = open_source(source, options.limit, prompt or default_prompt, "pad")
     records = askable(records, processor, SkippedRecords())
     task.require(records.remove_columns("image"))
-    labels = {"": labels_of(records)} if task is CLASSIFY and not allowed else {}
-    candidates = Candidates(allowed, labels)
+    candidates = Candidates(allowed, {} if allowed or task is not CLASSIFY else labels_among(records))
     rows = options.batch_size
     result = open_and_evaluate(
         directory, adapter, processor, records, task, candidates, dtype, device, rows, new_tokens, quantize
@@ -128,6 +127,15 @@ def evaluate_checkpoint(options: CheckpointOptions, default_prompt: str) -> dict
         distributed.on_main(partial(result.save, options.output, records, **facts, **{INPUTS_KEY: inputs}))
     show(f"model: {model}", *([f"adapter: {adapter}"] if adapter else []))  # a path would not fit into the table
     return {"adapter" if adapter else "model": result.score}
+
+
+def labels_among(records: Dataset) -> dict[str, list[str]]:
+    """As `Candidates.labels`: the right answers of the records. A line is shown where they are too many."""
+    try:
+        return {"": labels_of(records)}
+    except ValueError as error:
+        show(f"{LEFT_OUT}: {error}")
+        return {}
 
 
 def choose_prompt(adapter: Path | None, given: str | None, default: str) -> str:

@@ -21,7 +21,7 @@ from finetune import cli
 from finetune.adapters.generation_config import max_new_tokens_of
 from finetune.adapters.network import adapted_config
 from finetune.config.schema import RunConfig
-from finetune.evaluation.candidates import Candidates, labels_of, read_candidates
+from finetune.evaluation.candidates import LEFT_OUT, Candidates, labels_of, read_candidates
 from finetune.evaluation.checkpoint import open_and_evaluate, show_unfinished
 from finetune.evaluation.inputs import INPUTS_KEY, file_digests, inputs_of_run, require_same_inputs
 from finetune.evaluation.mixture import MixtureTask
@@ -185,10 +185,7 @@ def records_of_run(config: RunConfig, limit: int | None, listed: bool) -> Datase
 
 def labels_of_run(config: RunConfig) -> dict[str, list[str]]:
     """As `Candidates.labels`: of each validation source whose task is classify the right answers of the training source
-    of that name, or of all training data where none has it.
-
-    Raises:
-        ValueError: they cannot be read, or are too many.
+    of that name, or of all training data where none has it. A line is shown where they cannot be read, or are too many.
     """
     sources = config.data.sources("validation")
     asked = [source.called for source in sources if task_of_source(source) is CLASSIFY]
@@ -198,15 +195,17 @@ def labels_of_run(config: RunConfig) -> dict[str, list[str]]:
         require_paths(config, "train")
         opened = open_sources(config, "train", SkippedRecords(share=math.inf))  # the training has named what it skips
     except ValueError as error:
-        raise ValueError(
-            f"{error}\nthe labels of the task classify are the right answers of data.train: correct that, or give "
-            "--candidates FILE with one answer a line"
-        ) from error
+        show(f"{LEFT_OUT}, labels are the right answers of data.train: {error}")
+        return {}
     trained = {source.called: records for source, records in zip(config.data.sources("train"), opened, strict=True)}
     several = len(sources) > 1
-    return {
-        name if several else "": labels_of(trained[name]) if name in trained else labels_of(*opened) for name in asked
-    }
+    found: dict[str, list[str]] = {}
+    for name in asked:
+        try:
+            found[name if several else ""] = labels_of(trained[name]) if name in trained else labels_of(*opened)
+        except ValueError as error:
+            show(f"{LEFT_OUT}: {error}")
+    return found
 
 
 def new_tokens_of_run(config: RunConfig, noted: bool) -> int:
