@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from data.records import decodable
-from finetune.config.schema import RunConfig
+from finetune.config.schema import SPLITS, RunConfig
 from finetune.config.source import SOURCE_PATHS
 from finetune.config.stages import stage_output
 from finetune.config.strict_yaml import dump
@@ -150,7 +150,7 @@ def output_of(command: Sequence[str]) -> str | None:
 
 
 def public(config: RunConfig) -> dict[str, Any]:
-    """The configuration without tracking, and with shortened paths."""
+    """The configuration without tracking and without what sources leave open, and with shortened paths."""
     output = os.path.abspath(config.output)
 
     def shown(value: Any, key: str = "") -> Any:
@@ -161,7 +161,15 @@ def public(config: RunConfig) -> dict[str, Any]:
         return shortened(value, output) if key in PATHS and value is not None else value
 
     found: dict[str, Any] = shown(config.model_dump(mode="json", exclude={"tracking"}))
+    found["data"] |= {split: given_alone(found["data"][split]) for split in SPLITS}
     return found
+
+
+def given_alone(sources: Any) -> Any:
+    """One or several sources without the keys that are null: most of them are of other kinds."""
+    if isinstance(sources, list):
+        return list(map(given_alone, sources))
+    return {key: value for key, value in sources.items() if value is not None} if isinstance(sources, dict) else sources
 
 
 def shortened(path: str, output: str) -> str:
