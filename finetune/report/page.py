@@ -27,6 +27,7 @@ from finetune.report.gallery import WIDTH, Card, cards_of, names_of_boxes, short
 from finetune.report.labels import MOST_FIGURES, confusion_matrix, figures_by_label
 from finetune.report.result_page import environment_of, public
 from finetune.report.run_data import TRAINED, Arm, RunData, read_run
+from finetune.report.summary import summary
 from finetune.system.atomic import write_text_whole
 from finetune.system.console import show
 from finetune.system.device import pick_device
@@ -143,29 +144,6 @@ def differences(first: RunConfig, other: RunConfig) -> list[str]:
     ]
 
 
-def summary(run: RunData) -> str:
-    """What was trained on what, and what came of it, in a sentence."""
-    model = public(run.config)["model"]["path"]
-    said = f"{model} was trained on {run.config.data.title('train')}"
-    arm = run.trained
-    if arm is None and run.config.data.validation is None:
-        return f"{said}. The run has no data.validation, and so nothing to evaluate on."
-    if arm is None:
-        return f"{said}. It has not been evaluated yet: evaluate.py does that, and writes this page again."
-    base, questions = run.base_beside(arm), f"{arm.metrics['questions']:,} validation questions"
-    interval = f"(95% confidence: {arm.interval[0]:.2f} to {arm.interval[1]:.2f})"
-    if arm.metric.endswith("accuracy"):
-        said += f". Of {questions} it answers {arm.metrics['overall']:.2f}% rightly {interval}"
-        said += f"; the base answers {base.metrics['overall']:.2f}%." if base else "."
-    else:
-        unit = "%" if arm.unit == PERCENT else f", {arm.unit}"
-        said += f". Its answers to {questions} have {arm.metric} of {arm.metrics['overall']:.2f}{unit} {interval}"
-        said += f"; those of the base {base.metrics['overall']:.2f}{unit}." if base else "."
-    if run.is_outdated(arm):
-        said += " The weights were written after that: evaluate.py measures them as they are now."
-    return said
-
-
 def metric_of(arms: dict[str, Arm]) -> str:
     """What arms are judged by, in words, and its unit."""
     return " or ".join(dict.fromkeys(f"{arm.metric}, {arm.unit}" for arm in arms.values()))
@@ -184,7 +162,8 @@ def confusions(arm: Arm | None) -> list[tuple[str, int, list[tuple[str, int]]]]:
 
 
 def scores_chart(arms: dict[str, Arm]) -> Markup | None:
-    if not arms:
+    """The scores as bars; none of several sources, whose mean says nothing by itself."""
+    if not arms or any(arm.by_source for arm in arms.values()):
         return None
     overall = {name: arm.metrics["overall"] for name, arm in arms.items()}
     intervals = {name: arm.interval for name, arm in arms.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def test_a_run_on_a_mixture_from_its_start_to_its_report(tmp_path: Path, monkeyp
     assert {answer["id"].split("/")[0] for answer in answers} == {"questions", "captions"}
     page = (tmp_path / "run/report.html").read_text()
     assert "<h2>By source</h2>" in page
+    assert re.search(r"validation questions \(questions\) it answers [\d.]+% rightly", page)
+    assert re.search(
+        r"validation questions \(captions\) have CIDEr-D of [\d.]+, times 100 \(.*; those of the base", page
+    )
+    assert "geometric mean of" not in page.split("<h2>By source</h2>")[0].split("</style>")[1]
     assert "<td>captions</td><td>CIDEr-D" in page
     assert str(tmp_path) not in page
 
