@@ -23,6 +23,7 @@ def score_table(scores: Mapping[str, Score]) -> Table:
     sources = {name: score.metric for name, score in first.by_source.items()}
     of_sources = [f"{name}: {metric}" for name, metric in sources.items()]
     table = new_table("", "overall", "95%", *of_sources, *types, *headed, "questions", title=title)
+    table.columns[0].no_wrap = True  # the figures stand under a short name
     for name, score in scores.items():
         low, high = score.interval
         by_type = (f"{score.by_answer_type[kind]:.2f}" if kind in score.by_answer_type else "" for kind in types)

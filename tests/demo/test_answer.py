@@ -69,7 +69,7 @@ def test_mistakes_are_refused(opened: Opened, scene: Path, tmp_path: Path) -> No
     network = opened.networks[0]
     with pytest.raises(ValueError, match="special token <eos>"):
         ask(network, scene, "answer en <eos>", 3)
-    with pytest.raises(ValueError, match="cannot be used"):
+    with pytest.raises(ValueError, match="does not exist"):
         ask(network, tmp_path / "missing.png", PROMPT, 3)
     with pytest.raises(ValueError, match="expected"):
         ask(network, scene, PROMPT, 3, temperature=-1.0)

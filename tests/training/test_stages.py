@@ -470,7 +470,7 @@ def test_records_examples_and_a_few_of_them_are_looked_at(
     train.main([*arguments(base, tmp_path / "run"), "--inspect"])
     shown = capsys.readouterr().out
     assert "no answer leaks into what comes before it" in shown
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["inspect.html"]
 
 
 def test_overfitting_starts_with_the_last_stages_connector_where_that_was_trained(
