@@ -8,7 +8,7 @@ The options are the keys that a source has in a configuration. What is read back
 answers, further columns; of the official VQA files also that the answers are annotators' and not equally right, and of
 which type they are. Images that are files stay where they are, and the line to read the result with, which is printed,
 names their folder; those of Parquet files, save_to_disk and the Hub are written as files into NAME-images beside the
-result. Rows that cannot be used are left out and listed with the reason. The exit code is 0, 1 if rows were left out,
+result. Rows that cannot be used are skipped and listed with the reason. The exit code is 0, 1 if rows were skipped,
 2 after an error (nothing is written then), 130 after Ctrl-C. Not here: reading (data/records.py), which see for what
 a row may be.
 """
@@ -16,7 +16,6 @@ a row may be.
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from data.files import path_argument
 from data.images import suffix_of
 from data.invalid import SkippedRecords
 from data.records import load_records
+from data.script import run
 from data.sources import HUB, TABLES, open_table
 from data.sources.kinds import kind_of
 from data.sources.rows import ANNOTATED, ROLES
@@ -38,7 +38,7 @@ OFFICIAL = ("questions", "annotations")
 WITH_BYTES = ("parquet", "disk", HUB)  # sources whose images may be bytes
 # Put before questions while they are read, so that they are told from prefixes, which are whole prompts.
 MARK = "\ue000"
-LEFT_OUT = 1  # exit code
+SKIPPED = 1  # exit code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Converted:
     """What was written.
 
     Attributes:
-        count: of examples. left_out: why each of the others cannot be used, by its id or place.
+        count: of examples. skipped: why each of the others cannot be used, by its id or place.
         images: the folder that `images` has to name to read the result; None: its own.
     """
 
     count: int
-    left_out: Mapping[str, str]
+    skipped: Mapping[str, str]
     images: Path | None
 
 
@@ -200,31 +200,15 @@ def shown_path(path: Path) -> Path:
 def main(argv: Sequence[str]) -> None:
     given = parse(argv)
     converted = convert(source_of(given), given.output)
-    for name, reason in converted.left_out.items():
+    for name, reason in converted.skipped.items():
         print(f"  {name}: {reason}", file=sys.stderr)
-    if converted.left_out:
-        print(f"{len(converted.left_out):,} rows cannot be used and were left out", file=sys.stderr)
+    if converted.skipped:
+        print(f"{len(converted.skipped):,} rows cannot be used and were skipped", file=sys.stderr)
     images = f", images: {shown_path(converted.images)}" if converted.images else ""
     print(f"{converted.count:,} examples written; read them with train: {{jsonl: {given.output}{images}}}")
-    if converted.left_out:
-        sys.exit(LEFT_OUT)
-
-
-def run() -> int:
-    """Call `main` with the command line, and return the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may have what the encoding lacks
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    if converted.skipped:
+        sys.exit(SKIPPED)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run(main))

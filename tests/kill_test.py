@@ -94,22 +94,24 @@ def kill(directory: Path, kills: int, rng: random.Random) -> tuple[Counter[str],
         named = [output / "adapter", *(output / "checkpoints").glob("step-*")]
         named = [path for path in named if path.exists()]
         wrong += [f"{path.relative_to(directory)}: {reason}" for path in named if (reason := damage(path))]
-        if code == 0:
-            counts["finished runs"] += 1
-            if adapter(output) != expected:
-                wrong.append(f"{output.name}: another adapter")
+        if code != -signal.SIGKILL:
+            counts["finished runs"] += code == 0
+            wrong += difference(output, code, expected)
             shutil.rmtree(output)
-        elif code != -signal.SIGKILL:
-            wrong.append(f"{output.name}: exit code {code}")
-            shutil.rmtree(output)
-    # What was killed last goes on to its end, so that one adapter at least was compared after a kill.
+    # What was killed last goes on to its end, so that one adapter at least is compared after a kill.
     output = directory / f"run-{counts['finished runs']}"
     if output.exists():
-        wrong += [f"{output.name}: exit code {code}"] if (code := wait(begin(directory, output.name))) else []
-        counts["finished runs"] += not code
-        if not code and adapter(output) != expected:
-            wrong.append(f"{output.name}: another adapter")
+        code = wait(begin(directory, output.name))
+        counts["finished runs"] += code == 0
+        wrong += difference(output, code, expected)
     return counts, wrong
+
+
+def difference(output: Path, code: int, expected: bytes) -> list[str]:
+    """What a run that ended by itself has otherwise than promised."""
+    if code:
+        return [f"{output.name}: exit code {code}"]
+    return [] if adapter(output) == expected else [f"{output.name}: another adapter"]
 
 
 def is_writing(output: Path) -> bool:

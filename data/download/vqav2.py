@@ -15,7 +15,6 @@ archive are downloaded (remote_zip.py).
 from __future__ import annotations
 
 import argparse
-import io
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from data.download.remote_zip import ATTEMPTS, Archive, Member
 from data.files import path_argument
 from data.records import load_records
+from data.script import run
 
 SPLITS = {"train2014": "Train", "val2014": "Val"}  # in the names of images, and in those of VQAv2's archives
 ANNOTATIONS_URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"  # the links of visualqa.org/download.html
@@ -144,20 +144,5 @@ def main(argv: Sequence[str]) -> None:
         ) from error
 
 
-def run() -> int:
-    """Call `main` with the command line, and return the exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may have what the encoding lacks
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run(main))

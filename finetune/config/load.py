@@ -45,6 +45,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             complete(document, lora)
         except ValueError as error:
             document.add_problem(("lora", "start_from"), str(error))
+    return validated(document)
+
+
+def validated(document: strict_yaml.Document) -> RunConfig:
+    """What a document says. ConfigError lists all problems, those that it has already and those with the schema."""
     config = None
     try:
         config = RunConfig.model_validate_json(json.dumps(document.data), strict=True)

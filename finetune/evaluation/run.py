@@ -80,7 +80,8 @@ def evaluate_run(
         raise ValueError(f"{words[0]} has no data.validation: nothing to evaluate on")
     allowed = read_candidates(candidates) if candidates else []
     require_paths(config, "validation")
-    task_of(config).require()
+    task = task_of(config)
+    task.require()
     device = pick_device(config.model.device)
     distributed.init(device)
     config = at_commits(config)
@@ -92,7 +93,7 @@ def evaluate_run(
             for name in arms:
                 distributed.on_main(partial(require_same_inputs, directory / name, inputs))
         records = records_of_run(config, limit, listed=limit is None and output is None)
-        task_of(config).require(records.remove_columns("image"))
+        task.require(records.remove_columns("image"))
         asked = Candidates(allowed) if allowed else Candidates(labels=labels_of_run(config))
         dtype, new_tokens = pick_dtype(config.model.dtype, device), new_tokens_of_run(config, noted=not allowed)
         return {

@@ -4,9 +4,7 @@ Boxes that a text names are drawn over the image; the text itself is shown with 
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import random
 import re
 from collections import Counter
@@ -17,6 +15,7 @@ from PIL import Image
 
 from data.boxes import boxes_in
 from data.images import open_image
+from finetune.report.embedded import data_uri
 from finetune.report.run_data import Arm
 
 SIDE, QUALITY = 224, 72  # pixels of the longer side, JPEG
@@ -142,6 +141,4 @@ def thumbnail(source: Any) -> str:
     """A small JPEG as a data URI."""
     image = open_image(source)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(image, "JPEG", QUALITY)

@@ -5,9 +5,7 @@ The file needs nothing from outside; every text of the data is escaped by the te
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from data import Processor
 from data.image_form import PixelForm
 from finetune.config.schema import RunConfig
 from finetune.preflight.inspection import Inspection, inspect_examples
+from finetune.report.embedded import data_uri
 from finetune.report.page import render
 from finetune.system.atomic import write_text_whole
 from finetune.system.console import new_table, show
@@ -116,9 +115,9 @@ def shown(found: Inspection, row: int) -> Shown:
         one_line(example["id"]),
         texts["prefix"],
         texts["suffix"],
-        [data_uri(unnormalized(view, processor.pixel_form), "JPEG") for view in views],
+        [data_uri(unnormalized(view, processor.pixel_form), "JPEG", JPEG_QUALITY) for view in views],
         stretches,
-        data_uri(mask_image(found.attention[row].numpy(), kinds), "PNG"),
+        data_uri(mask_image(found.attention[row].numpy(), kinds), "PNG", JPEG_QUALITY),
         len(example["input_ids"]),
     )
 
@@ -170,10 +169,3 @@ def mask_image(allowed: npt.NDArray[np.bool_], kinds: list[str]) -> Image.Image:
     image.putpalette(bytes(3) + b"".join(colors))
     image.info["transparency"] = 0
     return image
-
-
-def data_uri(image: Image.Image, form: str) -> str:
-    """An image as it stands in a page."""
-    buffer = io.BytesIO()
-    image.save(buffer, form, quality=JPEG_QUALITY, optimize=True)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -109,20 +109,23 @@ def header(subject: Subject) -> ModelCardData:
 
 
 def evaluation_results(subject: Subject) -> list[EvalResult]:
-    """The subject's own score, for `model-index`."""
-    found = [arm for name, arm in subject.arms.items() if name != "base"]
-    return [
-        EvalResult(
-            task_type=TASK_TYPES.get(arm.task, "visual-question-answering"),
-            dataset_type="custom",
-            dataset_name=one_line(validation_name(subject, arm)),
-            metric_type=TASKS[arm.task].key if arm.task in TASKS else "accuracy",
-            metric_name=f"{arm.metric}, {arm.unit}",
-            metric_value=arm.metrics["overall"],
-            metric_args={"interval_95": list(arm.interval), "questions": arm.metrics["questions"]},
-        )
-        for arm in found
-    ]
+    """The subject's own scores, for `model-index`: one, or of several sources one for each."""
+    by_metric, found = {task.metric: task for task in TASKS.values()}, []
+    for whole in (arm for name, arm in subject.arms.items() if name != "base"):
+        for source, arm in (whole.by_source or {"": whole}).items():
+            task = TASKS.get(arm.task) or by_metric.get(arm.metric, TASKS["vqa"])
+            name = validation_name(subject, whole)
+            result = EvalResult(
+                task_type=TASK_TYPES.get(task.name, "visual-question-answering"),
+                dataset_type="custom",
+                dataset_name=one_line(f"{name}: {source}" if source else name),
+                metric_type=task.key,
+                metric_name=f"{arm.metric}, {arm.unit}",
+                metric_value=arm.metrics["overall"],
+                metric_args={"interval_95": list(arm.interval), "questions": arm.metrics["questions"]},
+            )
+            found.append(result)
+    return found
 
 
 def title(subject: Subject) -> str:

@@ -179,7 +179,7 @@ def test_what_is_written_is_read_as_the_same_records(tmp_path: Path, name: str) 
         cache_dir=cached,
     ).to_list()
     assert converted.count == len(expected) > 1
-    assert not converted.left_out
+    assert not converted.skipped
     assert list(map(content, found)) == list(map(content, expected))
     groups = [
         [[one["image_id"] for one in records].index(one["image_id"]) for one in records]
@@ -245,7 +245,7 @@ def test_rows_that_cannot_be_used_are_listed_and_the_exit_code_says_so(tmp_path:
     listed = ran.stderr.splitlines()
     assert any(line.startswith(f"  2: image {tmp_path}/gone.jpg does not exist") for line in listed)
     assert any(line.startswith(f"  {tmp_path}/in.jsonl, line 3: expected texts or whole numbers") for line in listed)
-    assert listed[-1] == "2 rows cannot be used and were left out"
+    assert listed[-1] == "2 rows cannot be used and were skipped"
     assert [json.loads(line)["id"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == ["1", "9"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "b.png", "in.jsonl", "o.jsonl", "sub"]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

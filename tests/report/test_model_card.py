@@ -135,6 +135,24 @@ def test_a_score_has_the_hubs_names_of_its_task_and_its_own_unit(copy: Path) -> 
         assert f"| {title} |" in found.text
 
 
+def test_of_several_sources_each_has_a_score_of_its_own(copy: Path) -> None:
+    """Their mean is no accuracy, and is not said to be one."""
+    file = copy / "eval/adapter/metrics.json"
+    metrics = json.loads(file.read_text())
+    of_questions = {name: value for name, value in metrics.items() if name != "task"}  # as a score is written
+    of_captions = of_questions | {"metric": "CIDEr-D", "unit": "times 100", "overall": 81.5, "interval": [80.0, 83.0]}
+    mixture = {"by_source": {"ask": of_questions, "tell": of_captions}, "task": "mixture", "metric": "geometric mean"}
+    file.write_text(json.dumps(metrics | mixture))
+    found = parse(card(subject_of(copy / "adapter")))
+    assert found.data.eval_results is not None
+    said = [(one.task_type, one.metric_type, one.metric_value) for one in found.data.eval_results]
+    assert said == [
+        ("visual-question-answering", "accuracy", metrics["overall"]),
+        ("image-to-text", "cider", 81.5),
+    ]
+    assert [one.dataset_name.split(": ")[-1] for one in found.data.eval_results] == ["ask", "tell"]
+
+
 def test_scores_of_other_weights_are_not_in_the_card(copy: Path) -> None:
     """Trained on after the evaluation; and the base's, of other questions."""
     file = copy / "eval/base/metrics.json"
