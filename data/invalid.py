@@ -4,11 +4,14 @@ Not here: finding them (data/sources, data/image_check.py), and what takes the p
 (data/dataset.py).
 """
 
+import contextlib
 import json
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock
 
 NAMED = 3  # invalid records that an error spells out
 
@@ -52,23 +55,39 @@ class SkippedRecords:
             ValueError: then more were skipped than may be; names the first. None of them is skipped.
         """
         self.looked_at += total
-        self._catch_up()
-        self.total = total = max(self.total, total)
-        new = {record.id: record.reason for record in invalid if record.id not in self.reasons}
-        if not new:
+        self.total = max(self.total, total)
+        invalid = list(invalid)
+        if not (new := self._new(invalid)):
             return
+        if self.file is None:
+            self.reasons |= new
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        lock = Path(f"{self.file}.lock")
+        with FileLock(lock):  # another process may come upon the same records at this moment
+            new = self._new(invalid)
+            self.reasons |= new
+            with self.file.open("ab") as file:
+                lines = "".join(json.dumps({"id": id, "reason": reason}) + "\n" for id, reason in new.items())
+                file.write(lines.encode())
+            with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                lock.unlink()  # who waits for it notices that it is gone
+
+    def _new(self, invalid: list[InvalidRecord]) -> dict[str, str]:
+        """The reasons of those that no process has skipped yet, by their ids.
+
+        Raises:
+            ValueError: with them more would be skipped than may be.
+        """
+        self._catch_up()
+        new = {record.id: record.reason for record in invalid if record.id not in self.reasons}
         count = len(self.reasons) + len(new)
-        if count > self.share * total:
+        if new and count > self.share * self.total:
             named = [f"{id}: {reason}" for id, reason in list(new.items())[:NAMED]]
             named += [f"and {len(new) - NAMED:,} more"] if len(new) > NAMED else []
-            said = f"{count:,} of {total:,} records cannot be used; {self.advice(count, total)}:"
+            said = f"{count:,} of {self.total:,} records cannot be used; {self.advice(count, self.total)}:"
             raise ValueError("\n  ".join([said, *named]))
-        self.reasons |= new
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps({"id": id, "reason": reason}) + "\n" for id, reason in new.items())
-            with self.file.open("ab") as file:  # written at once: lines of two processes do not mix
-                file.write(lines.encode())
+        return new
 
     def advice(self, count: int, total: int) -> str:
         """What there is to do about so many records that cannot be used, of all."""

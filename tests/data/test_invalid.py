@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Self
 
 import pytest
+from filelock import FileLock
 
 from data.invalid import InvalidRecord, SkippedRecords
 
@@ -48,6 +50,26 @@ def test_processes_count_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 of 100"):
         here.add(INVALID[3:4], 100)
     assert here.reasons == there.reasons == {"q0": "before", "q1": "reason 1", "q2": "reason 2"}
+
+
+def test_processes_that_come_upon_a_record_at_once_list_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another process wrote between a first look at the list and the lock on it counts."""
+    file = tmp_path / "skipped.jsonl"
+
+    class OtherCameFirst(FileLock):
+        def __enter__(self) -> Self:
+            monkeypatch.setattr("data.invalid.FileLock", FileLock)
+            SkippedRecords(file, share=0.03).add(INVALID[:2], 100)
+            return super().__enter__()
+
+    monkeypatch.setattr("data.invalid.FileLock", OtherCameFirst)
+    here = SkippedRecords(file, share=0.03)
+    here.add(INVALID[1:3], 100)
+    assert listed(file) == ["q0", "q1", "q2"]
+    assert set(here.reasons) == {"q0", "q1", "q2"}
+    assert list(tmp_path.iterdir()) == [file], "the lock is no longer there"
 
 
 def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: Path) -> None:
