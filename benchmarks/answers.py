@@ -52,7 +52,8 @@ from finetune.training.batch_sampler import BatchSampler
 from finetune.training.checkpoints import checkpoints, read_parameters
 from finetune.training.examples import Examples, network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import Example, GradientAccumulation, supervised
+from finetune.training.gradient_accumulation import GradientAccumulation
+from finetune.training.objective import Example, supervised
 from finetune.training.setup import adapt, open_model
 from model import PaliGemma
 

@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.invalid import InvalidRecord, SkippedRecords
 from data.processor import Processor
 
 TRIES = 10_000  # records drawn in the place of one that is skipped
-Answers = Literal["rotate", "majority", "all"]
+Answers = Literal["rotate", "majority", "all", "pair"]
 
 
 class PaliGemmaDataset(Dataset[dict[str, Any]]):
@@ -35,7 +37,8 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         records: rows as data/records.py describes them, a `datasets.Dataset` or a list.
         processor: turns images and texts into tensors.
         answers: "rotate" learns another one of a record's answers in each epoch, in an order drawn by `seed`, until
-            all were learned; "majority" learns `answer` always; "all" learns all of them in every epoch.
+            all were learned; "majority" learns `answer` always; "all" learns all of them in every epoch; "pair"
+            gives `answer` and `rejected` as the two suffixes of a row, in this order.
         skipped: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its
             index, the same in every epoch; of those that are listed already, too. By default there may be none, and
             the first one is a ValueError.
@@ -78,9 +81,32 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         if self.answers == "all":
             shares = {answer: count / len(answers) for answer, count in Counter(answers).items()}
             texts = self.processor.encode_suffixes(record["prefix"], list(shares), list(shares.values()))
+        elif self.answers == "pair":
+            texts = self.processor.encode_suffixes(record["prefix"], pair_of(record))
+            require_two(texts)
         else:
             order = random.Random(f"{self.seed}/{index}").sample(range(len(answers)), len(answers))
             suffix = answers[order[epoch % len(answers)]] if self.answers == "rotate" else record["answer"]
             texts = self.processor.encode(record["prefix"], suffix)
         pixels = self.processor.pixels(record["image"])
         return {**texts, "pixel_values": pixels, "id": record["id"], "image_id": record["image_id"]}
+
+
+def pair_of(record: Mapping[str, Any]) -> list[str]:
+    """The chosen and the rejected answer of a record. ValueError where it has no rejected one."""
+    if not record.get("rejected"):
+        raise ValueError(
+            "it has no rejected answer, and preferences are learned from pairs: give the row a text as rejected, or "
+            "leave it out"
+        )
+    return [record["answer"], record["rejected"]]
+
+
+def require_two(texts: Mapping[str, Tensor]) -> None:
+    """ValueError where both suffixes of a row are the same tokens, as when they were cut where they first differ."""
+    ids, types = texts["input_ids"], texts["token_type_ids"]
+    if torch.equal(ids[types == 1], ids[types == 2]):
+        raise ValueError(
+            "the chosen and the rejected answer are the same tokens, perhaps because both were cut at max_text_tokens: "
+            "raise it, or leave the pair out"
+        )

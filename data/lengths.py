@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.dataset import Answers
+from data.dataset import Answers, pair_of, require_two
 from data.invalid import InvalidRecord
 from data.processor import LEADING, Processor
 from data.progress import progress_bar
@@ -118,19 +118,23 @@ def measure(
     Args:
         processor: says what fits, and cuts answers if it was told to.
         answers: as in `PaliGemmaDataset`: "rotate" looks at all answers of a record, each in a row of its own, "all" at
-            all of them in one row, "majority" at one; None at none.
+            all of them in one row, "pair" at the chosen and the rejected one, "majority" at one; None at none.
         cache_dir: where the lengths are cached, as in `load_records`.
     """
     texts = text_table(records, answers)
     prompt, longest, total, count = counted(texts, processor, cache_folder(cache_dir))
-    together = answers == "all"
+    together = answers in ("all", "pair")
     answer, supervised, lost = longest.copy(), (total if together else longest).copy(), [0]
     invalid: dict[int, InvalidRecord] = {}
     refused = (prompt == REFUSED) | (longest == REFUSED)
+    if answers == "pair":
+        refused |= count < 2
     for i in np.flatnonzero(refused | (prompt + supervised > processor.text_limit)).tolist():
         prefix, suffixes = texts["prefix"][i].as_py(), texts["answers"][i].as_py()
         rows = [suffixes] if together else [[suffix] for suffix in suffixes]
         try:
+            if answers == "pair":
+                require_two(processor.encode_suffixes(prefix, pair_of(records[i])))
             kept = [kept_of(processor, prefix, row) for row in rows or [[]]]
         except ValueError as error:
             invalid[i] = InvalidRecord(records[i]["id"], str(error))
@@ -155,9 +159,9 @@ def kept_of(processor: Processor, prefix: str, suffixes: Sequence[str]) -> list[
 
 def text_table(records: Sequence[Mapping[str, Any]], answers: Answers | None) -> pa.Table:
     """Columns `prefix`, and `answers` that may be learned: a list, empty where there are none; with "all" of distinct
-    ones.
+    ones, with "pair" of two, or of one where none is rejected.
     """
-    names = ["prefix", "answers", "answer"]
+    names = ["prefix", "answers", "answer", *(["rejected"] if answers == "pair" else [])]
     if isinstance(records, datasets.Dataset):
         table = records.select_columns(names).with_format("arrow")[:]
     else:
@@ -165,6 +169,9 @@ def text_table(records: Sequence[Mapping[str, Any]], answers: Answers | None) ->
     prefix, lists = table["prefix"].cast(pa.string()), table["answers"].cast(pa.list_(pa.string()))
     if answers == "all":
         lists = distinct(lists.combine_chunks())
+    elif answers == "pair":
+        both = (table[name].cast(pa.string()).to_pylist() for name in ("answer", "rejected"))
+        lists = pa.array([[chosen, rejected] if rejected else [chosen] for chosen, rejected in zip(*both, strict=True)])
     elif answers != "rotate":
         counts = pc.list_value_length(lists).to_numpy().astype(np.int32)
         one = np.minimum(counts, 1 if answers else 0)

@@ -37,6 +37,7 @@ from finetune.training.examples import (
     shared_images_note,
 )
 from finetune.training.interrupt import StopOnSignal
+from finetune.training.objective_of_run import metric_of, objective_of, prepare
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, is_complete, start_run
 from finetune.training.setup import (
@@ -122,7 +123,7 @@ def learn_one(
     if reasons := examples.skipped.reasons:
         show(f"{len(reasons):,} records cannot be used, others take their places: see {examples.skipped.file}")
     planned = plan_run(config, network_config(directory, config), examples.longest)
-    dataset = PaliGemmaDataset(examples.records, processor, config.data.answers, config.train.seed, examples.skipped)
+    dataset = PaliGemmaDataset(examples.records, processor, config.learned_answers, config.train.seed, examples.skipped)
     require_fit(config, planned)
     asked, new_tokens = asked_in_training(config, processor), max_new_tokens(config, examples.lengths)
     batch_sampler = plan_steps(config, examples.sizes)
@@ -132,10 +133,15 @@ def learn_one(
     shared = shared_images_note(examples.records, asked) if asked else None
     show(*(f"warning: {note}" for note in (shared, shortness_note(batch_sampler)) if note))
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
+    objective = objective_of(config, model, processor, examples, asked)
     show_start(config, model, planned, checkpoint, batch_sampler.total)
     distributed.on_main(partial(start_run, config))
     distributed.on_main(partial(Result.reopen, Path(config.output)))
-    evaluated, samples, metric = planned_evaluation(config, planned, new_tokens), Samples(), task_of(config).key
+    evaluated, samples, metric = (
+        planned_evaluation(config, planned, new_tokens),
+        Samples(),
+        metric_of(objective, task_of(config).key),
+    )
     trainer = LoRATrainer(
         config,
         model,
@@ -147,7 +153,9 @@ def learn_one(
         evaluate=evaluation_of(evaluated, model, processor, asked, new_tokens, samples),
         metric=metric,
         callbacks=[*callbacks_for(config, batch_sampler, samples, metric), stop := StopOnSignal()],
+        objective=objective,
     )
+    prepare(trainer, batch_sampler, config.data.workers)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     ended = trainer.state.global_step == batch_sampler.total or trainer.is_past_its_best
     if stop.stopping and not ended:
@@ -204,10 +212,11 @@ def open_adapted(directory: Path, config: RunConfig, resumes: bool) -> tuple[Pal
     """The network on its device, with adapters in place; and the fingerprint of its base where its layers are sharded,
     for it is taken of whole weights.
 
-    resumes: adapters are filled from a checkpoint later, not with the values that the run starts from.
+    resumes: adapters are filled from a checkpoint later, not with the values that the run starts from, unless those are
+    what it is compared with.
     """
     model, base_fingerprint = open_model(directory, config), None
-    adapt(model, config, anew=resumes)
+    adapt(model, config, anew=resumes and config.train.objective == "supervised")
     if distributed.asks_for_fsdp():
         base_fingerprint = fingerprint(model)
         shard_decoder(model, config)

@@ -139,9 +139,11 @@ def connector_tensors(adapter: Path, connector: ConnectorConfig, parameters: Map
     return there
 
 
-def require_agreement(model: nn.Module, config: LoRAConfig) -> None:
+def require_agreement(model: nn.Module, config: LoRAConfig, named_by: str = "lora.start_from") -> None:
     """That the adapter which `config` starts from fits `model` and is what `config` says, by names and shapes: a
     network on the meta device will do. Which base it was trained on is not looked at.
+
+    named_by: the key of the configuration that names it.
 
     Raises:
         ValueError: a target that names nothing; or the adapter cannot be read, does not fit, or is not what `config`
@@ -161,9 +163,13 @@ def require_agreement(model: nn.Module, config: LoRAConfig) -> None:
     ]
     if differences:
         more = f"\n  and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        advice = "leave out what it says otherwise, and it is taken from the adapter"
+        if named_by != "lora.start_from":
+            advice = "say what it has, or name another one"
         raise ValueError(
-            f"the configuration contradicts the adapter in {path}, which lora.start_from names: leave out what it says "
-            "otherwise, and it is taken from the adapter\n  " + "\n  ".join(differences[:SHOWN]) + more
+            f"the configuration contradicts the adapter in {path}, which {named_by} names: {advice}\n  "
+            + "\n  ".join(differences[:SHOWN])
+            + more
         )
 
 

@@ -199,6 +199,14 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How it is learned. A step is one update of the weights, by batch_size examples."""
 
+    objective: Literal["supervised", "dpo"] = "supervised"
+    """supervised: the answers are learned. dpo: of each pair, to prefer the chosen answer to the rejected one (section
+    preference).
+    """
+    reference: PathText = "start"
+    """The network that dpo measures gains from. start: as training starts; base: without any adapter; or the directory
+    of an adapter, or of a run, with the same settings.
+    """
     epochs: Positive | None = None
     """Passes over the training examples; this or max_steps."""
     max_steps: Count | None = None
@@ -265,6 +273,36 @@ class TrainConfig(Section):
             exceeded = f"micro_batch ({micro_batch}) must not exceed batch_size ({info.data['batch_size']})"
             raise error_at("micro_batch", exceeded, "batch_size")
         return micro_batch
+
+
+class PreferenceOptions(Section):
+    """How train.objective=dpo learns from pairs of a chosen and a rejected answer."""
+
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """Of a pair, whose margin is by how much more the chosen answer gained over the reference than the rejected one, in
+    log-probability: sigmoid, -log sigmoid(beta * margin) (DPO, arXiv 2305.18290); hinge, max(0, 1 - beta * margin)
+    (SLiC, arXiv 2305.10425); ipo, (margin per token - 1 / (2 * beta))^2 (arXiv 2310.12036).
+    """
+    beta: Positive = 0.1
+    """How closely the network is held to the reference: the larger, the closer."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs that are taken to be labelled the wrong way round; of the loss sigmoid alone."""
+    rpo_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen answer's cross-entropy, in nats per token, which is added (RPO, arXiv 2404.19733): it keeps
+    the chosen answer from becoming less likely together with the rejected one.
+    """
+    precompute: Annotated[bool, Effect.NUMERICS] = True
+    """Compute the reference's log-probabilities once, before the first step, and keep them in
+    OUTPUT/reference.safetensors. false: at every step again, which is faster in less than an epoch.
+    """
+
+    @field_validator("label_smoothing")
+    @classmethod
+    def _is_smoothed(cls, label_smoothing: float, info: ValidationInfo) -> float:
+        if label_smoothing and info.data.get("loss") != "sigmoid":
+            message = f"got {label_smoothing:g}; only the loss sigmoid is smoothed: leave it out, or take that loss"
+            raise error_at("label_smoothing", message, "loss")
+        return label_smoothing
 
 
 class Stage(Section):
@@ -334,6 +372,7 @@ class RunConfig(Section):
     stages: tuple[Stage, ...] = ()
     """What is trained before the run itself, in this order: the connector that model.connector names, alone."""
     train: TrainConfig
+    preference: PreferenceOptions = PreferenceOptions()
     memory: MemoryConfig = MemoryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: Annotated[PathText, Effect.NOTHING]
@@ -345,6 +384,11 @@ class RunConfig(Section):
         """Whether the run evaluates while it trains."""
         unanswered = any(source.questions and not source.annotations for source in self.data.sources("validation"))
         return self.data.validation is not None and not unanswered and self.train.eval_every is not None
+
+    @property
+    def learned_answers(self) -> Literal["rotate", "majority", "all", "pair"]:
+        """Which answers of a record an example of data.train has, as `PaliGemmaDataset` knows them."""
+        return "pair" if self.train.objective == "dpo" else self.data.answers
 
     @field_validator("lora")
     @classmethod
@@ -427,6 +471,64 @@ class RunConfig(Section):
                 "data.validation.questions",
             )
         return train
+
+    @field_validator("train")
+    @classmethod
+    def _has_what_it_compares(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        if train.objective == "supervised":
+            if train.reference != "start":
+                raise error_at(
+                    "train.reference",
+                    f"got {train.reference}; nothing is compared with it where train.objective is supervised: leave it "
+                    "out, or set train.objective",
+                    "train.objective",
+                )
+            return train
+        if "lora" in info.data and info.data["lora"] is None:
+            raise error_at(
+                "train.objective",
+                f"{train.objective} compares the network with what it was, which lora: null would keep a second time: "
+                "train an adapter",
+                "lora",
+            )
+        if info.data.get("stages"):
+            raise error_at(
+                "stages",
+                f"stages learn from answers, and train.objective is {train.objective}: train them in a run of their "
+                "own, and begin with its result (lora.start_from)",
+                "train.objective",
+            )
+        if "data" not in info.data:
+            return train
+        data = info.data["data"]
+        if data.answers != "rotate":
+            raise error_at(
+                "data.answers",
+                f"got {data.answers}; with train.objective={train.objective} it has no meaning: leave it out",
+                "train.objective",
+            )
+        if official := next((key for key, source in data.places("train").items() if source.questions), None):
+            raise error_at(
+                f"{official}.questions",
+                "VQA's files have no rejected answers, and train.objective=dpo learns from pairs: give pairs, such as "
+                "python -m data.preferences makes from a run's answers",
+                "train.objective",
+            )
+        return train
+
+    @field_validator("preference")
+    @classmethod
+    def _is_for_pairs(cls, preference: PreferenceOptions, info: ValidationInfo) -> PreferenceOptions:
+        given = preference.model_dump(exclude_defaults=True)
+        if given and "train" in info.data and info.data["train"].objective != "dpo":
+            key = min(given)
+            objective = info.data["train"].objective
+            raise error_at(
+                f"preference.{key}",
+                f"got {given[key]}, and train.objective is {objective}: set it to dpo, or leave this out",
+                "train.objective",
+            )
+        return preference
 
     @model_validator(mode="after")
     def _trains_the_connector(self) -> "RunConfig":

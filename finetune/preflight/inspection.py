@@ -76,7 +76,7 @@ def inspect_examples(config: RunConfig) -> Inspection:
     directory = fetch(config.model.path, config.model.revision, weights=False)
     dimensions, processor = network_config(directory, config), open_processor(directory, config)
     opened = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
-    dataset = PaliGemmaDataset(opened.records, processor, config.data.answers, config.train.seed, opened.skipped)
+    dataset = PaliGemmaDataset(opened.records, processor, config.learned_answers, config.train.seed, opened.skipped)
     found: dict[str, dict[str, Any]] = {}
     for pair in plan_steps(config, opened.sizes)[0]:
         if len(found) < MOST:
@@ -92,7 +92,7 @@ def inspect_examples(config: RunConfig) -> Inspection:
         *batch_checks(dimensions, batch, leaks, how),
         *length_checks(opened.lengths, len(opened.skipped.reasons), processor),
         prompt_check(records),
-        *answer_checks(records, config.data.answers, processor),
+        *answer_checks(records, config.learned_answers, processor),
         *duplicate_checks(records, validation),
     ]
     attention = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])[:, 0]

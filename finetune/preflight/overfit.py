@@ -25,7 +25,8 @@ from finetune.system.console import new_table, show
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import in_turns, network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import Collate, Example
+from finetune.training.gradient_accumulation import Collate
+from finetune.training.objective import Example
 from finetune.training.progress import ProgressBar
 from finetune.training.resume import is_complete
 from finetune.training.setup import adapt, open_model, require_starts, show_trained
@@ -84,7 +85,7 @@ def overfit(config: RunConfig, count: int) -> None:
     plan = plan_run(config, network_config(directory, config), examples.longest).plan
     model = open_model(directory, config)
     records = records.select(in_turns(examples.sizes_of_valid, count))
-    dataset = PaliGemmaDataset(records, processor, config.data.answers, skipped=examples.skipped)
+    dataset = PaliGemmaDataset(records, processor, config.learned_answers, skipped=examples.skipped)
     adapt(model, config)
     show_trained(model)
     expected = [

@@ -22,7 +22,8 @@ from finetune.system.device import is_out_of_memory
 from finetune.system.progress import progress_bar
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import Collate, Example, ImageFeatures
+from finetune.training.gradient_accumulation import Collate, ImageFeatures
+from finetune.training.objective import Example
 from finetune.training.optimizer import clip_gradients, total_norm
 from finetune.training.trainer import LoRATrainer
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
@@ -132,7 +133,7 @@ def time_step(
 
 
 def time_phases(trainer: LoRATrainer, rows: list[Example]) -> StepTime:
-    device, tokens = trainer.args.device, sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
+    device, total = trainer.args.device, sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer.network.train()
@@ -148,7 +149,7 @@ def time_phases(trainer: LoRATrainer, rows: list[Example]) -> StepTime:
         images = trainer.accumulation.frozen_image_features(rows)
 
     def decode() -> None:
-        trainer.accumulation.micro_step(rows, images, tokens, step=0)
+        trainer.accumulation.micro_step(rows, images, total, step=0)
 
     def update() -> None:
         norm = total_norm(trainer.accumulation.gradients())

@@ -73,12 +73,25 @@ def write_text_whole(path: Path, text: str) -> None:
         pass
 
 
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """As `write_text_whole`, of bytes."""
+    with bytes_to_be(path, content):
+        pass
+
+
 @contextlib.contextmanager
 def text_to_be(path: Path, text: str) -> Iterator[None]:
     """As `write_text_whole`, but the file, already on the disk, is renamed when this context ends without an error."""
+    with bytes_to_be(path, text.encode()):
+        yield
+
+
+@contextlib.contextmanager
+def bytes_to_be(path: Path, content: bytes) -> Iterator[None]:
+    """As `text_to_be`, of bytes."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
         sync(unfinished)
         yield
         unfinished.replace(path)

@@ -196,7 +196,7 @@ def open_examples(
             "say so in the configuration too, with image.aspect: pad"
         )
     # Of a validation record the majority answer is scored; which one is learned from is a matter of training.
-    lengths = measure(records, processor, config.data.answers if split == "train" else "majority")
+    lengths = measure(records, processor, config.learned_answers if split == "train" else "majority")
     skipped.add(lengths.invalid.values(), len(records))
     for note in lengths.notes():
         show(f"data.{split}: {note}")

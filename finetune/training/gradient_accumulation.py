@@ -1,8 +1,9 @@
 """Loss and gradients of an effective batch, micro-batch by micro-batch.
 
 The images of a step are encoded first, each once. The examples are then cut into micro-batches, and every loss is
-divided by the supervised tokens of the whole step, so that the gradient does not depend on the cut. Where tokens have
-weights, as those of several answers in one row, the loss is their weighted sum, divided by the sum of the weights.
+divided by what the examples of the whole step count, so that the gradient does not depend on the cut. For answers those
+are their supervised tokens; where these have weights, as in rows of several answers, the sum of the weights. What is
+minimised is the objective's business (objective.py).
 
 Axes: B rows of a micro-batch, I images of a step, N image tokens, D hidden.
 """
@@ -13,7 +14,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,10 @@ from finetune.system import sharding
 from finetune.system.device import first_line, free_memory, is_out_of_memory
 from finetune.system.transfer import to_device
 from finetune.training.execution_plan import ExecutionPlan
+from finetune.training.objective import Example, Objective, Supervised
 from finetune.training.offload import Offload
-from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig, TokenBatch
+from model import PaliGemma, PaliGemmaConfig, TokenBatch
 
-Example = dict[str, Any]
 Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
 TEXTS = ("input_ids", "token_type_ids", "labels", "loss_weights")  # of an example, what a micro-batch collates
 
@@ -46,6 +47,13 @@ class ImageFeatures:
     """Whether the connector has made tokens of them."""
 
 
+class Inputs(NamedTuple):
+    """Of a micro-batch its tokens, on the device, and the image tokens of each row, [B, N, D]."""
+
+    batch: TokenBatch
+    image_features: Tensor
+
+
 class GradientAccumulation:
     """Forward and backward passes of a step.
 
@@ -55,6 +63,10 @@ class GradientAccumulation:
         config: the section `train` of the run.
         execution_plan: how a step is cut, and what is recomputed.
         collate: examples -> right-padded tensors.
+        objective: what is minimised.
+
+    Attributes:
+        figures: of the examples accumulated last, as `Loss` has them.
     """
 
     def __init__(
@@ -64,14 +76,17 @@ class GradientAccumulation:
         config: TrainConfig,
         execution_plan: ExecutionPlan,
         collate: Collate,
+        objective: Objective | None = None,
     ) -> None:
         self.network, self.trained, self.config = network, trained, config
         self.execution_plan, self.collate = execution_plan, collate
+        self.objective = objective or Supervised()
+        self.figures: dict[str, Tensor] = {}
         self.device = network.device
         self.offload = Offload(network.vision_tower, self.device) if execution_plan.offload_vision else None
         network.language_model.model.set_recompute(execution_plan.recompute_layers)
 
-    def accumulate_in_memory(self, examples: list[Example], tokens: float, step: int) -> Tensor:
+    def accumulate_in_memory(self, examples: list[Example], total: float, step: int) -> Tensor:
         """`accumulate`, repeated with half the micro-batch where the device runs out of memory, if the plan chose it.
 
         Processes that share sharded layers repeat it together.
@@ -82,7 +97,7 @@ class GradientAccumulation:
         while True:
             try:
                 with sharding.same_memory(self.network.language_model.model):
-                    return self.accumulate(examples, tokens, step)
+                    return self.accumulate(examples, total, step)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -91,16 +106,16 @@ class GradientAccumulation:
             free_memory(self.device)
             self.halve_micro_batch(reason, step)
 
-    def accumulate(self, examples: list[Example], tokens: float, step: int) -> Tensor:
+    def accumulate(self, examples: list[Example], total: float, step: int) -> Tensor:
         """Add up the gradients of these examples; returns their share of the mean loss.
 
-        tokens: of the whole step, as `supervised` counts them. step: its number, counted from 0.
+        total: of the whole step, as `Objective.total` counts it. step: its number, counted from 0.
         """
         images = self.frozen_image_features(examples)
-        total = torch.zeros((), device=self.device)
+        loss, self.figures = torch.zeros((), device=self.device), {}
         for micro_batch, counts in self.lockstep_micro_batches(examples):
-            total += self.micro_step(micro_batch, images, tokens, step, counts)
-        return total
+            loss += self.micro_step(micro_batch, images, total, step, counts)
+        return loss
 
     def lockstep_micro_batches(self, examples: Sequence[Example]) -> Iterator[tuple[list[Example], bool]]:
         """The micro-batches of a step, and whether each counts. Processes that share sharded layers have equally many:
@@ -115,12 +130,23 @@ class GradientAccumulation:
         self,
         micro_batch: Sequence[Example],
         images: ImageFeatures | None,
-        tokens: float,
+        total: float,
         step: int,
         counts: bool = True,
     ) -> Tensor:
-        """Forward and backward pass of a micro-batch; returns its share of the mean loss over a step's `tokens`. One
-        that does not count adds zero to gradients and loss.
+        """Forward and backward pass of a micro-batch; returns its share of the loss of a step. One that does not count
+        adds zero to gradients and loss.
+        """
+        batch, image_features = self.inputs_of(micro_batch, images, step)
+        found = self.objective.loss(self.network, batch, image_features, micro_batch, total)
+        loss: Tensor = found.value if counts else 0 * found.value
+        loss.backward()
+        if counts:
+            self.figures |= {name: self.figures.get(name, 0) + figure for name, figure in found.figures.items()}
+        return loss.detach()
+
+    def inputs_of(self, micro_batch: Sequence[Example], images: ImageFeatures | None, step: int) -> Inputs:
+        """What the network gets of a micro-batch; dropout is set to that of its rows in this step.
 
         All that it needs is worked out on the host and moved in one copy: nothing in it waits for the device.
         """
@@ -140,10 +166,7 @@ class GradientAccumulation:
         set_dropout_seeds(self.network.multi_modal_projector, moved.get("image_dropout"))
         encoded = self.image_tokens(moved, images)
         batch = dataclasses.replace(batch, **{name: moved[name] for name in batch.tensors()})
-        output = self.network(batch=batch, image_features=encoded[moved["image_rows"]], num_items_in_batch=tokens)
-        loss: Tensor = output.loss if counts else 0 * output.loss
-        loss.backward()
-        return loss.detach()
+        return Inputs(batch, encoded[moved["image_rows"]])
 
     def image_tokens(self, inputs: Mapping[str, Tensor], frozen: ImageFeatures | None) -> Tensor:
         """Image tokens [I, N, D]: all that are frozen, or those of a micro-batch's images, of which `inputs` has the
@@ -236,15 +259,6 @@ def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Examp
         longest[example["image_id"]] = max(longest.get(example["image_id"], 0), len(example["input_ids"]))
     ordered = sorted(examples, key=lambda e: (-longest[e["image_id"]], e["image_id"], -len(e["input_ids"])))
     return cut(ordered, size)
-
-
-def supervised(examples: Sequence[Example]) -> float:
-    """Supervised tokens of a step, by which its loss is divided; those with weights count as much as these say."""
-    total = 0.0
-    for example in examples:
-        tokens = example["labels"] != IGNORE_INDEX
-        total += float(example["loss_weights"][tokens].double().sum() if "loss_weights" in example else tokens.sum())
-    return total
 
 
 def cut(items: Sequence[Any], size: int) -> Iterator[list[Any]]:

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.system import sharding
-from finetune.training.gradient_accumulation import Example, GradientAccumulation
+from finetune.training.gradient_accumulation import GradientAccumulation
+from finetune.training.objective import Example
 
 
 def first_not_finite(
-    accumulation: GradientAccumulation, examples: list[Example], tokens: float, step: int
+    accumulation: GradientAccumulation, examples: list[Example], total: float, step: int
 ) -> tuple[str | None, list[str]]:
     """Where the first value that is not finite appears, if one does, and the ids of the examples of its micro-batch.
 
@@ -28,7 +29,7 @@ def first_not_finite(
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules if name]
     images = accumulation.frozen_image_features(examples)
     for micro_batch, counts in accumulation.lockstep_micro_batches(examples):
-        accumulation.micro_step(micro_batch, images, tokens, step, counts)
+        accumulation.micro_step(micro_batch, images, total, step, counts)
         trained = reversed(list(accumulation.trained.items()))
         # The backward pass comes from the end: the last parameter's gradient is the first one.
         for name, parameter in trained:

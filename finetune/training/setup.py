@@ -22,6 +22,7 @@ from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.training.batch_sampler import BatchSampler, steps_of_epochs
 from finetune.training.examples import network_config
+from finetune.training.reference import adapter_to_compare_with
 from model import PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
 from model.random_init import from_random
@@ -108,13 +109,16 @@ def adapt(model: PaliGemma, config: RunConfig, anew: bool = False) -> None:
 
 
 def require_starts(directory: Path, config: RunConfig) -> None:
-    """That the adapters which a run starts from fit its network, by names and shapes: no weights of the base are read.
+    """That the adapters which a run starts from, or is compared with, fit its network, by names and shapes: no weights
+    of the base are read.
 
     Raises:
-        ValueError: lora.start_from or connector.start_from cannot be read or does not fit; says in what.
+        ValueError: lora.start_from, connector.start_from or train.reference cannot be read or does not fit; says
+            in what.
     """
     connector, lora = connector_start(config), config.lora
-    if connector is None and (lora is None or lora.start_from is None):
+    reference = adapter_to_compare_with(config)
+    if connector is None and reference is None and (lora is None or lora.start_from is None):
         return
     with torch.device("meta"):
         model = PaliGemma(network_config(directory, config))
@@ -124,6 +128,8 @@ def require_starts(directory: Path, config: RunConfig) -> None:
         connector_tensors(find_adapter(Path(connector)), model.config.connector, names)
     if lora is not None and lora.start_from is not None:
         require_agreement(model, lora)
+    if lora is not None and reference is not None:
+        require_agreement(model, dataclasses.replace(lora, start_from=reference), "train.reference")
 
 
 def image_note(config: PaliGemmaConfig) -> str:

@@ -34,8 +34,9 @@ from finetune.training import checkpoints
 from finetune.training.arguments import training_arguments
 from finetune.training.batch_sampler import BatchSampler, RankShard
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import Collate, Example, GradientAccumulation, supervised
+from finetune.training.gradient_accumulation import Collate, GradientAccumulation
 from finetune.training.not_finite import first_not_finite
+from finetune.training.objective import EXAMPLES, Example, Objective, require_examples
 from finetune.training.optimizer import clip_gradients, make_optimizer, set_schedule, total_norm, without_wrapper
 from finetune.training.result import BEST_FILE, Best, Result, judge, last_step
 from finetune.training.resume import judged_by
@@ -65,6 +66,7 @@ class LoRATrainer(Trainer):
         metric: the one that steps are compared by; larger is better.
         callbacks: what watches the run.
         save_checkpoints: whether checkpoints are written.
+        objective: what is minimised; by default the answers' cross-entropy.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class LoRATrainer(Trainer):
         metric: str = "accuracy",
         callbacks: Sequence[TrainerCallback] = (),
         save_checkpoints: bool = True,
+        objective: Objective | None = None,
     ) -> None:
         arguments = training_arguments(config, batch_sampler, model.device, evaluate is not None, save_checkpoints)
         self.run, self.network, self.batch_sampler = config, model, batch_sampler
@@ -96,7 +99,8 @@ class LoRATrainer(Trainer):
                 "lora=null trains the base weights themselves, and bfloat16 rounds small updates away: set "
                 "model.dtype=float32"
             )
-        self.accumulation = GradientAccumulation(model, self.trained, config.train, execution_plan, collate)
+        self.accumulation = GradientAccumulation(model, self.trained, config.train, execution_plan, collate, objective)
+        self.figures: dict[str, Tensor] = {}  # of the objective, summed over the examples since the last log
         super().__init__(
             model=WithoutConfig(model),
             args=arguments,
@@ -120,22 +124,25 @@ class LoRATrainer(Trainer):
         """
         require_examples(inputs)
         model.train()
-        step, tokens = self.state.global_step, distributed.total(supervised(inputs))
-        loss = self.accumulation.accumulate_in_memory(inputs, tokens, step)
+        step, objective = self.state.global_step, self.accumulation.objective
+        examples = objective.prepare(self.accumulation, inputs, step)
+        total = distributed.total(objective.total(examples))
+        loss = self.accumulation.accumulate_in_memory(examples, total, step)
         distributed.all_reduce([loss, *self.accumulation.unsummed_gradients()])
-        self.check_finite(model, inputs, tokens, loss)
+        self.check_finite(model, examples, total, loss)
         if step == self._initial_global_step:
             check_gradients(self.network)
+        self.figures |= {name: self.figures.get(name, 0) + sum for name, sum in self.accumulation.figures.items()}
         return loss
 
-    def check_finite(self, model: nn.Module, examples: list[Example], tokens: float, loss: Tensor) -> None:
+    def check_finite(self, model: nn.Module, examples: list[Example], total: float, loss: Tensor) -> None:
         """Stop before the optimizer where loss or gradients are not finite: keep the state before, say where it is."""
         self.gradient_norm = norm = total_norm(self.accumulation.gradients())
         if torch.stack((loss, norm.to(loss))).isfinite().all():
             return
         self.network.zero_grad()
         step = self.state.global_step
-        found = distributed.gather(first_not_finite(self.accumulation, examples, tokens, step))
+        found = distributed.gather(first_not_finite(self.accumulation, examples, total, step))
         everyone = "the sum over the step", [name for _, ids in found for name in ids]
         where, ids = next((place for place in found if place[0]), everyone)
         kept = "nothing was kept: the weights themselves are not finite"
@@ -147,6 +154,20 @@ class LoRATrainer(Trainer):
             f"step {step + 1}: the loss is {loss.item()}, the gradient's norm {norm.item()}; first in {where}, of the "
             f"examples {', '.join(ids)}; the step was not taken, and {kept}"
         )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; beside a training loss stand the objective's figures since the last one, each the mean over
+        the examples.
+        """
+        if "loss" in logs and self.figures:
+            names = list(self.figures)
+            sums = torch.stack([self.figures[name] for name in names])
+            distributed.all_reduce([sums])
+            found = dict(zip(names, sums.tolist(), strict=True))
+            count = found.pop(EXAMPLES)
+            logs |= {name: value / count for name, value in found.items()}
+            self.figures = {}
+        super().log(logs, start_time)
 
     # What the Trainer's loop asks for: batches, the network, the optimizer.
 
@@ -195,7 +216,7 @@ class LoRATrainer(Trainer):
         """Metrics under `eval_` names, logged; saves the model where they are the best so far (result.py)."""
         assert self.evaluate_now is not None, "the arguments ask for evaluation only where there is one"
         with self.accumulation.vision_on_device():
-            measured = self.evaluate_now()
+            measured = self.evaluate_now() | self.accumulation.objective.measure(self.accumulation)
         if (result := judge(self.state.global_step, measured, self.metric, self.best)) is not None:
             self.keep(result)
         self.evaluated_step = self.state.global_step
@@ -294,11 +315,3 @@ class WithoutConfig(nn.Module):
     def forward(self, **inputs: Any) -> PaliGemmaOutput:
         output: PaliGemmaOutput = self.network(**inputs)
         return output
-
-
-def require_examples(batch: Sequence[Any]) -> None:
-    """Raise the error that stands for an example which cannot be made, where a batch holds one."""
-    if error := next((example for example in batch if isinstance(example, Exception)), None):
-        if isinstance(error, MemoryError):
-            raise ValueError("the machine has no memory left to prepare examples: lower data.workers") from error
-        raise error

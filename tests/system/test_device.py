@@ -110,7 +110,7 @@ def test_the_host_never_waits_within_a_micro_batch(
         images = trainer.accumulation.frozen_image_features(examples)
         assert card.waits == []
         card.copies.clear()
-        trainer.accumulation.micro_step(examples[:4], images, tokens=10, step=0)
+        trainer.accumulation.micro_step(examples[:4], images, total=10, step=0)
         assert card.waits == []
         assert len(card.copies) == 1, card.copies
 

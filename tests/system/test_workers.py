@@ -163,15 +163,15 @@ def train_with(directory: Path, fault: str) -> None:
         scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     accumulate = GradientAccumulation.accumulate
 
-    def faulty(self: GradientAccumulation, examples: Any, tokens: float, step: int) -> torch.Tensor:
-        total = accumulate(self, examples, tokens, step)
+    def faulty(self: GradientAccumulation, examples: Any, total: float, step: int) -> torch.Tensor:
+        loss = accumulate(self, examples, total, step)
         if step == 2 and fault == "killed":
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         elif step == 2 and fault == "not finite":
             next(iter(self.gradients())).fill_(torch.inf)
         elif step == 2 and fault == "a bug":
             raise KeyError(fault)
-        return total
+        return loss
 
     GradientAccumulation.accumulate = faulty  # type: ignore[method-assign]
     changes = [*kill_test.overrides(directory, directory / "run"), "data.workers=2", "train.max_steps=40"]

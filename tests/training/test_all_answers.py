@@ -26,7 +26,8 @@ from finetune.adapters.metadata import training_facts
 from finetune.config.schema import DataConfig, TrainConfig
 from finetune.lora.protocol import trained_parameters
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import GradientAccumulation, supervised
+from finetune.training.gradient_accumulation import GradientAccumulation
+from finetune.training.objective import supervised
 from model import PaliGemma
 from model.random_init import from_random
 from tests import kill_test, rounding

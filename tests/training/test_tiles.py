@@ -18,7 +18,8 @@ from finetune import LoRAConfig, inject_lora
 from finetune.config.schema import TrainConfig
 from finetune.lora.protocol import trained_parameters
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import GradientAccumulation, supervised
+from finetune.training.gradient_accumulation import GradientAccumulation
+from finetune.training.objective import supervised
 from model import ConnectorConfig, PaliGemma
 from model.convert import changed, convert
 from tests import rounding, tiny

@@ -1,0 +1,87 @@
+"""The objective of a run, made of its configuration: `train.objective` and what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.compute as pc
+
+from data import PaliGemmaDataset, Processor
+from data.lengths import measure
+from finetune.config.schema import RunConfig
+from finetune.system import distributed
+from finetune.system.console import show
+from finetune.training.batch_sampler import BatchSampler
+from finetune.training.examples import Examples
+from finetune.training.objective import Objective, Supervised
+from finetune.training.preferences import Preferences
+from finetune.training.reference import REFERENCE_FILE, LogProbs, Reference, made_of
+from finetune.training.trainer import LoRATrainer
+from model import PaliGemma
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def objective_of(
+    config: RunConfig, model: PaliGemma, processor: Processor, examples: Examples, asked: Dataset | None
+) -> Objective:
+    """What the run minimises.
+
+    Args:
+        model: with the adapters in place that training starts with.
+        examples: of data.train. asked: the validation records, if the run evaluates.
+
+    Raises:
+        ValueError: the reference cannot be opened, or its log-probabilities are kept and those of something else; or
+            the launcher asks for FSDP.
+    """
+    if config.train.objective == "supervised":
+        return Supervised()
+    if distributed.asks_for_fsdp():
+        raise ValueError(
+            f"train.objective={config.train.objective} under FSDP is not built: launch with --multi_gpu, where each "
+            "process holds all of the network"
+        )
+    reference, known = Reference.of(config, model), None
+    if config.preference.precompute:
+        about = made_of(config, model, reference, processor, examples.records)
+        known = LogProbs(Path(config.output, REFERENCE_FILE), about, examples.records["id"][:])
+    pairs = None if asked is None else pairs_of(asked, processor)
+    if asked is not None and pairs is None:
+        show(
+            "warning: data.validation has no pairs, so that steps are compared by their answers alone, and one that "
+            "has learned little may be kept: give pairs to it too, or hold some out (data.validation: auto)"
+        )
+    count = 0 if pairs is None else len(pairs)
+    validation = None if pairs is None else PaliGemmaDataset(pairs, processor, "pair")
+    return Preferences(config.preference, reference, known, validation, count)
+
+
+def pairs_of(records: Dataset, processor: Processor) -> Dataset | None:
+    """Those of the records that are pairs, and fit, with a line about others that do not; None where there are none."""
+    pairs = records.select(pc.indices_nonzero(pc.not_equal(records.with_format("arrow")["rejected"], "")).to_pylist())
+    invalid = measure(pairs, processor, "pair").invalid
+    if invalid:
+        first = next(iter(invalid.values()))
+        show(f"data.validation: {len(invalid):,} pairs cannot be measured, such as {first.id}: {first.reason}")
+        pairs = pairs.select([position for position in range(len(pairs)) if position not in invalid])
+    return pairs if len(pairs) else None
+
+
+def metric_of(objective: Objective, of_answers: str) -> str:
+    """The figure by which steps are compared, where that of the answers is called `of_answers`."""
+    return "pair_accuracy" if isinstance(objective, Preferences) and objective.validation is not None else of_answers
+
+
+def prepare(trainer: LoRATrainer, steps: BatchSampler, processes: int) -> None:
+    """Compute what the objective needs before the first step, as far as it is not kept from before.
+
+    processes: that prepare examples.
+    """
+    objective = trainer.accumulation.objective
+    if isinstance(objective, Preferences) and objective.known is not None:
+        drawn = sorted({record for step in steps for record, _ in step})
+        assert trainer.train_dataset is not None, "there is something to train on"
+        objective.precompute(trainer.accumulation, trainer.train_dataset, drawn, processes)
