@@ -131,6 +131,8 @@ def row_of(record: Mapping[str, Any], image: str) -> dict[str, Any]:
     answers = record["answers"]
     row = {"id": record["id"], "image": image, role: record["question"]}
     row["suffix"] = answers[0] if len(answers) == 1 else answers
+    if record["rejected"]:
+        row["rejected"] = record["rejected"]
     if not record["equally_right"]:
         row |= {"equally_right": False} | {name: record[name] for name in ANNOTATED if record[name]}
     extra = json.loads(record["extra"]) if record["extra"] else {}

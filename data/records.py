@@ -25,6 +25,7 @@ from data.image_check import unusable, unusable_contents
 from data.images import image_size
 from data.invalid import InvalidRecord, SkippedRecords
 from data.sources import KEYS, open_table
+from data.sources.pairs import with_pairs
 from data.sources.rows import records_of
 from data.sources.vqa_files import read_vqav2
 
@@ -37,12 +38,13 @@ FEATURES = datasets.Features(
     prefix=TEXT,  # the whole prompt, one line
     answers=datasets.List(TEXT),  # empty where unknown
     equally_right=datasets.Value("bool"),  # each of them is a right answer; else they are what annotators said
-    answer=TEXT,  # the most frequent one; "" where answers is empty, as are the two below where unknown
-    answer_type=TEXT,
+    answer=TEXT,  # the most frequent one; "" where answers is empty
+    rejected=TEXT,  # of a preference pair the answer that the one of answers is preferred to; "" where there is none
+    answer_type=TEXT,  # "" where unknown, as is the one below
     question_type=TEXT,
     extra=TEXT,  # what else a row of a person's own says, as JSON; "" for nothing
 )
-FORMAT = 6  # goes up when records are written differently, so that cached ones are written again
+FORMAT = 7  # goes up when records are written differently, so that cached ones are written again
 AT_ONCE = 1 << 23  # bytes of images that are in memory at once while records are written
 ROWS_AT_ONCE = 500  # and rows: each batch takes some kilobytes of whoever maps the file
 
@@ -104,7 +106,7 @@ def load_records(
         options, name = ["vqav2", folder, prompt, split], str(files[0])
     elif len(given) == 1 and given.keys() <= set(KEYS):
         ((key, value),) = given.items()
-        table = open_table(key, value, folder, split, subset, revision)
+        table = with_pairs(open_table(key, value, folder, split, subset, revision), columns or {})
         files, folder, name = table.files, table.folder, table.name
         rows, within = partial(records_of, table, columns or {}, prompt, draw if drawn else None), folder
         options = [key, folder, prompt, split, json.dumps(columns, sort_keys=True), table.about]
@@ -187,14 +189,15 @@ def in_squares(
 ) -> Iterator[dict[str, Any] | InvalidRecord]:
     """What `rows()` yields, with locations of the square around each image instead of those of the image."""
     for row in rows():
-        if not isinstance(row, InvalidRecord) and "<loc" in "".join([row["prefix"], *row["answers"]]):
+        if not isinstance(row, InvalidRecord) and "<loc" in texts_of(row):
             try:
                 size = image_size(row["image"])
             except ValueError as error:
                 yield InvalidRecord(row["id"], str(error))
                 continue
             answers = [in_square(answer, size) for answer in row["answers"]]
-            row = {**row, "prefix": in_square(row["prefix"], size), "answers": answers}
+            prefix, rejected = (in_square(row.get(name, ""), size) for name in ("prefix", "rejected"))
+            row = {**row, "prefix": prefix, "answers": answers, "rejected": rejected}
         yield row
 
 
@@ -290,7 +293,7 @@ def memory_mapped(
                     if isinstance(row, InvalidRecord):
                         invalid.append(row)
                     else:
-                        unknown = {"answer_type": "", "question_type": "", "extra": ""}
+                        unknown = dict.fromkeys(("rejected", "answer_type", "question_type", "extra"), "")
                         writer.write({"answer": majority(row["answers"]), **unknown, **row})
                         waiting += len(row["image"]["bytes"]) if isinstance(row["image"], dict) else 0
                         if waiting > AT_ONCE:
@@ -305,13 +308,18 @@ def memory_mapped(
     return datasets.Dataset.from_file(str(cached)), invalid
 
 
+def texts_of(row: Mapping[str, Any]) -> str:
+    """What is asked and answered, one after the other."""
+    return "".join([row["prefix"], *row["answers"], row.get("rejected", "")])
+
+
 def encodable(row: dict[str, Any] | InvalidRecord) -> dict[str, Any] | InvalidRecord:
     """The row, or what is wrong with a text that no file can hold: JSON allows halves of surrogate pairs."""
     if isinstance(row, InvalidRecord):
         return row
     try:
         path = row["image"] if isinstance(row["image"], str) else ""
-        "".join([row["id"], path, row["prefix"], *row["answers"]]).encode()
+        "".join([row["id"], path, texts_of(row)]).encode()
     except UnicodeEncodeError as error:
         return InvalidRecord(ascii(row["id"]), f"its text is no Unicode: {error}")
     return row

@@ -25,7 +25,7 @@ MAGIC = {
 }
 METADATA = ("metadata.jsonl", "metadata.csv")  # in a folder of images
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk of datasets writes into a folder
-NAMES = {"image", "file_name", "prefix", "question", "suffix"}  # by which a first line of columns is known
+NAMES = {"image", "file_name", "prefix", "question", "suffix", "chosen"}  # by which a first line of columns is known
 BEGINNING = 1 << 16  # bytes in which the first line is looked for
 LOOKS = {
     "jsonl": "JSON lines with columns",
@@ -87,6 +87,8 @@ def readers(file: Path) -> Sequence[str]:
         return ()
     if "suffix" in values:
         return ("jsonl",)
+    if "chosen" in values:
+        return ("jsonl", "messages")
     if any(isinstance(values.get(name), list) for name in ("messages", "conversations", "prompt")):
         return ("messages",)
     return ("jsonl", "messages")

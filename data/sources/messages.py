@@ -9,11 +9,12 @@
 `content` may be a list of parts, {"type": "image"} and {"type": "text", "text": ...}; `prompt` and `completion` may be
 lists of messages; `image` may name the one image too. The user's text is the whole prefix, without the marks `<image>`,
 and nothing is put around it. PaliGemma is given one image and one prompt, and gives one answer: a line with a system
-text, several turns or several images is no example.
+text, several turns or several images is no example. A further key `rejected` makes a line a preference pair. Not here:
+lines with `chosen` and `rejected` instead of an answer (pairs.py).
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ ONE_ANSWER = "PaliGemma is given one prompt and gives one answer"
 FORMS = "messages, prompt and completion, or conversations"
 MARK = "<image>"
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "human": "user", "gpt": "assistant"}
-USED = ("messages", "prompt", "completion", "conversations", "images", "image", "system")
+IMAGES = ("images", "image")
+USED = ("messages", "prompt", "completion", "conversations", *IMAGES, "system")
 
 
 def messages(file: Path, folder: Path | None) -> Table:
@@ -65,10 +67,18 @@ def row_of(values: Any) -> dict[str, Any]:
         raise ValueError(f"it has {', '.join(taken)}, which a chat has not; lines with columns are read with jsonl")
     if values.get("system"):
         raise ValueError(f"it has a system text; {ONE_ANSWER}: put what is needed of it into the user's text")
-    user, assistant = _turn(_messages(values))
-    image = _one_image(values, user)
+    if is_pair(values):
+        return values
+    user, assistant = turn_of(_messages(values))
+    image = image_of(values, user)
     rest = {key: value for key, value in values.items() if key not in USED}
     return {"image": image, "prefix": user.text.strip(), "suffix": assistant.text, **rest}
+
+
+def is_pair(columns: Collection[str]) -> bool:
+    """Whether these are TRL's columns of a preference pair, also where one of its two answers is missing."""
+    found = set(columns)
+    return ("chosen" in found or {"prompt", "rejected"} <= found) and not {"messages", "completion"} & found
 
 
 def _messages(values: Mapping[str, Any]) -> list[Message]:
@@ -80,17 +90,23 @@ def _messages(values: Mapping[str, Any]) -> list[Message]:
         raise ValueError(f"it has no {missing[0]}; expected {FORMS}")
     found: list[Message] = []
     for name in forms[0]:
-        given = values[name]
-        if name in ("prompt", "completion") and isinstance(given, str):
-            given = [{"role": "user" if name == "prompt" else "assistant", "content": given}]
-        if not isinstance(given, list) or not given:
-            raise ValueError(f"expected a list of messages as {name}, got {given!r:.200}")
+        role = {"prompt": "user", "completion": "assistant"}.get(name)
         keys = ("from", "value") if name == "conversations" else ("role", "content")
-        found += [_message(one, *keys) for one in given]
+        found += [message_of(one, *keys) for one in listed(values[name], name, role)]
     return found
 
 
-def _message(given: Any, role_key: str, text_key: str) -> Message:
+def listed(given: Any, name: str, role: str | None) -> list[Any]:
+    """The messages of the column `name`, where a text stands for one of `role`. ValueError where it has none."""
+    if role is not None and isinstance(given, str):
+        return [{"role": role, "content": given}]
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"expected a {'text or a ' if role else ''}list of messages as {name}, got {given!r:.200}")
+    return given
+
+
+def message_of(given: Any, role_key: str = "role", text_key: str = "content") -> Message:
+    """A message. ValueError where it is none, or one that PaliGemma has no place for."""
     if not isinstance(given, dict) or not {role_key, text_key} <= given.keys():
         raise ValueError(f"expected a message with {role_key} and {text_key}, got {given!r:.200}")
     role, content = given[role_key], given[text_key]
@@ -125,7 +141,7 @@ def _text_and_images(content: Any, key: str) -> tuple[str, list[Any]]:
     return "".join(texts), images
 
 
-def _turn(chat: list[Message]) -> tuple[Message, Message]:
+def turn_of(chat: list[Message]) -> tuple[Message, Message]:
     """The question and the answer of a chat that has one of each."""
     chat = [one for one in chat if one.role != "system" or one.text.strip() or one.images]
     roles = [one.role for one in chat]
@@ -141,9 +157,9 @@ def _turn(chat: list[Message]) -> tuple[Message, Message]:
     return user, assistant
 
 
-def _one_image(values: Mapping[str, Any], user: Message) -> Any:
-    """What names the one image of a chat."""
-    given = [values[name] for name in ("images", "image") if values.get(name) is not None]
+def image_of(values: Mapping[str, Any], user: Message, names: Sequence[str] = IMAGES) -> Any:
+    """What names the one image of a chat, in the columns `names` or in a part of the user's message."""
+    given = [values[name] for name in names if values.get(name) is not None]
     named = [one for value in given for one in (value if isinstance(value, list) else [value])]
     named += [image for image in user.images if image is not None]
     if max(len(named), len(user.images)) != 1 or not named:

@@ -7,9 +7,9 @@
 may be empty where the right answer is to say nothing, a whole number, or a list of answers that are equally right. `id`
 may name the example, else its place in the file does; an empty one counts as none. `equally_right: false` says that the
 answers of `suffix` are what annotators said, as in VQA's files; then `answer`, `answer_type` and `question_type` may
-say the most frequent one and of which types they are. What else a row has is kept in the column `extra`. Other names of
-columns are given as `columns`: {suffix: label}. Not here: reading files (one module
-each, beside this one).
+say the most frequent one and of which types they are. `rejected` is an answer that the one of `suffix` is preferred
+to; a row without one, or with null, is no preference pair. What else a row has is kept in the column `extra`. Other
+names of columns are given as `columns`: {suffix: label}. Not here: reading files (one module each, beside this one).
 """
 
 import dataclasses
@@ -24,7 +24,14 @@ from typing import Any
 from data.invalid import InvalidRecord
 from data.processor import single_line
 
-ROLES = ("image", "prefix", "question", "suffix", "id")  # what a column may be, by the name that it has by default
+ROLES = (
+    "image",
+    "prefix",
+    "question",
+    "suffix",
+    "rejected",
+    "id",
+)  # what a column may be, by the name that it has by default
 ANNOTATED = ("answer", "answer_type", "question_type")  # of a row whose answers are annotators'
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")  # two letters at least: C:/ is a drive
 Choose = Callable[[Sequence[str]], list[int]]
@@ -161,9 +168,40 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
         "prefix": single_line(text if asked == "prefix" else prompt.replace("{question}", text)),
         "answers": answers,
         "equally_right": True,
+        "rejected": _rejected(values, names["rejected"], answers),
         "extra": json.dumps(extra, ensure_ascii=False, default=plain) if extra else "",
         **given_too,
     }
+
+
+def _rejected(values: Mapping[str, Any], name: str, answers: Sequence[str | None]) -> str:
+    """The answer that the one of `answers` is preferred to, "" where the row is no pair.
+
+    Raises:
+        ValueError: it is no text, or makes no pair with `answers`.
+    """
+    if (given := values.get(name)) is None:
+        return ""
+    rejected, chosen = _text(given), answers[0] or ""
+    if rejected is None:
+        raise ValueError(f"expected a text or a whole number as {name}, got {given!r:.200}")
+    if values.get("equally_right") is False:
+        raise ValueError(
+            f"its answers are annotators' (equally_right is false), and it has {name}; leave out one of them"
+        )
+    if len(answers) > 1:
+        raise ValueError(
+            f"it has {len(answers)} answers beside {name}, and a preference pair has one that is chosen; write a row "
+            "for each of them"
+        )
+    if not chosen.strip() or not rejected.strip():
+        raise ValueError(
+            f"a preference pair has an empty answer: {chosen!r} is chosen, {rejected!r} is rejected; expected a text "
+            f"for each of them, or no {name} where there is no pair"
+        )
+    if chosen.strip() == rejected.strip():
+        raise ValueError(f"the chosen answer and the rejected one are the same, {rejected!r}; expected two that differ")
+    return rejected
 
 
 def _of_annotators(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ TABLES = (  # keys of all other sources that are paths, data.sources.TABLES
 HUB = "hub"  # key of the one that is none
 SPLITTING = ("disk", HUB)  # those that may have several splits
 SOURCE_PATHS = (*OFFICIAL, "images", *TABLES)  # keys of `Source`
-ROLES = ("image", "prefix", "question", "suffix", "id")  # of columns, as in data/sources/rows.py
+ROLES = ("image", "prefix", "question", "suffix", "rejected", "id")  # of columns, as in data/sources/rows.py
 
 
 class Source(Section):
@@ -71,7 +71,7 @@ class Source(Section):
     """Name of a configuration of a data set on the Hub, where it has several."""
     revision: Text | None = None
     """Branch, tag or commit of a data set on the Hub. A run stays with the commit that it began with."""
-    columns: dict[Literal["image", "prefix", "question", "suffix", "id"], Text] | None = None
+    columns: dict[Literal["image", "prefix", "question", "suffix", "rejected", "id"], Text] | None = None
     """Other names of a source's columns, such as {question: query, suffix: label}."""
     task: Literal["auto", "vqa", "answer", "classify", "document", "chart", "detect", "caption"] = "auto"
     """What answers to these examples are judged by. vqa: the official accuracy; answer: right or wrong, by VQA's text

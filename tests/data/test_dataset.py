@@ -41,6 +41,7 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
                 "answers": TEN if k < 3 else ["yes"],
                 "equally_right": False,
                 "answer": "3" if k < 3 else "yes",
+                "rejected": "",
                 "answer_type": "number",
                 "extra": "",
                 "question_type": "how many",

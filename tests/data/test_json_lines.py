@@ -37,7 +37,7 @@ def test_every_column_is_what_the_line_says(tmp_path: Path) -> None:
     )
     records = load_records(jsonl=file, cache_dir=tmp_path / "cache")
     assert records.features == FEATURES
-    shared = {"answer_type": "", "question_type": "", "extra": ""}
+    shared = {"rejected": "", "answer_type": "", "question_type": "", "extra": ""}
     assert records.to_list() == [
         {
             "id": "1",

@@ -42,6 +42,7 @@ def rows(texts: Sequence[tuple[str, list[str], str]]) -> list[dict[str, Any]]:
             "answers": answers,
             "equally_right": False,
             "answer": answer,
+            "rejected": "",
             "answer_type": "",
             "question_type": "",
             "extra": "",

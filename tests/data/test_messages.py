@@ -127,7 +127,10 @@ ONE = "PaliGemma is given one prompt and gives one answer"
         (chat(images=[3]), "expected a path as image, got 3"),
         (chat(images=["../a.jpg"]), "is no plain path"),
         ({"prompt": "x", "images": ["a.jpg"]}, "it has no completion"),
-        ({"prompt": 3, "completion": "x", "images": ["a.jpg"]}, "expected a list of messages as prompt, got 3"),
+        (
+            {"prompt": 3, "completion": "x", "images": ["a.jpg"]},
+            "expected a text or a list of messages as prompt, got 3",
+        ),
         (chat(prompt="x"), "expected one of messages, prompt and completion, or conversations, got messages, images"),
         ({"text": "x"}, "expected messages, prompt and completion, or conversations, got text"),
         (chat(suffix="x"), "it has suffix, which a chat has not; lines with columns are read with jsonl"),

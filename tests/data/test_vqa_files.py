@@ -81,6 +81,7 @@ def test_every_column_is_what_the_files_say(tmp_path: Path, style: dict[str, Any
             "answers": [answer["answer"] for answer in annotations[question["question_id"]]["answers"]],
             "equally_right": False,
             "answer": "yes",
+            "rejected": "",
             "answer_type": "yes/no",
             "question_type": "is",
             "extra": "",
