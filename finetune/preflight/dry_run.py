@@ -73,7 +73,7 @@ def dry_run_one(
     """What a stage, or the run itself, would take. ValueError where it does not fit. problem: why there are no
     examples.
     """
-    planned = plan_run(config, dimensions, examples.longest if examples else assumed_lengths(config.data))
+    planned = plan_run(config, dimensions, examples.longest if examples else assumed_lengths(config))
     planner, plan = planned.planner, planned.plan
     show(table_of_adapters(planner.model))
     show(image_note(dimensions))

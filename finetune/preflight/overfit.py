@@ -126,11 +126,14 @@ def show_outcome(config: RunConfig, found: Overfit) -> None:
 
 
 def overfit_config(run: RunConfig, count: int) -> RunConfig:
-    """The run with the same `count` examples in each step: majority answers, constant learning rate, no dropout."""
+    """The run with the same `count` examples in each step: majority answers, of pairs the chosen ones, learned with a
+    constant learning rate and no dropout.
+    """
     train = run.train
     micro_batch = train.micro_batch if train.micro_batch == "auto" else min(train.micro_batch, count)
     size = {"epochs": None, "max_steps": MAX_STEPS, "batch_size": count, "micro_batch": micro_batch}
     schedule = {"schedule": "constant", "warmup": 0.05, "log_every": 1, "eval_every": None}
+    schedule |= {"objective": "supervised", "reference": "start"}
     return run.model_copy(
         update={
             "data": run.data.model_copy(update={"answers": "majority", "workers": 0}),

@@ -63,7 +63,12 @@ class Planner:
         device: where it would run; on the CPU there is no host memory to move weights to.
         quantize: how the decoder's frozen linears are stored: "nf4", or None for `dtype`.
         answer: tokens that the longest single answer has, of which an evaluation has one a row; None: `supervised`.
+
+    Attributes:
+        keeps_reference: whether what is trained is kept a second time, as it was at the start.
     """
+
+    keeps_reference = False
 
     def __init__(
         self,
@@ -202,6 +207,7 @@ class Planner:
             "trained weights": self.trained,
             "gradients": self.trained,
             "optimizer state": 2 * self.trained,
+            **({"reference's adapter": self.trained} if self.keeps_reference else {}),
             "image features of a step": 0 if self.tower_trains else self.batch_size * of_an_image,
             **step,
             "fragmentation (estimate)": int(self.fragmentation * sum(step.values())),

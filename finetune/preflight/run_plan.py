@@ -8,15 +8,18 @@ import math
 import torch
 
 from data.lengths import Longest
-from finetune.config.schema import DataConfig, RunConfig
+from finetune.config.schema import RunConfig
 from finetune.preflight.plan import CONTEXT, GIB, Plan, Planner
 from finetune.system import distributed
 from finetune.system.allocator import is_wsl_or_windows
 from finetune.system.device import pick_device, pick_dtype
+from finetune.training.reference import has_values
 from model import PaliGemmaConfig
 
-# Where the data cannot be read: as VQAv2 is published, with one answer in a row, and with those of all ten annotators.
+# Where the data cannot be read: as VQAv2 is published, with one answer in a row, and with those of all ten annotators;
+# and pairs of a sentence each.
 ASSUMED, ASSUMED_ALL = Longest(text=32, supervised=8, answer=8), Longest(text=64, supervised=40, answer=8)
+ASSUMED_PAIR = Longest(text=88, supervised=64, answer=32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,7 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPl
     share = math.ceil(train.batch_size / distributed.count())
     lengths = (tokens, longest.supervised, share)
     planner = Planner(config, run.lora, dtype, *lengths, device, run.model.quantize, longest.answer)
+    planner.keeps_reference = has_values(run)
     if distributed.asks_for_fsdp():
         planner.shard_decoder(distributed.count())
     budget, source = budget_of(device, run.memory.budget_gib)
@@ -56,9 +60,9 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPl
     return RunPlan(planner, planner.choose(budget, micro_batch, recompute), source)
 
 
-def assumed_lengths(data: DataConfig) -> Longest:
+def assumed_lengths(run: RunConfig) -> Longest:
     """What to take for the longest row where the data cannot be read."""
-    assumed = ASSUMED_ALL if data.answers == "all" else ASSUMED
+    data, assumed = run.data, {"all": ASSUMED_ALL, "pair": ASSUMED_PAIR}.get(run.learned_answers, ASSUMED)
     text = assumed.text if data.max_text_tokens == "auto" else data.max_text_tokens
     return Longest(text, min(assumed.supervised, text), min(assumed.answer, text))
 

@@ -143,8 +143,10 @@ def about(subject: Subject) -> str:
         merged = "with a LoRA adapter merged into it" if subject.adapter else "fine-tuned in full"
         said = f"PaliGemma ({base}) {merged}. It answers questions about images."
     if subject.run:
-        said += f" Trained on {code(subject.run.config.data.title('train'))}"
-        said += f", in steps of {subject.run.config.train.batch_size:,} examples."
+        train = subject.run.config.train
+        pairs = "preference pairs (DPO) of " if train.objective == "dpo" else ""
+        said += f" Trained on {pairs}{code(subject.run.config.data.title('train'))}"
+        said += f", in steps of {train.batch_size:,} examples."
     step, value = subject.facts.step, subject.facts.metric_value
     if step is not None:
         said += f" These are the weights of step {step:,}"

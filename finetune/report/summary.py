@@ -10,7 +10,8 @@ from finetune.report.run_data import Arm, RunData
 def summary(run: RunData) -> str:
     """What was trained on what, and what came of it, in a sentence."""
     model = public(run.config)["model"]["path"]
-    said = f"{model} was trained on {run.config.data.title('train')}"
+    pairs = "preference pairs of " if run.config.train.objective == "dpo" else ""
+    said = f"{model} was trained on {pairs}{run.config.data.title('train')}"
     arm = run.trained
     if arm is None and run.config.data.validation is None:
         return f"{said}. The run has no data.validation, and so nothing to evaluate on."

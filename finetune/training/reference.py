@@ -54,12 +54,9 @@ class Reference:
         Raises:
             ValueError: an adapter cannot be read, or belongs to another base.
         """
-        where, lora = adapter_to_compare_with(config), config.lora
-        assert lora is not None, "a configuration that compares has adapters"
-        is_new = lora.start_from is None and not lora.modules_to_save
-        if where is None and (config.train.reference == BASE or is_new):
+        if not has_values(config):
             return cls(None)
-        if where is None:
+        if (where := adapter_to_compare_with(config)) is None:
             return cls({name: p.detach().clone() for name, p in trained_parameters(model).items()})
         path = find_adapter(Path(where))
         settings, tensors = read_adapter(path)
@@ -84,11 +81,6 @@ class Reference:
             model.train(was_training)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return sum(value.nbytes for value in (self.values or {}).values())
-
-    @property
     def digest(self) -> str:
         """Of its values."""
         if self.values is None:
@@ -98,6 +90,14 @@ class Reference:
             found.update(name.encode())
             found.update(self.values[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
+
+
+def has_values(config: RunConfig) -> bool:
+    """Whether the reference is more than the base, whose adapters are disabled; a new adapter starts as the base."""
+    lora, where = config.lora, config.train.reference
+    if config.train.objective == "supervised" or where == BASE or lora is None:
+        return False
+    return where != START or lora.start_from is not None or bool(lora.modules_to_save)
 
 
 def adapter_to_compare_with(config: RunConfig) -> str | None:

@@ -241,10 +241,10 @@ def test_what_the_configuration_says_of_itself_is_what_the_plan_finds(monkeypatc
     said = " ".join(path.read_text().replace("#", "").split())
     monkeypatch.setattr("finetune.preflight.plan.expandable_segments", lambda: True)
     run = load_config(path, ["model.device=cpu", "memory.budget_gib=7.4"])
-    planned = plan_run(run, PaliGemmaConfig(), assumed_lengths(run.data))
+    planned = plan_run(run, PaliGemmaConfig(), assumed_lengths(run))
     made, without = planned.planner, planned.plan
     on_cuda = load_config(path, ["model.device=cuda", "memory.budget_gib=7.4"])
-    planned = plan_run(on_cuda, PaliGemmaConfig(), assumed_lengths(run.data))
+    planned = plan_run(on_cuda, PaliGemmaConfig(), assumed_lengths(run))
     there, on_a_card = planned.planner, planned.plan
     assert without.execution == ExecutionPlan(2)
     assert on_a_card.execution == ExecutionPlan(4, offload_vision=True)
@@ -269,7 +269,7 @@ def test_each_of_several_processes_plans_its_share_of_a_step(monkeypatch: pytest
     monkeypatch.setattr(distributed, "count", lambda: 3)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=9 * GIB))
     run = load_config(Path(__file__).parents[2] / "configs/vqav2_8gb.yaml", ["model.device=cpu"])
-    planned = plan_run(run, NARROW, assumed_lengths(run.data))
+    planned = plan_run(run, NARROW, assumed_lengths(run))
     made, plan = planned.planner, planned.plan
     assert (run.train.batch_size, made.batch_size, plan.budget) == (64, 22, 3 * GIB)
 
@@ -315,7 +315,7 @@ def test_a_card_can_be_planned_for_where_there_is_none(tmp_path: Path, capsys: p
 def test_what_does_not_fit_is_told_what_helps(change: str, fix: str) -> None:
     path, budget = Path(__file__).parents[2] / "configs/vqav2_8gb.yaml", "memory.budget_gib=0.1"
     run = load_config(path, ["model.device=cpu", budget, change])
-    planned = plan_run(run, NARROW, assumed_lengths(run.data))
+    planned = plan_run(run, NARROW, assumed_lengths(run))
     with pytest.raises(ValueError, match=fix):
         require_fit(run, planned)
     plainly = load_config(path, ["model.device=cpu", budget, "model.quantize=nf4"])

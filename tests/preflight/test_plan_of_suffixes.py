@@ -86,5 +86,5 @@ def test_rows_of_all_answers_are_taken_to_be_longer_where_the_data_cannot_be_rea
             "output": "unused",
         }
     )
-    found = assumed_lengths(config.data)
+    found = assumed_lengths(config)
     assert (found.text, found.supervised, found.answer) == (text, supervised, 8)
