@@ -1,8 +1,8 @@
 """Preference pairs from the answers of a network: a source of examples and answers.jsonl -> JSON lines of pairs.
 
-    python -m data.preferences mine/train.jsonl pairs.jsonl --answers OUTPUT/eval/adapter/answers.jsonl
+    python -m data.preferences mine/asked.jsonl pairs.jsonl --answers runs/mine/asked/answers.jsonl
     python -m data.preferences ... --long "the answer is {answer}"
-    python -m data.preferences ... --sentences OUTPUT/eval/base/answers.jsonl
+    python -m data.preferences ... --sentences runs/base/asked/answers.jsonl
 
 evaluate.py writes answers.jsonl. An answer belongs to the example with its id; each distinct answer to an example makes
 one pair or none, by one of two rules:
