@@ -14,13 +14,14 @@ a row may be.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,6 +40,8 @@ WITH_BYTES = ("parquet", "disk", HUB)  # sources whose images may be bytes
 # Put before questions while they are read, so that they are told from prefixes, which are whole prompts.
 MARK = "\ue000"
 SKIPPED = 1  # exit code
+Records = Iterator[Mapping[str, Any]]
+Write = Callable[[Mapping[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,28 +70,48 @@ def convert(source: Mapping[str, Any], output: Path) -> Converted:
     """
     if output.exists():
         raise ValueError(f"{output} exists already: give another path, or delete it")
+    skipped, count = SkippedRecords(share=math.inf), 0
+    with rewriting(source, output, skipped) as (records, write):
+        for record in records:
+            write(record)
+            count += 1
+        if not count:
+            raise ValueError("\n  ".join(["no example can be used:", *map(": ".join, skipped.reasons.items())]))
+    return Converted(count, skipped.reasons, folder_to_name(source, output))
+
+
+@contextlib.contextmanager
+def rewriting(source: Mapping[str, Any], output: Path, skipped: SkippedRecords) -> Iterator[tuple[Records, Write]]:
+    """The records of a source that can be used, and what writes one as a line. `output` has the lines when the block
+    ends without an error, and is left as it was otherwise.
+
+    Raises:
+        ValueError: the source cannot be read, or has no answers.
+    """
     if source.get("questions") and not source.get("annotations"):
         raise ValueError("the questions have no answers: give their annotations too (--annotations)")
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, ignore_cleanup_errors=True) as within:
-        skipped = SkippedRecords(share=math.inf)
         try:
             records = load_records(**source, prompt=MARK + "{question}", skipped=skipped, cache_dir=within)
         except ValueError as error:
             raise ValueError("\n  ".join([str(error), *map(": ".join, skipped.reasons.items())])) from error
         folder = folder_of(source)
         place = writer_of_images(output) if folder is None else path_within(folder)
-        unfinished, count = Path(within, output.name), 0
+        unfinished = Path(within, output.name)
         with unfinished.open("w", encoding="utf-8") as lines:
-            for record in records:
-                if record["id"] not in skipped.reasons:
-                    lines.write(json.dumps(row_of(record, place(record["image"])), ensure_ascii=False) + "\n")
-                    count += 1
-        if not count:
-            raise ValueError("\n  ".join(["no example can be used:", *map(": ".join, skipped.reasons.items())]))
+
+            def write(record: Mapping[str, Any]) -> None:
+                lines.write(json.dumps(row_of(record, place(record["image"])), ensure_ascii=False) + "\n")
+
+            yield (record for record in records if record["id"] not in skipped.reasons), write
         os.replace(unfinished, output)
-    elsewhere = folder if folder is not None and folder != output.parent.absolute() else None
-    return Converted(count, skipped.reasons, elsewhere)
+
+
+def folder_to_name(source: Mapping[str, Any], output: Path) -> Path | None:
+    """The folder that `images` has to name to read what was written; None: its own."""
+    folder = folder_of(source)
+    return None if folder == output.parent.absolute() else folder
 
 
 def folder_of(source: Mapping[str, Any]) -> Path | None:
@@ -157,9 +180,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_source_and_output(parser)
+    parser.add_argument("--to", choices=["jsonl"], default="jsonl", help="what to write (default: %(default)s)")
+    return parser.parse_intermixed_args(argv)
+
+
+def add_source_and_output(parser: argparse.ArgumentParser) -> None:
+    """IN and OUT, and the options that say what IN is; `source_of` reads them."""
     parser.add_argument("source", metavar="IN", nargs="?", type=path_argument, help="a file or folder")
     parser.add_argument("output", metavar="OUT", type=path_argument, help="the file to write")
-    parser.add_argument("--to", choices=["jsonl"], default="jsonl", help="what to write (default: %(default)s)")
     for key in TABLES:
         parser.add_argument(f"--{key}", type=path_argument, help=f"instead of IN: read it as {key}")
     parser.add_argument("--hub", metavar="OWNER/NAME", help="instead of IN: a data set on the Hugging Face Hub")
@@ -172,7 +201,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--split", help="of a data set with several, or train2014 where official files do not say it")
     parser.add_argument("--subset", help="of a data set on the Hub with several configurations")
     parser.add_argument("--revision", help="branch, tag or commit of a data set on the Hub")
-    return parser.parse_intermixed_args(argv)
 
 
 def source_of(given: argparse.Namespace) -> dict[str, Any]:
@@ -201,13 +229,17 @@ def shown_path(path: Path) -> Path:
 
 def main(argv: Sequence[str]) -> None:
     given = parse(argv)
-    converted = convert(source_of(given), given.output)
+    report(convert(source_of(given), given.output), "examples", given.output)
+
+
+def report(converted: Converted, what: str, output: Path) -> None:
+    """Say what was written, and end with `SKIPPED` where rows cannot be used."""
     for name, reason in converted.skipped.items():
         print(f"  {name}: {reason}", file=sys.stderr)
     if converted.skipped:
         print(f"{len(converted.skipped):,} rows cannot be used and were skipped", file=sys.stderr)
     images = f", images: {shown_path(converted.images)}" if converted.images else ""
-    print(f"{converted.count:,} examples written; read them with train: {{jsonl: {given.output}{images}}}")
+    print(f"{converted.count:,} {what} written; read them with train: {{jsonl: {output}{images}}}")
     if converted.skipped:
         sys.exit(SKIPPED)
 

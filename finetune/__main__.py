@@ -21,6 +21,7 @@ MODULES = {  # of the commands that are no scripts
     "runs": "finetune.report.runs",
     "config": "finetune.config.__main__",
     "convert": "data.convert",
+    "preferences": "data.preferences",
 }
 CHECKOUT = Path(__file__).parents[1]
 SUMMARIES = {
@@ -34,6 +35,7 @@ SUMMARIES = {
     "runs": "the runs of a directory as a table",
     "config": "every key of the YAML file, or its JSON schema for editors",
     "convert": "any source of examples -> JSON lines",
+    "preferences": "a network's own answers -> preference pairs",
 }
 
 

@@ -1,4 +1,5 @@
 """Every example of docs/data.md does what the page says: its files are written, its commands run, its output compared.
+So does that of pairs in docs/alignment.md.
 
 A block after a line with a path in backticks is that file; one of texts without a path lists further images.
 """
@@ -51,6 +52,8 @@ def examples_of(page: str) -> list[Example]:
 
 TEXT = PAGE.read_text(encoding="utf-8")
 EXAMPLES = examples_of(TEXT)
+PAIRS = examples_of((ROOT / "docs/alignment.md").read_text(encoding="utf-8"))
+EXAMPLES += [example for example in PAIRS if example.name.startswith("Making pairs")]
 (STANDARD, *_) = (content for _, kind, content in BLOCK.findall(TEXT) if kind == "yaml")
 
 
