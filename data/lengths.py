@@ -171,7 +171,8 @@ def text_table(records: Sequence[Mapping[str, Any]], answers: Answers | None) ->
         lists = distinct(lists.combine_chunks())
     elif answers == "pair":
         both = (table[name].cast(pa.string()).to_pylist() for name in ("answer", "rejected"))
-        lists = pa.array([[chosen, rejected] if rejected else [chosen] for chosen, rejected in zip(*both, strict=True)])
+        rows = [[chosen, rejected] if rejected else [chosen] for chosen, rejected in zip(*both, strict=True)]
+        lists = pa.array(rows, pa.list_(pa.string()))
     elif answers != "rotate":
         counts = pc.list_value_length(lists).to_numpy().astype(np.int32)
         one = np.minimum(counts, 1 if answers else 0)
