@@ -37,7 +37,7 @@ from finetune.training.examples import (
     shared_images_note,
 )
 from finetune.training.interrupt import StopOnSignal
-from finetune.training.objective_of_run import metric_of, objective_of, prepare
+from finetune.training.objective_of_run import objective_of, prepare
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, is_complete, start_run
 from finetune.training.setup import (
@@ -137,11 +137,7 @@ def learn_one(
     show_start(config, model, planned, checkpoint, batch_sampler.total)
     distributed.on_main(partial(start_run, config))
     distributed.on_main(partial(Result.reopen, Path(config.output)))
-    evaluated, samples, metric = (
-        planned_evaluation(config, planned, new_tokens),
-        Samples(),
-        metric_of(objective, task_of(config).key),
-    )
+    evaluated, samples, metric = planned_evaluation(config, planned, new_tokens), Samples(), task_of(config).key
     trainer = LoRATrainer(
         config,
         model,

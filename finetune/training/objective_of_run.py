@@ -51,8 +51,8 @@ def objective_of(
     pairs = None if asked is None else pairs_of(asked, processor)
     if asked is not None and pairs is None:
         show(
-            "warning: data.validation has no pairs, so that steps are compared by their answers alone, and one that "
-            "has learned little may be kept: give pairs to it too, or hold some out (data.validation: auto)"
+            "warning: data.validation has no pairs, so that only the answers to it are measured: to see how well pairs "
+            "are told apart give it some too, or hold some out (data.validation: auto)"
         )
     count = 0 if pairs is None else len(pairs)
     validation = None if pairs is None else PaliGemmaDataset(pairs, processor, "pair")
@@ -68,11 +68,6 @@ def pairs_of(records: Dataset, processor: Processor) -> Dataset | None:
         show(f"data.validation: {len(invalid):,} pairs cannot be measured, such as {first.id}: {first.reason}")
         pairs = pairs.select([position for position in range(len(pairs)) if position not in invalid])
     return pairs if len(pairs) else None
-
-
-def metric_of(objective: Objective, of_answers: str) -> str:
-    """The figure by which steps are compared, where that of the answers is called `of_answers`."""
-    return "pair_accuracy" if isinstance(objective, Preferences) and objective.validation is not None else of_answers
 
 
 def prepare(trainer: LoRATrainer, steps: BatchSampler, processes: int) -> None:

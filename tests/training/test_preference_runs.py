@@ -84,8 +84,8 @@ def straight(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_learns_what_is_preferred_and_logs_how(straight: Path) -> None:
-    """The first step is the reference itself; steps are compared by the pairs, whose figures stand beside the answers'
-    metric.
+    """The first step is the reference itself; steps are compared by the answers, beside whose metric stand the figures
+    of pairs: those are all told apart long before an answer is right.
     """
     lines = logged(straight)
     first, *_, last = [line for line in lines if "margin" in line]
@@ -97,11 +97,11 @@ def test_a_run_learns_what_is_preferred_and_logs_how(straight: Path) -> None:
     evaluated = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [2, 4, 5]
     for line in evaluated:
-        assert {"eval_accuracy", "eval_margin", "eval_kl", "eval_reward_rejected"} <= line.keys()
+        assert {"eval_accuracy", "eval_pair_accuracy", "eval_margin", "eval_kl"} <= line.keys()
     assert evaluated[-1]["eval_kl"] > 0.01
     kept = json.loads((straight / "result.json").read_text())
-    assert (kept["metric"], kept["finished"]) == ("pair_accuracy", True)
-    assert training_facts(straight / "adapter").metric == "pair_accuracy"
+    assert (kept["metric"], kept["validation_loss"]) == ("accuracy", evaluated[-1]["eval_loss"])
+    assert training_facts(straight / "adapter").metric == "accuracy"
     assert "preference pairs (DPO) of `train.jsonl`" in (straight / "adapter/README.md").read_text()
     assert "preference pairs of" in (straight / "report.html").read_text()
 
@@ -209,15 +209,16 @@ def test_rows_that_are_no_pairs_end_a_run_by_name(pairs: Path, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_without_validation_pairs_that_is_said_and_the_answers_decide(
+def test_that_there_are_no_validation_pairs_is_said(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [json.loads(line) for line in (pairs / "val.jsonl").read_text().splitlines()]
     plain = [json.dumps({name: row[name] for name in row if name != "rejected"}) + "\n" for row in rows]
     (pairs / "plain.jsonl").write_text("".join(plain))
     train.main(words(pairs, tmp_path / "run", f"data.validation.jsonl={pairs}/plain.jsonl", "train.max_steps=1"))
-    assert "data.validation has no pairs, so that steps are compared by their answers alone" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run/result.json").read_text())["metric"] == "accuracy"
+    assert "data.validation has no pairs, so that only the answers to it are measured" in capsys.readouterr().out
+    evaluated = [line for line in logged(tmp_path / "run") if "eval_loss" in line]
+    assert all("eval_kl" not in line for line in evaluated)
 
 
 def test_the_plan_counts_the_reference_where_it_has_values(pairs: Path, straight: Path, tmp_path: Path) -> None:
