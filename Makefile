@@ -7,10 +7,11 @@ TINY := runs/tiny-base
 STUDY := runs/connectors
 MIXTURE := runs/mixture
 ANSWERS := runs/answers
+PREFERENCES := runs/preferences
 NUMERICAL := adapters/test_storage adapters/test_merge evaluation/test_evaluate lora/test_linear lora/test_nf4 model \
 	preflight system/test_distributed training/test_trainer test_benchmarks
 
-.PHONY: quickstart test test-browser pictures test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base connectors mixture answers clean
+.PHONY: quickstart test test-browser pictures test-machines test-transformers-4 fuzz vqav2 vqav2-data tiny-base connectors mixture answers preferences clean
 
 # Fine-tune the tiny base on generated scenes, merge, evaluate base, adapter and merged: no network, no GPU.
 # Interrupted, the same command resumes; `make clean` deletes the run.
@@ -98,6 +99,13 @@ answers: .venv/.installed
 	$(BIN)/python -m data.synthetic.scenes --output $(ANSWERS)/data --split train2014 --scenes 700 --seed 21 --dissent 6
 	$(BIN)/python -m data.synthetic.scenes --output $(ANSWERS)/data --split val2014 --scenes 150 --seed 22 --dissent 6
 	$(BIN)/python -m benchmarks.answers
+
+# A network that answers in one word learns from pairs of its own answers to answer in a sentence: three arms, three seeds
+# each; writes the table in docs/alignment.md and docs/preferences.png. Interrupted, the same command resumes.
+preferences: .venv/.installed
+	$(BIN)/python -m data.synthetic.scenes --output $(PREFERENCES)/data --split train2014 --scenes 2000 --seed 31
+	$(BIN)/python -m data.synthetic.scenes --output $(PREFERENCES)/data --split val2014 --scenes 150 --seed 32
+	$(BIN)/python -m benchmarks.preferences
 
 clean:
 	rm -rf .venv .venv-4 .venv-browser runs
