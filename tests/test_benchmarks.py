@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import arms, connector_step, generate, load, side_by_side, train_step
+from benchmarks import arms, connector_step, generate, load, side_by_side, suffix_step, train_step
 from benchmarks.acceptance.bench import Bench
 from benchmarks.acceptance.card import Card
 from model import ConnectorConfig, PaliGemma
@@ -177,6 +177,38 @@ def test_a_step_with_each_connector(in_this_process: Callable[[Fault], None], ca
     in_this_process(other_projector)
     with pytest.raises(SystemExit, match=r"nothing to compare:\ndense_dci: first loss"):
         connector_step.main(QUICK)
+
+
+def test_a_step_of_rows_with_several_answers(in_this_process: Callable[[Fault], None], capsys: Any) -> None:
+    """A row for each arm: shared prefixes save tokens, and change no loss; where they do, nothing is compared."""
+    quick = [*QUICK, "--dtype", "float32"]
+    suffix_step.main(quick)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    head, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "---" not in line)
+    table = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body}
+    assert list(table) == list(suffix_step.ANSWERS)
+    assert {name: row["tokens"] for name, row in table.items()} == {
+        "one": "32",
+        "four": "41",
+        "ten": "59",
+        "four-rows": "128",
+        "pair": "44",
+        "pair-live": "44",
+        "pair-rows": "73",
+    }
+    losses = {name: row["first loss"] for name, row in table.items()}
+    assert losses["four"] == losses["four-rows"] != losses["one"]
+    assert losses["pair-live"] == losses["pair-rows"] != "0.6931"
+
+    def other_embedding(arm: str, case: Path) -> None:
+        if arm == "pair-rows":
+            tensors = load_file(case / "model.safetensors")
+            tensors[next(key for key in tensors if "embed_tokens" in key)] *= 1.5
+            save_file(tensors, case / "model.safetensors", metadata={"format": "pt"})
+
+    in_this_process(other_embedding)
+    with pytest.raises(SystemExit, match=r"nothing to compare:\npair-rows: first loss"):
+        suffix_step.main(quick)
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
