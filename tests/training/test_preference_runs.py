@@ -221,6 +221,17 @@ def test_that_there_are_no_validation_pairs_is_said(
     assert all("eval_kl" not in line for line in evaluated)
 
 
+def test_the_configuration_for_8_gb_tunes_a_trained_adapter(pairs: Path, straight: Path, tmp_path: Path) -> None:
+    """As it stands, but for the checkpoint, the paths and the size of a step; a tenth of the images is held out."""
+    here = [f"model.path={BASE}", "model.dtype=float32", "model.device=cpu", f"output={tmp_path}/run"]
+    data = [f"data.train.jsonl={pairs}/train.jsonl", f"data.train.images={pairs}/images", "data.workers=0"]
+    config = str(ROOT / "configs/preferences_8gb.yaml")
+    train.main([config, *here, *data, f"lora.start_from={straight}", "train.batch_size=12"])
+    (evaluated,) = [line for line in logged(tmp_path / "run") if "eval_loss" in line]
+    assert evaluated["eval_kl"] > 0
+    assert json.loads((tmp_path / "run/result.json").read_text())["finished"]
+
+
 def test_the_plan_counts_the_reference_where_it_has_values(pairs: Path, straight: Path, tmp_path: Path) -> None:
     """A new adapter starts as the base, and takes nothing more."""
     components = []
