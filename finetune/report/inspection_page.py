@@ -71,7 +71,7 @@ def inspect(config: RunConfig, page: Path | None = None) -> None:
     """
     found = inspect_examples(config)
     examples = [shown(found, row) for row in range(len(found.examples))]
-    table = new_table("id", "prefix", "learns to answer", "tokens", "supervised")
+    table = new_table("id", "prefix", learns(config), "tokens", "supervised")
     for one in examples:
         supervised = sum(len(tokens) for kind, tokens in one.tokens if kind == "suffix")
         table.add_row(one.id, shortened(one.prefix), shortened(one.suffix), str(one.length), str(supervised))
@@ -84,6 +84,11 @@ def inspect(config: RunConfig, page: Path | None = None) -> None:
         raise ValueError("these examples would ruin the training:\n  " + "\n  ".join(failed))
 
 
+def learns(config: RunConfig) -> str:
+    """What stands above the answers of an example."""
+    return "learns to prefer | to" if config.learned_answers == "pair" else "learns to answer"
+
+
 def of_inspection(config: RunConfig, found: Inspection, examples: list[Shown]) -> dict[str, Any]:
     """What the template shows."""
     checks = [dataclasses.replace(check, found=visible(check.found)) for check in found.checks]
@@ -94,6 +99,7 @@ def of_inspection(config: RunConfig, found: Inspection, examples: list[Shown]) -
         "counts": counts,
         "checks": sorted(checks, key=lambda check: ("fail", "warning", "pass").index(check.outcome)),
         "examples": examples,
+        "learns": learns(config),
         "kinds": list(KINDS),
         "is_tiled": found.dimensions.tiles > 1,
     }

@@ -232,6 +232,16 @@ def test_the_configuration_for_8_gb_tunes_a_trained_adapter(pairs: Path, straigh
     assert json.loads((tmp_path / "run/result.json").read_text())["finished"]
 
 
+def test_inspecting_says_which_answer_is_preferred(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*words(pairs, tmp_path / "run"), "--inspect"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "learns to prefer |" in said
+    assert "learns to prefer | to" in (tmp_path / "run/inspect.html").read_text()
+    assert "no answer leaks into what comes before it" in said
+
+
 def test_the_plan_counts_the_reference_where_it_has_values(pairs: Path, straight: Path, tmp_path: Path) -> None:
     """A new adapter starts as the base, and takes nothing more."""
     components = []
