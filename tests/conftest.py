@@ -35,6 +35,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported_since() -> None:
+    """Leave out what earlier tests have imported, too: libraries import much only when it is first used."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _threads_and_a_fixed_seed() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
