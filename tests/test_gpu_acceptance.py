@@ -373,7 +373,7 @@ def test_without_pydantic_what_needs_none_is_checked(tmp_path: Path) -> None:
         "from benchmarks import gpu_acceptance\n"
         "from benchmarks.acceptance import correctness, memory, speed\n"
         "import peft\n"
-        "gc.freeze()\n"  # each check collects what the one before it left, and need not go through all that was imported
+        "gc.freeze()\n"  # the collections after each check need not go through all that was imported
         "gpu_acceptance.main(sys.argv[1:])\n"
     )
     output = tmp_path / "found.json"
