@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,11 +164,14 @@ def running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         process.stderr.close()
 
 
-def wait_for_steps(process: subprocess.Popen[str], output: Path) -> None:
-    """Until a run has logged its first steps; however long that takes, as long as it goes on."""
+def wait_for_steps(ended: Callable[[], str | bool], output: Path) -> None:
+    """Until a run has logged its first steps; however long that takes, as long as it goes on.
+
+    ended: False, and once it has ended how.
+    """
     metrics = output / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None, process.communicate()[1]
+        assert not (how := ended()), how
         time.sleep(0.05)
 
 
