@@ -39,7 +39,7 @@ CHANGES = [f"train.{change}" for change in ("max_steps=4", "batch_size=7", "lear
 # Another connector, which a stage trains first, at another resolution, and all answers of a question in one row.
 NETWORK = ["model.connector=resampler", "connector={latents: 3, depth: 1, learning_rate: 1e-3}", "image.size=84"]
 NETWORK += ["lora={rank: 4, dropout: 0.1, targets: [language.down_proj, vision.fc2]}"]
-NETWORK += ["stages=[{name: align, max_steps: 2}]", "data.answers=all"]
+NETWORK += ["stages=[{name: align, max_steps: 2}]", "data.answers=all", "train.max_steps=2"]
 Fault = Callable[[], None]
 
 
