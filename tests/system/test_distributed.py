@@ -219,9 +219,12 @@ def test_waiting_for_processes_that_do_not_come_is_said(
     for setting in ["WORLD_SIZE=2", "RANK=0", "LOCAL_RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=7"]:
         monkeypatch.setenv(*setting.split("="))
     monkeypatch.setattr(distributed, "PATIENCE", 0.01)
+    said, end = "", time.monotonic() + 60
     with distributed.saying_who_is_awaited():
-        time.sleep(0.5)
-    assert "process 0 of 2, counted from 0, has waited for the others at localhost:7" in capsys.readouterr().err
+        while not said and time.monotonic() < end:
+            time.sleep(0.02)
+            said = capsys.readouterr().err
+    assert "process 0 of 2, counted from 0, has waited for the others at localhost:7" in said
 
 
 def as_launched(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
