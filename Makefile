@@ -31,12 +31,13 @@ vqav2: .venv/.installed
 vqav2-data: .venv/.installed
 	$(BIN)/python -m data.download.vqav2 --output downloads/vqav2 --fraction 0.1 --seed 0 --validation 5000
 
-# Lint, types, tests.
+# Lint, types, tests. Each process has a half of the tests in their order, so that what tests share is made once, and the
+# one that is done first takes some from the other.
 test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The report and the demo, clicked through in a Chromium (Debian: apt install chromium). `make test` does so too, where it
 # finds one, but for the demo: gradio asks for an older pillow than the tests were run with, hence an environment apart.

@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,20 +81,27 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def train_all(jobs: Sequence[Job], workers: int, overrides: Sequence[str]) -> None:
-    """Train what is not finished, `workers` runs at a time.
+    """Train what is not finished, `workers` runs at a time. Where one fails, none is begun after it.
 
     Raises:
         ValueError: a run failed; says where its output is.
     """
     left = [job for job in jobs if not job.finished]
+    failed = threading.Event()
+
+    def train_unless_failed(job: Job) -> None:
+        if failed.is_set():
+            return
+        try:
+            train_one(job, overrides)
+        except ValueError:
+            failed.set()
+            raise
+
     show(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished; {len(left)} are left, {workers} at a time")
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(train_one, job, overrides) for job in left]:
-            try:
-                done.result()
-            except ValueError:
-                pool.shutdown(cancel_futures=True)
-                raise
+        for done in [pool.submit(train_unless_failed, job) for job in left]:
+            done.result()
 
 
 def train_one(job: Job, overrides: Sequence[str]) -> None:

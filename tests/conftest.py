@@ -19,6 +19,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
+from tests.remembered_plans import remembered_plans
 from tests.undrawn import undrawn_charts
 
 transformers.utils.logging.disable_progress_bar()
@@ -35,6 +36,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported_since() -> None:
+    """Leave out what earlier tests have imported, too: libraries import much only when it is first used."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _threads_and_a_fixed_seed() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -45,6 +53,13 @@ def _threads_and_a_fixed_seed() -> None:
 def _charts() -> Iterator[None]:
     """The reports of runs come without charts; where tests look at them, a fixture of this name lets them be drawn."""
     with undrawn_charts():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plans() -> Iterator[None]:
+    """Runs of networks that were counted for others are planned from these counts; not where plans are tested."""
+    with remembered_plans():
         yield
 
 

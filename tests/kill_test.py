@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from finetune.training.execution_plan import ExecutionPlan
 from model import PaliGemmaConfig
 
 ROOT = Path(__file__).parent.parent
+# Some of each tower and of the connector: what is not about them learns with a third of the adapters as well.
+TARGETS = "[language.down_proj, connector.linear, vision.fc2]"
 STEPS = 6
 
 
@@ -74,6 +77,7 @@ def kill(directory: Path, kills: int, rng: random.Random) -> tuple[Counter[str],
     """Kill that many times; what happened, and what was not as promised."""
     torch.set_num_threads(1)  # no threads in this process: it forks
     plan_once()
+    gc.freeze()  # a collection in a process to come need not go through all that was imported
     for split, seed in (("train2014", 1), ("val2014", 2)):
         scenes.write(directory / "data", scenes=8, seed=seed, split=split)
     start = time.monotonic()
@@ -160,11 +164,14 @@ def running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         process.stderr.close()
 
 
-def wait_for_steps(process: subprocess.Popen[str], output: Path) -> None:
-    """Until a run has logged its first steps; however long that takes, as long as it goes on."""
+def wait_for_steps(ended: Callable[[], str | bool], output: Path) -> None:
+    """Until a run has logged its first steps; however long that takes, as long as it goes on.
+
+    ended: False, and once it has ended how.
+    """
     metrics = output / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None, process.communicate()[1]
+        assert not (how := ended()), how
         time.sleep(0.05)
 
 
@@ -182,7 +189,7 @@ def overrides(directory: Path, output: Path) -> list[str]:
     return [
         f"model={{path: {ROOT}/assets/tiny-base, dtype: float32, device: cpu}}",
         f"data={{train: {files['train']}, validation: {files['validation']}, workers: 0}}",
-        "lora={rank: 4, dropout: 0.1, targets: [language.*, vision.*, connector.*]}",
+        f"lora={{rank: 4, dropout: 0.1, targets: {TARGETS}}}",
         f"train={{max_steps: {STEPS}, batch_size: 6, micro_batch: 3, learning_rate: 1e-2, log_every: 1, save_every: 1, "
         "eval_every: 3}",
         "evaluation={count: 4, batch_size: 4, max_new_tokens: 3}",

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -33,15 +32,14 @@ from finetune import run as training_run
 from finetune.system import atomic, device, distributed
 from finetune.training.gradient_accumulation import GradientAccumulation
 from tests import kill_test, rounding
+from tests.free_port import free_port
 
 PATIENCE = 600.0  # seconds for a run, which takes two
-TARGETS = "[language.down_proj, connector.linear, vision.fc2]"
 CHANGES = [f"train.{change}" for change in ("max_steps=4", "batch_size=7", "learning_rate=3e-3", "eval_every=2")]
-CHANGES += [f"lora={{rank: 4, dropout: 0.1, targets: {TARGETS}}}"]
 # Another connector, which a stage trains first, at another resolution, and all answers of a question in one row.
 NETWORK = ["model.connector=resampler", "connector={latents: 3, depth: 1, learning_rate: 1e-3}", "image.size=84"]
 NETWORK += ["lora={rank: 4, dropout: 0.1, targets: [language.down_proj, vision.fc2]}"]
-NETWORK += ["stages=[{name: align, max_steps: 2}]", "data.answers=all"]
+NETWORK += ["stages=[{name: align, max_steps: 2}]", "data.answers=all", "train.max_steps=2"]
 Fault = Callable[[], None]
 
 
@@ -105,10 +103,7 @@ def run_processes(
     fault: Fault = lambda: None,
 ) -> list[int]:
     """Exit codes of the processes, minus the signal where one ended them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
+    children, port = [], free_port()
     for rank in range(count):
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         children.append(begin(Path(f"{name}.{rank}.txt"), told if count > 1 else {}, script, argv, fault))

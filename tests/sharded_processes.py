@@ -106,10 +106,11 @@ def connector(runs: Runs) -> None:
 
 
 def little_memory_to_train(runs: Runs) -> None:
-    runs.run("one", EVERYWHERE, "train.eval_every=null", sharded=False)
-    little = ["train.micro_batch=auto", "train.eval_every=null"]
-    runs.run("little memory", EVERYWHERE, *little, fault=little_memory)
-    runs.run("little memory in the layers", EVERYWHERE, *little, fault=little_memory_in_the_layers)
+    short = [EVERYWHERE, "train.max_steps=2", "train.eval_every=null"]  # repeated in smaller micro-batches, and gone on
+    runs.run("one", *short, sharded=False)
+    little = [*short, "train.micro_batch=auto"]
+    runs.run("little memory", *little, fault=little_memory)
+    runs.run("little memory in the layers", *little, fault=little_memory_in_the_layers)
 
 
 def faults(runs: Runs) -> None:
@@ -126,8 +127,9 @@ def evaluations(runs: Runs) -> None:
 
 
 def in_full(runs: Runs) -> None:
-    runs.run("one", "lora=null", "train.eval_every=null", sharded=False)
-    runs.run("sharded", "lora=null", "train.eval_every=null")
+    changes = ["lora=null", "train.max_steps=2", "train.eval_every=null"]
+    runs.run("one", *changes, sharded=False)
+    runs.run("sharded", *changes)
 
 
 GROUPS: dict[str, Callable[[Runs], None]] = {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.pseudo_terminal import ROOT, run_in_terminal
+import train
+from finetune import cli
+from tests import preloaded
+from tests.pseudo_terminal import run_in_terminal
 from tests.test_scripts import base_with_scenes, overrides
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo terminals here")
@@ -34,10 +37,14 @@ def test_at_80_columns_a_run_has_one_bar_whose_figures_fit(base: Path, tmp_path:
     assert said == ["warning:", "plan:", "trained:", "16", *["kept"] * said.count("kept"), "saved", "report:"], lines
 
 
+def trained(_: Sequence[str]) -> None:
+    """train.py as a program, which has been imported: what libraries say meanwhile, the terminal above would show."""
+    cli.run(train.main)
+
+
 def test_in_a_log_file_there_are_lines_and_no_bars(base: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "train.py", "configs/quickstart.yaml", *overrides(base, tmp_path / "run")]
-    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stderr == ""
+    ran = preloaded.run(trained, "configs/quickstart.yaml", *overrides(base, tmp_path / "run"))
+    assert (ran.returncode, ran.stderr) == (0, "")
     assert "\r" not in ran.stdout
     steps = [line for line in ran.stdout.splitlines() if line.startswith("step ")]
     assert [line.split(",")[0] for line in steps] == [f"step {step} of 4" for step in (1, 2, 2, 3, 4, 4)]

@@ -19,10 +19,10 @@ from benchmarks import connectors
 from benchmarks.connectors import BEGIN
 from benchmarks.study import END, T_975, Job, differences, interval, write_table
 from data.synthetic import scenes
-from finetune import cli
+from finetune import cli, run
 from finetune.config.load import load_config
 from finetune.config.stages import runs_of
-from tests import preloaded
+from tests import kill_test, preloaded
 
 ROOT = Path(__file__).parent.parent
 ARMS = ["linear", "pixel_shuffle"]
@@ -80,6 +80,7 @@ def preloaded_run(command: Sequence[str], stdout: TextIO, env: dict[str, str], *
 
 
 def trained(_: Sequence[str]) -> None:
+    run.plan_run = kill_test.unplanned  # type: ignore[assignment]
     cli.run(train.main)
 
 
@@ -197,6 +198,7 @@ def test_a_run_that_fails_ends_the_study_by_name(tmp_path: Path, settings: list[
         connectors.main(["--workers", "1", *arguments(tmp_path), *settings, "lora.rank=0"])
     log = re.findall("see (.*)$", str(caught.value))[0]
     assert "lora.rank: got 0" in Path(log).read_text()
+    assert [path.name for path in (tmp_path / "runs").rglob("*.log")] == ["seed1.log"]  # no other was begun
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from finetune.demo.networks import Opened, find_sources, open_networks
 from tests.browser.conftest import contrast, leave_out, on_phone, overflow
 from tests.demo.conftest import ROOT, make_adapter
 from tests.demo.test_examples import make_run
+from tests.free_port import free_port
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -81,12 +81,6 @@ def address(browser: Browser, run: Path) -> Iterator[str]:
         yield url
     assert noted.read_text() == ""
     assert f"the demo is at {url[:-1]}, from this machine alone" in said.read_text()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @contextmanager

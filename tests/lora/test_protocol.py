@@ -32,6 +32,7 @@ from finetune.lora.protocol import (
 )
 from model import PaliGemma
 from tests import rounding, tiny
+from tests.lora.both_outputs import both_outputs
 from tests.test_scripts import arguments, base  # noqa: F401 (a fixture)
 
 FORMS = ["plain", "nf4"]
@@ -122,10 +123,6 @@ def test_a_copy_owns_a_weight_of_its_own(form: str) -> None:
     assert_computes(copied, copied.base_module(), x)  # type: ignore[arg-type]
     assert not torch.equal(copied(x), adapter(x))
     assert torch.equal(linear(torch.ones(1, 64)), before)
-
-
-def both_outputs(adapter: LoRALinear, x: Tensor) -> tuple[Tensor, Tensor]:
-    return adapter(x).detach(), adapter.base_module()(x).detach()
 
 
 def test_a_worker_process_gets_the_one_weight() -> None:

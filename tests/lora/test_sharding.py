@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import fully_sharded, preloaded
+from tests.free_port import free_port
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_hold_half_of_every_layer_and_compute_the_same(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"MASTER_PORT": port}
+    environment = os.environ | {"MASTER_PORT": str(free_port())}
     done = preloaded.run(fully_sharded.main, str(tmp_path / "found.json"), environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())

@@ -9,6 +9,11 @@ import pytest
 from data.synthetic.scenes import write as write_scenes
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _plans() -> None:
+    """Every network is counted, as it is not where runs are tested."""
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scenes")

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,12 @@ def planner(lora: LoRAConfig | None, tokens: int = 40, supervised: int = 3, devi
     return Planner(NARROW, lora, torch.bfloat16, tokens, supervised, 8, torch.device(device))
 
 
+@cache
+def planner_of(targets: str, tokens: int, supervised: int) -> Planner:
+    """`planner`, made once for all execution plans that it is asked about."""
+    return planner(TARGETS.get(targets), tokens, supervised)
+
+
 @pytest.mark.parametrize("execution", EXECUTION_PLANS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 40, 3), (4, 64, 8), (3, 129, 1)])
 @pytest.mark.parametrize("targets", TARGETS)
@@ -65,7 +72,7 @@ def test_planned_activations_are_what_saved_tensor_hooks_count(
     model.train()
     model.language_model.model.set_recompute(execution.recompute_layers)
     model.language_model.model.fold_heads = False  # as on the card that is planned for
-    made = planner(TARGETS[targets], tokens, supervised)
+    made = planner_of(targets, tokens, supervised)
     with native_products():  # as there, too
         counted = sum(saved_bytes(model, tokens, supervised, made.vision_trains, rows))
     planned = made.activations(dataclasses.replace(execution, micro_batch=rows))
@@ -108,6 +115,12 @@ def measured_peak(step: Callable[[], object]) -> int:
     return max(itertools.accumulate(sizes))
 
 
+@cache
+def planner_in_fp32(config: PaliGemmaConfig, tokens: int, answer: int) -> Planner:
+    """On the CPU, for steps of up to four rows in one micro-batch."""
+    return Planner(config, TARGETS["language"], torch.float32, tokens, answer, 4, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("layers", [0, 2, 4])
 @pytest.mark.parametrize(("rows", "text", "answer"), [(4, 24, 3), (4, 140, 127), (1, 140, 127), (4, 140, 40)])
 @pytest.mark.parametrize("config", [MIDDLE, LONG_ROWS], ids=["short rows", "long rows"])
@@ -128,8 +141,7 @@ def test_the_planned_peak_is_what_the_allocator_gives(
         loss.backward()
 
     step()  # makes the gradients
-    tokens = config.vision.num_patches + 1 + text
-    made = Planner(config, TARGETS["language"], torch.float32, tokens, answer, rows, torch.device("cpu"))
+    made = planner_in_fp32(config, config.vision.num_patches + 1 + text, answer)
     planned = made.plan(execution, 10**12).components
     names = ("activations", "logits", "buffers of a layer's backward (estimate)")
     assert sum(planned[name] for name in names) == pytest.approx(measured_peak(step), rel=0.1)
@@ -147,7 +159,7 @@ def test_planned_flops_are_those_of_a_real_step(
     if lora:
         inject_lora(model, lora)
     model.train().language_model.model.set_recompute(execution.recompute_layers)
-    made = planner(lora, tokens=16 + prompt + answer, supervised=answer)
+    made = planner_of(targets, 16 + prompt + answer, answer)
     batch = tiny.batch(NARROW.to_hf(torch.bfloat16), [prompt], [answer])
     # The products of the math kernel are seen by the counter, those of other kernels are not.
     with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
@@ -374,9 +386,14 @@ def test_segments_expand_where_they_can_unless_a_person_has_set_the_allocator_up
     assert after("Windows", "11", PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") == (None, True)
 
 
+@cache
+def published_on_a_card() -> Planner:
+    return Planner(PaliGemmaConfig(), LoRAConfig(rank=8), torch.bfloat16, 289, 8, 64, torch.device("cuda"))
+
+
 def test_a_card_that_grows_no_segments_is_planned_for_with_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.preflight.plan.expandable_segments", lambda: True)
-    made = Planner(PaliGemmaConfig(), LoRAConfig(rank=8), torch.bfloat16, 289, 8, 64, torch.device("cuda"))
+    made = published_on_a_card()
     grown = made.plan(ExecutionPlan(2), 0)
     monkeypatch.setattr("finetune.preflight.plan.expandable_segments", lambda: False)
     fixed = made.plan(ExecutionPlan(2), 0)
@@ -391,7 +408,7 @@ def test_a_card_that_grows_no_segments_is_planned_for_with_more(monkeypatch: pyt
 
 
 def test_an_evaluation_is_cut_to_the_budget() -> None:
-    made = Planner(PaliGemmaConfig(), LoRAConfig(rank=8), torch.bfloat16, 289, 8, 64, torch.device("cuda"))
+    made = published_on_a_card()
     takes = [made.evaluation(size, 16) for size in (1, 2, 8, 16)]
     assert takes == sorted(takes)
     assert takes[0] > 2 * 2_923_466_480

@@ -8,10 +8,12 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch as accelerate_launch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
@@ -217,9 +219,12 @@ def test_waiting_for_processes_that_do_not_come_is_said(
     for setting in ["WORLD_SIZE=2", "RANK=0", "LOCAL_RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=7"]:
         monkeypatch.setenv(*setting.split("="))
     monkeypatch.setattr(distributed, "PATIENCE", 0.01)
+    said, end = "", time.monotonic() + 60
     with distributed.saying_who_is_awaited():
-        time.sleep(0.5)
-    assert "process 0 of 2, counted from 0, has waited for the others at localhost:7" in capsys.readouterr().err
+        while not said and time.monotonic() < end:
+            time.sleep(0.02)
+            said = capsys.readouterr().err
+    assert "process 0 of 2, counted from 0, has waited for the others at localhost:7" in said
 
 
 def as_launched(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -267,18 +272,40 @@ def test_fsdp_of_one_process_is_that_process_and_accelerate_does_not_shard(monke
     assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
-@pytest.mark.parametrize("launched_with", ["two_processes", "fsdp"])
-def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(
-    runs: Path, tmp_path: Path, launched_with: str
-) -> None:
-    """`accelerate launch` as README shows it, with processes that prepare the examples; also with sharded layers."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", f"configs/accelerate/{launched_with}.yaml", "train.py", "configs/quickstart.yaml"]
+def launch(argv: Sequence[str]) -> None:
+    """`accelerate launch`."""
+    sys.argv = ["accelerate launch", *argv]
+    accelerate_launch.main()
+
+
+def test_accelerate_starts_two_processes_on_a_cpu_and_tells_them_which_they_are(tmp_path: Path) -> None:
+    """By configs/accelerate/two_processes.yaml: what `distributed.init` asks for, and nothing of FSDP."""
+    program = tmp_path / "say.py"
+    program.write_text(
+        "import json, os, pathlib\n"
+        "file = pathlib.Path(__file__).with_name(os.environ['RANK'] + '.json')\n"
+        "file.write_text(json.dumps(dict(os.environ)))\n"
+    )
+    done = preloaded.run(launch, "--config_file", "configs/accelerate/two_processes.yaml", str(program))
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    assert [[process[name] for name in names] for process in told] == [["0", "0", "2"], ["1", "1", "2"]]
+    assert len({(process["MASTER_ADDR"], process["MASTER_PORT"]) for process in told}) == 1
+    assert not [name for name in told[0] if "FSDP" in name]
+
+
+def test_told_to_stop_the_launcher_passes_it_on_and_the_run_is_kept(runs: Path, tmp_path: Path) -> None:
+    """`accelerate launch` as README shows it, with sharded layers and processes that prepare the examples."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", "configs/accelerate/fsdp.yaml", "train.py", "configs/quickstart.yaml"]
     changes = [*kill_test.overrides(runs, tmp_path / "run"), "train.max_steps=10000", "train.save_every=10000"]
     changes += ["train.eval_every=null", "train.learning_rate=1e-3", "train.schedule=constant", "train.warmup=0"]
-    changes += ["data.workers=1", *several_processes.CHANGES[-1:]]
-    with kill_test.running([*launch, *changes]) as launcher:
-        kill_test.wait_for_steps(launcher, tmp_path / "run")
+    changes += ["data.workers=1"]
+    with kill_test.running([*command, *changes]) as launcher:
+        kill_test.wait_for_steps(
+            lambda: launcher.poll() is not None and f"ended: {launcher.communicate()[1]}", tmp_path / "run"
+        )
         launcher.send_signal(signal.SIGTERM)
         told = launcher.communicate()[1]
     assert launcher.returncode != 0

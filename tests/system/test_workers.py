@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 import train
 from data.synthetic import scenes
@@ -28,21 +27,11 @@ from finetune import cli, run
 from finetune.system import workers
 from finetune.training.gradient_accumulation import GradientAccumulation
 from tests import kill_test, preloaded
+from tests.system.made_batches import SIZE, Made, batches, count
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="worker processes are forked")
 
-SIZE = 64  # examples in a batch, as by default
-SIDE = 64  # pixels: a batch is 3 MiB
 SHM = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
-
-
-class Made(Dataset[dict[str, Any]]):
-    """Example i, whose tensors say so; two of them share an image."""
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        texts = {name: torch.full((20 + i % 3,), i) for name in ("input_ids", "token_type_ids", "labels")}
-        pixels = torch.full((3, SIDE, SIDE), float(i // 2))
-        return {**texts, "pixel_values": pixels, "id": str(i), "image_id": str(i // 2)}
 
 
 class Unsendable(Made):
@@ -50,11 +39,6 @@ class Unsendable(Made):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {"id": lambda: i}
-
-
-def batches(count: int, examples: Dataset[Any], processes: int) -> list[list[dict[str, Any]]]:
-    wanted = [range(start * SIZE, (start + 1) * SIZE) for start in range(count)]
-    return list(workers.loader(examples, wanted, processes))
 
 
 def test_a_batch_arrives_as_it_was_made_and_an_image_once() -> None:
@@ -82,7 +66,7 @@ def test_no_shared_memory_is_needed() -> None:
         subprocess.run([*namespace, "true"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no file system can be mounted without privileges here: {getattr(error, 'stderr', error)}")
-    command = [*namespace, sys.executable, "-m", "tests.system.test_workers", "batches"]
+    command = [*namespace, sys.executable, "-m", "tests.system.made_batches"]
     ran = subprocess.run(
         command, cwd=kill_test.ROOT, capture_output=True, text=True, check=False, timeout=preloaded.PATIENCE
     )
@@ -143,7 +127,7 @@ def do(what: str, *arguments: str) -> None:
     if what == "batches":
         if arguments:
             resource.setrlimit(resource.RLIMIT_NOFILE, (int(arguments[0]),) * 2)
-        print(sum(len(batch) for batch in batches(8, Made(), 4)), "examples")
+        count()
     elif what == "unsendable":
         with explained():
             batches(2, Unsendable(), 1)

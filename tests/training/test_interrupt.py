@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import train
 from data.synthetic import scenes
+from finetune import cli, run
 from tests import kill_test, preloaded
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+
+def trained(argv: Sequence[str]) -> None:
+    """train.py as a program."""
+    run.plan_run = kill_test.unplanned  # type: ignore[assignment]
+    sys.argv = ["train.py", *argv]
+    cli.run(train.main)
 
 
 def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
@@ -28,13 +40,14 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
 def test_told_to_stop_the_step_is_finished_and_the_command_to_go_on_printed(tmp_path: Path, number: int) -> None:
     for split, seed in (("train2014", 1), ("val2014", 2)):
         scenes.write(tmp_path / "data", scenes=8, seed=seed, split=split)
-    command = [sys.executable, "train.py", "configs/quickstart.yaml"]
     overrides = [*kill_test.overrides(tmp_path, tmp_path / "run"), "train.save_every=10000", "train.max_steps=10000"]
-    with kill_test.running([*command, *overrides]) as process:
-        kill_test.wait_for_steps(process, tmp_path / "run")
-        process.send_signal(number)
-        said = process.communicate()[1]
-    assert process.returncode == 75
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(preloaded.run, trained, "configs/quickstart.yaml", *overrides)
+        kill_test.wait_for_steps(lambda: running.done() and f"ended: {running.result()}", tmp_path / "run")
+        os.kill(json.loads((tmp_path / "run/run.lock.json").read_text())["pid"], number)
+        done = running.result()
+    said = done.stderr
+    assert done.returncode == 75
     assert f"{signal.Signals(number).name}: finishing this step" in said
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert len(saved) == 1

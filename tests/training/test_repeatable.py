@@ -9,6 +9,7 @@ import pytest
 
 import train
 from data.synthetic import scenes
+from tests import kill_test
 
 ROOT = Path(__file__).parents[2]
 RESAMPLER = ["model.connector=resampler", "connector={latents: 5, depth: 2, learning_rate: 1e-2}"]
@@ -43,8 +44,11 @@ def adapter_of(examples: Path, output: Path, *settings: str) -> bytes:
 
 
 @pytest.mark.parametrize("settings", [RESAMPLER, DENSE], ids=["resampler", "dense_dci"])
-def test_a_run_that_is_repeated_gives_the_same_adapter(examples: Path, tmp_path: Path, settings: list[str]) -> None:
+def test_a_run_that_is_repeated_gives_the_same_adapter(
+    examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str]
+) -> None:
     """And one of another seed another one."""
+    monkeypatch.setattr("finetune.run.plan_run", kill_test.unplanned)  # planning takes as long as the run
     seeds = {"once": 5, "again": 5, "other": 6}
     made = {name: adapter_of(examples, tmp_path / name, *settings, f"train.seed={s}") for name, s in seeds.items()}
     assert made["once"] == made["again"]
