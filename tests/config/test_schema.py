@@ -34,10 +34,12 @@ data:
   skip_at_most: 0.01
   workers: 2
 train:
-  {epochs: null, max_steps: 100, batch_size: 64, micro_batch: auto, recompute: auto, learning_rate: 1e-4,
+  {objective: supervised, reference: start, epochs: null, max_steps: 100, batch_size: 64,
+   micro_batch: auto, recompute: auto, learning_rate: 1e-4,
    schedule: cosine, warmup: 0.05, weight_decay: 0, beta1: 0.9, beta2: 0.999, max_grad_norm: 1, seed: 0,
    log_every: 10, save_every: 100,
    eval_every: auto, patience: null, keep_checkpoints: 2, on_full_disk: stop}
+preference: {loss: sigmoid, beta: 0.1, label_smoothing: 0, rpo_alpha: 0, precompute: true}
 stages: []
 memory: {budget_gib: null}
 evaluation: {count: 512, batch_size: 16, max_new_tokens: auto}
@@ -66,6 +68,7 @@ def test_which_keys_may_change_in_a_run_that_is_resumed(path: Path) -> None:
     }
     assert found[Effect.NUMERICS] == {
         *("model.device", "train.micro_batch", "train.recompute", "memory.budget_gib", "evaluation.batch_size"),
+        "preference.precompute",
     }
     assert {"lora", "lora.rank", "train.seed", "data.train.count", "data.validation.jsonl"} <= found[Effect.RESULT]
 
