@@ -134,9 +134,9 @@ def test_all_problems_are_listed_at_once_with_line_value_and_expectation(path: P
         'run.yaml:9: train.learning_rate: got "1e-4"; expected number > 0',
         "run.yaml:12: train.seed: got -1; expected whole number >= 0, < 4294967296",
         "run.yaml:10: train.lr: unknown key; did you mean train.learning_rate?",
-        "run.yaml:11: train.zzz: unknown key; expected objective, reference, epochs, max_steps, batch_size, micro_batch, recompute, "
-        "learning_rate, schedule, warmup, weight_decay, beta1, beta2, max_grad_norm, seed, log_every, save_every, "
-        "eval_every, patience, keep_checkpoints, on_full_disk",
+        "run.yaml:11: train.zzz: unknown key; expected objective, reference, epochs, max_steps, batch_size, "
+        "micro_batch, recompute, learning_rate, schedule, warmup, weight_decay, beta1, beta2, max_grad_norm, seed, "
+        "log_every, save_every, eval_every, patience, keep_checkpoints, on_full_disk",
         "override 'train.batch=3': train.batch: unknown key; did you mean batch_size?",
         "run.yaml:20: output: got 3; expected text, in quotes",
         'run.yaml:21: tracking.wandb: got "yes"; expected off | offline | online',
