@@ -142,6 +142,15 @@ ROWS = (
     ("do_train do_eval", "train.eval_every", "train.py trains, and evaluates every so many steps"),
     ("resume_from_checkpoint auto_resume_from_checkpoints", "", "a run resumes by itself, or from --resume CHECKPOINT"),
     ("deepspeed fsdp", "", "several processes are the launcher's: accelerate launch (configs/accelerate)"),
+    # Preferences
+    ("beta pref_beta dpo_beta simpo_beta rl_beta", "preference.beta", ""),
+    ("loss_type pref_loss dpo_loss", "preference.loss", "sigmoid, hinge or ipo"),
+    ("dpo_label_smoothing label_smoothing", "preference.label_smoothing", "of the loss sigmoid"),
+    ("rpo_alpha pref_ftx", "preference.rpo_alpha", "0: none"),
+    ("ref_model ref_adapter_name ref_model_name_or_path", "train.reference", "start, base, or an adapter's directory"),
+    ("precompute_ref_log_probs precompute_ref_logps", "preference.precompute", ""),
+    ("rl rlhf_type stage trainer_type", "train.objective", "dpo, or supervised"),
+    ("dpo dpo_config preferences", "preference", ""),
     # Evaluation
     ("per_device_eval_batch_size eval_batch_size", "evaluation.batch_size", ""),
     ("generation_max_length", "evaluation.max_new_tokens", "tokens of the answer alone"),
