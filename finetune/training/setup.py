@@ -128,7 +128,7 @@ def require_starts(directory: Path, config: RunConfig) -> None:
 
 def image_note(config: PaliGemmaConfig) -> str:
     """How many tokens the decoder gets of an image, and of what they are made."""
-    return f"{config.num_image_tokens:,} image tokens a row, by {network_text(config)}"
+    return f"{config.num_image_tokens:,} tokens an image, by {network_text(config)}"
 
 
 def start_note(config: RunConfig) -> str | None:

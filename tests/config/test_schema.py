@@ -22,7 +22,7 @@ connector: {learning_rate: null, start: pretrained, start_from: null, latents: 6
 data:
   train:
     {name: null, weight: null, questions: q.json, annotations: a.json,
-     images: coco, jsonl: null, columns: null, task: auto, split: null,
+     images: coco, jsonl: null, columns: null, text_rows: false, task: auto, split: null,
      fraction: null, count: null, sample_by: image, csv: null, tsv: null, messages: null, folder: null, coco: null,
      parquet: null, disk: null, hub: null, subset: null, revision: null}
   validation: null
