@@ -22,6 +22,7 @@ from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.training.batch_sampler import BatchSampler, steps_of_epochs
 from finetune.training.examples import network_config
+from finetune.training.gradient_accumulation import is_trained
 from model import PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
 from model.random_init import from_random
@@ -161,6 +162,8 @@ def shard_decoder(model: PaliGemma, config: RunConfig) -> None:
     """
     device, decoder = pick_device(config.model.device), model.language_model.model
     sharding.shard(decoder, decoder.layers, device)
+    if is_trained(model.vision_tower) or is_trained(model.multi_modal_projector):
+        sharding.require_gradient_of_input(decoder)  # rows of text alone have nothing before the decoder to go back to
     model.to(device)
 
 

@@ -84,6 +84,17 @@ def test_every_source_has_a_key(path: Path, key: str) -> None:
         load_config(path, [given, f"data.train.{other}=y"])
 
 
+@pytest.mark.parametrize("key", [*TABLES, "questions"])
+def test_rows_of_text_are_for_sources_that_may_have_some(path: Path, key: str) -> None:
+    source = {"questions": "questions: q, annotations: a, images: i"}.get(key, f"{key}: x")
+    given = f"data.train={{{source}, text_rows: true}}"
+    if key not in ("questions", "coco"):
+        assert load_config(path, [given]).data.only("train").text_rows
+        return
+    with pytest.raises(ConfigError, match=rf"data\.train\.text_rows: every row of {key} has an image: leave it out"):
+        load_config(path, [given])
+
+
 def test_the_keys_are_those_of_the_readers() -> None:
     assert set(TABLES) == set(data.sources.TABLES)
 

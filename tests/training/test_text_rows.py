@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import evaluate
+import train
 from data import collate
 from finetune.lora.protocol import trained_parameters
+from finetune.system.workers import Batch
 from finetune.training.gradient_accumulation import fill_gradients, has_image, micro_batches, supervised
 from finetune.training.trainer import LoRATrainer
 from tests import rounding, tiny
+from tests.test_scripts import base_with_scenes, files, overrides
 from tests.training.test_trainer import Examples, first_step, gradients_of, off_its_start, run_config, trainer_of
 
 IMAGE_TOKENS = 4
@@ -126,3 +133,46 @@ def test_a_frozen_tower_is_not_moved_for_rows_of_text(
     monkeypatch.setattr(trainer.accumulation, "vision_on_device", lambda: pytest.fail("it is moved"))
     found: dict[str, Tensor] = gradients_of(trainer)
     assert found
+
+
+def test_batches_of_both_kinds_come_from_a_worker_as_they_were_made() -> None:
+    made = Mixed(2).examples[:6]
+    sent = pickle.loads(pickle.dumps(Batch(made)))
+    assert [set(example) for example in sent] == [set(example) for example in made]
+    for example, expected in zip(sent, made, strict=True):
+        assert all(value.tolist() == expected[n].tolist() for n, value in example.items() if isinstance(value, Tensor))
+
+
+def test_a_run_on_images_and_texts_from_its_start_to_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained in both kinds, evaluated on both, each by itself; the page shows a text without an image."""
+    base = base_with_scenes(tmp_path / "base")
+    rows = [{"prefix": f"answer en {i} and {i}", "suffix": [f"{2 * i}", "even"]} for i in range(7)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts: dict[str, Any] = {"jsonl": str(tmp_path / "texts.jsonl"), "text_rows": True}
+    scenes = {split: files(base, split) | {"name": "scenes"} for split in ("train2014", "val2014")}
+    data = {
+        "train": [scenes["train2014"] | {"weight": 1}, texts | {"weight": 1}],
+        "validation": [scenes["val2014"] | {"count": 5}, texts],
+        "answers": "all",
+        "workers": 1,
+    }
+    lora = "lora={rank: 2, targets: [language.down_proj, vision.fc2]}"
+    words = ["configs/quickstart.yaml", *overrides(base, tmp_path / "run", f"data={json.dumps(data)}", lora)]
+    train.main([*words, "--dry-run"])
+    said = capsys.readouterr().out
+    assert "data.train: 7 of " in said
+    assert " records are text without an image (text_rows)" in said
+    assert re.search(r"rows of \d+ tokens, answers of \d+ \(the longest of the data, taken to have an image\)", said)
+    assert re.search(r"TFLOP an example in rows of (\d+) tokens, (\d+) without an image, answers of", said)
+    train.main([*words, "train.max_steps=2"])
+    evaluate.main([*words, "train.max_steps=2", "--arm", "adapter"])
+    metrics = json.loads((tmp_path / "run/eval/adapter/metrics.json").read_text())
+    assert {name: of["questions"] for name, of in metrics["by_source"].items()} == {"scenes": 5, "texts": 7}
+    assert metrics["by_source"]["texts"]["images"] == 0
+    answers = [json.loads(line) for line in (tmp_path / "run/eval/adapter/answers.jsonl").read_text().splitlines()]
+    assert [answer["question"] for answer in answers[5:]] == [row["prefix"] for row in rows]
+    page = (tmp_path / "run/report.html").read_text()
+    assert '<div class="card"><div class="question"' in page
+    assert "answer en 3 and 3" in page
