@@ -155,7 +155,7 @@ def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor], has_image: 
         ),
         "<bos>": (
             f"{ids.count(config.bos_token_id)} <bos>, expected one after the image tokens",
-            ids.count(config.bos_token_id) == 1 and ids[expected] == config.bos_token_id,
+            ids.count(config.bos_token_id) == 1 and ids[expected : expected + 1] == [config.bos_token_id],
         ),
         "token types": (
             "token types that are not 0 for the prefix, then 1 for the suffix, 2 for a second one",
