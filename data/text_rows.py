@@ -13,6 +13,6 @@ def own_image_id(id: str) -> str:
     return MARK + id
 
 
-def has_image(image_id: str) -> bool:
+def names_image(image_id: str) -> bool:
     """Whether an `image_id` is that of an image."""
     return not image_id.startswith(MARK)

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from data.text_rows import has_image
+from data.text_rows import names_image
 
 PERCENT = "percent"
 Record = Mapping[str, Any]
@@ -90,7 +90,7 @@ def cluster_of(record: Record) -> Hashable:
 
 def count_images(clusters: Iterable[Hashable]) -> int:
     """How many images the clusters are: that of a row of text alone is none."""
-    return sum(not isinstance(cluster, str) or has_image(cluster) for cluster in set(clusters))
+    return sum(not isinstance(cluster, str) or names_image(cluster) for cluster in set(clusters))
 
 
 def mean_score(

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from data import collate
-from data.text_rows import has_image
+from data.text_rows import names_image
 from finetune.config.schema import RunConfig
 from finetune.config.stages import runs_of, without_stages
 from finetune.preflight.plan import GIB, Plan, Planner
@@ -145,7 +145,7 @@ def workload_of(
     records, lengths = examples.records, examples.lengths
     steps = plan_steps(config, examples.sizes)
     image_ids = records["image_id"][:]
-    images, texts = images_per_step(steps, image_ids), 1 - sum(map(has_image, image_ids)) / len(image_ids)
+    images, texts = images_per_step(steps, image_ids), 1 - sum(map(names_image, image_ids)) / len(image_ids)
     show(f"{len(records):,} examples, {steps.total:,} steps, up to {steps.total * size * planner.tokens:,} tokens")
     if note := shortness_note(steps):
         show(f"warning: {note}")

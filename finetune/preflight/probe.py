@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.data import Dataset
 
-from data.text_rows import has_image
+from data.text_rows import names_image
 from finetune.config.schema import RunConfig
 from finetune.preflight.count import TERA, flop_counter
 from finetune.system.device import is_out_of_memory
@@ -110,7 +110,7 @@ def images_per_step(steps: BatchSampler, image_ids: Sequence[str]) -> float:
     """How many different images a step is about, on average over the first steps of a run."""
     sampled = range(min(SAMPLED_STEPS, steps.total))
     images = ({image_ids[index] for index, _ in steps[step]} for step in sampled)
-    return statistics.fmean(sum(map(has_image, of_step)) for of_step in images)
+    return statistics.fmean(sum(map(names_image, of_step)) for of_step in images)
 
 
 def time_step(

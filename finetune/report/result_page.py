@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from data.records import decodable
-from data.text_rows import has_image
+from data.text_rows import names_image
 from finetune.config.schema import SPLITS, RunConfig
 from finetune.config.source import SOURCE_PATHS
 from finetune.config.stages import stage_output
@@ -121,7 +121,7 @@ def data_of(config: RunConfig) -> dict[str, dict[str, int]]:
     for name in ("train", "validation"):
         if getattr(config.data, name) is not None:
             records = open_records(config, name)
-            sizes[name] = {"questions": len(records), "images": sum(map(has_image, set(records["image_id"][:])))}
+            sizes[name] = {"questions": len(records), "images": sum(map(names_image, set(records["image_id"][:])))}
     return sizes
 
 

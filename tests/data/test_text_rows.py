@@ -19,7 +19,7 @@ from data.invalid import SkippedRecords
 from data.lengths import measure
 from data.records import ImagesById, decodable, image_names, image_places, load_records
 from data.splits import hold_out
-from data.text_rows import has_image
+from data.text_rows import names_image
 from tests.images import IMAGE
 
 BASE = Path(__file__).parents[2] / "assets/tiny-base"
@@ -42,7 +42,7 @@ def test_a_row_without_an_image_is_a_record_without_one(tmp_path: Path, image: d
     photo, text, named = load(tmp_path, PHOTO, TEXT | image, TEXT | image | {"id": "mine"})
     assert photo["image_id"] == "a.jpg"
     assert (text["image"], text["prefix"], text["answers"], text["extra"]) == (None, "2 + 2 =", ["4"], "")
-    assert [has_image(one["image_id"]) for one in (photo, text, named)] == [True, False, False]
+    assert [names_image(one["image_id"]) for one in (photo, text, named)] == [True, False, False]
     assert text["image_id"] != named["image_id"]
 
 
@@ -54,9 +54,10 @@ def test_a_row_without_an_image_is_a_record_without_one(tmp_path: Path, image: d
     ],
 )
 def test_without_the_key_it_is_an_error_that_names_it(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    source: dict[str, Any] = {"jsonl": write(tmp_path, PHOTO, row), "cache_dir": tmp_path / "cache"}
     with pytest.raises(ValueError, match=said):
-        load(tmp_path, PHOTO, row, text_rows=False)
-    assert len(load(tmp_path, PHOTO, row)) == 2  # what was found without the key is not kept for a run with it
+        load_records(**source)
+    assert len(load_records(**source, text_rows=True)) == 2  # cached apart from what is read without the key
 
 
 @pytest.mark.parametrize(
@@ -114,8 +115,8 @@ def test_no_two_records_share_what_stands_for_an_image(tmp_path: Path) -> None:
     first = load(tmp_path, PHOTO, TEXT, TEXT, prefix_of_ids="first/")
     second = load(tmp_path, PHOTO, TEXT, prefix_of_ids="second/")
     ids = [*first["image_id"], *second["image_id"]]
-    assert sorted(id for id in ids if has_image(id)) == ["a.jpg", "a.jpg"]
-    assert len({id for id in ids if not has_image(id)}) == 3
+    assert sorted(id for id in ids if names_image(id)) == ["a.jpg", "a.jpg"]
+    assert len({id for id in ids if not names_image(id)}) == 3
     assert [name is None for name in image_names(image_places(first))] == [False, True, True]
     images = ImagesById(first)
     assert [images[id] is None for id in first["image_id"]] == [False, True, True]
