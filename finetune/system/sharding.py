@@ -52,8 +52,8 @@ def shard(root: nn.Module, layers: Iterable[nn.Module], device: torch.device) ->
 
 
 def require_gradient_of_input(root: nn.Module) -> None:
-    """Let what `root` is given require a gradient in training, also where it depends on nothing that is trained: one
-    process would go back through fewer layers than another else.
+    """Let what `root` is given require a gradient in training, also where it depends on nothing that is trained.
+    Otherwise a process whose input depends on nothing goes back through fewer layers than one whose input does.
     """
 
     def require(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
