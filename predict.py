@@ -1,10 +1,11 @@
-"""Image + prompt -> answer. Every prompt is asked of every image.
+"""Image + prompt -> answer. Every prompt is asked of every image; without --image each is asked as text alone.
 
     python predict.py --adapter runs/quickstart --image scene.jpg --prompt "answer en how many circles are there?"
     python predict.py --model assets/tiny-base --image *.jpg --prompt "caption en" --format jsonl
     python predict.py --adapter runs/quickstart --image photos/ other.png --prompt "caption en"
     python predict.py --adapter runs/mine --image photos/ --prompt "detect cat ; dog" --draw drawn
     python predict.py --adapter runs/mine --image photos/ --prompt "answer en is it raining?" --candidates yes_no.txt
+    python predict.py --adapter runs/mine --prompt "the capital of France is"
 
 The prompt goes to the network as it stands: `answer en {question}`, `caption en`, `detect {a} ; {b}`. A folder stands
 for the image files in it, sorted by name: .jpg, .png, .webp and the other formats that can be opened; hidden files and
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
-    arguments.image = image_files(arguments.image)
+    arguments.image = image_files(arguments.image or ())
     broken = broken_images(arguments.image)
     for reason in broken.values():
         print(visible(f"error: {reason}"), file=sys.stderr)
-    if len(broken) == len(arguments.image):
+    if broken and len(broken) == len(arguments.image):
         for line in lines(pairs_of(arguments), {}, broken, arguments.format):
             print(line)
         raise ValueError("no image is left to ask about")
@@ -74,7 +75,9 @@ def ask(arguments: argparse.Namespace, broken: dict[str, str], drawings: dict[st
     if marked := sum(map(processor.is_marked, dict.fromkeys(arguments.prompt))):
         print(f"{marked} prompts begin with <image> or <bos>: taken off, for every row has them", file=sys.stderr)
     for prompt in arguments.prompt:
-        processor.encode(prompt)  # one that is refused, before minutes are spent on opening a network
+        processor.encode(
+            prompt, image=bool(arguments.image)
+        )  # one that is refused, before minutes are spent on opening a network
     for text in candidates:
         processor.answer_ids(text)
     quantization = cli.quantization(arguments.quantize, adapter)
@@ -162,7 +165,7 @@ def drawing_paths(images: Sequence[str], directory: Path | None) -> dict[str, Pa
     return paths
 
 
-def draw(paths: dict[str, Path], records: Sequence[dict[str, str]], answers: dict[str, Answer], aspect: str) -> int:
+def draw(paths: dict[str, Path], records: Sequence[dict[str, Any]], answers: dict[str, Answer], aspect: str) -> int:
     """Save each image with the boxes of all answers about it, and return how many boxes that were."""
     from data.boxes import boxes_in
     from data.drawing import draw_boxes
@@ -178,21 +181,26 @@ def draw(paths: dict[str, Path], records: Sequence[dict[str, str]], answers: dic
     return drawn
 
 
-def pairs_of(arguments: argparse.Namespace) -> list[dict[str, str]]:
-    """Every image with every prompt, as records to answer, those of broken images too."""
+def pairs_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every image with every prompt, as records to answer, those of broken images too; without images every prompt."""
+    prompts = dict.fromkeys(arguments.prompt)
+    if not arguments.image:
+        return [{"id": prompt, "image": None, "image_id": prompt, "prefix": prompt} for prompt in prompts]
     return [
         {"id": f"{image}\n{prompt}", "image": image, "image_id": image, "prefix": prompt}
         for image in arguments.image
-        for prompt in dict.fromkeys(arguments.prompt)
+        for prompt in prompts
     ]
 
 
 def lines(
-    records: Sequence[dict[str, str]], answers: dict[str, Answer], broken: dict[str, str], form: str
+    records: Sequence[dict[str, Any]], answers: dict[str, Answer], broken: dict[str, str], form: str
 ) -> Iterator[str]:
     """What is printed, in the order of the records. Of broken images texts say nothing, JSON lines the reason."""
     for record in records:
-        asked = {"image": record["image"], "prompt": record["prefix"]}
+        asked = {
+            name: record[key] for name, key in (("image", "image"), ("prompt", "prefix")) if record[key] is not None
+        }
         if record["image"] in broken:
             if form == "jsonl":
                 yield json_line(asked | {"error": broken[record["image"]]}, sys.stdout)
@@ -205,13 +213,19 @@ def lines(
         elif len(answers) == 1:
             yield visible(given.text)
         else:
-            yield "\t".join(map(one_line, (record["image"], record["prefix"], given.text)))
+            yield "\t".join(map(one_line, (*asked.values(), given.text)))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = build_parser().parse_args(argv)
     if arguments.model is None and arguments.adapter is None:
         raise ValueError("expected --model, a checkpoint; or --adapter, which names its base; or both")
+    if not arguments.image and (marked := [prompt for prompt in arguments.prompt if "<image>" in prompt]):
+        raise ValueError(
+            f"--prompt {marked[0]!r:.200} has <image>, and there is none: give --image, or remove the mark"
+        )
+    if not arguments.image and arguments.draw:
+        raise ValueError("--draw saves images, and there are none: give --image, or leave --draw out")
     if arguments.model is None and arguments.revision is not None:
         raise ValueError("--revision is of the Hub id that --model gives: give that too")
     usual = {"max_new_tokens": None, "temperature": 0.0, "top_p": 1.0, "seed": 0}
@@ -232,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--model", "checkpoint: a directory or a Hub id; without it, the base that the adapter names", type=argument)
     option("--revision", "branch, tag or commit of that Hub id")
     option("--adapter", "directory of an adapter on that checkpoint, or of a run", type=path_argument)
-    option("--image", "image files, and folders of them", nargs="+", required=True, type=argument)
+    option("--image", "image files, and folders of them; without it prompts are text alone", nargs="+", type=argument)
     option("--prompt", "prompts, each asked of every image", nargs="+", required=True)
     option(
         "--candidates",

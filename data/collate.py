@@ -15,7 +15,8 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Ten
 
     Args:
         examples: with `input_ids` and `token_type_ids`, i64[S_i]; all or none with `labels`, i64[S_i]; all or none with
-            `pixel_values`, f32[3, H, W], or with tiles f32[5, 3, H, W]; and some perhaps with `loss_weights`, f32[S_i].
+            `pixel_values`, f32[3, H, W], or with tiles f32[5, 3, H, W] (a batch is of rows with images, or of rows
+            without); and some perhaps with `loss_weights`, f32[S_i].
         pad_id: fills `input_ids`; 0 fills `token_type_ids` and `loss_weights`, -100 `labels`.
 
     Returns:

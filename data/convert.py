@@ -51,11 +51,13 @@ class Converted:
     Attributes:
         count: of examples. skipped: why each of the others cannot be used, by its id or place.
         images: the folder that `images` has to name to read the result; None: its own.
+        text_rows: how many have no image, which reading them has to allow.
     """
 
     count: int
     skipped: Mapping[str, str]
     images: Path | None
+    text_rows: int = 0
 
 
 def convert(source: Mapping[str, Any], output: Path) -> Converted:
@@ -70,14 +72,14 @@ def convert(source: Mapping[str, Any], output: Path) -> Converted:
     """
     if output.exists():
         raise ValueError(f"{output} exists already: give another path, or delete it")
-    skipped, count = SkippedRecords(share=math.inf), 0
+    skipped, count, text_rows = SkippedRecords(share=math.inf), 0, 0
     with rewriting(source, output, skipped) as (records, write):
         for record in records:
             write(record)
-            count += 1
+            count, text_rows = count + 1, text_rows + (record["image"] is None)
         if not count:
             raise ValueError("\n  ".join(["no example can be used:", *map(": ".join, skipped.reasons.items())]))
-    return Converted(count, skipped.reasons, folder_to_name(source, output))
+    return Converted(count, skipped.reasons, folder_to_name(source, output), text_rows)
 
 
 @contextlib.contextmanager
@@ -102,7 +104,8 @@ def rewriting(source: Mapping[str, Any], output: Path, skipped: SkippedRecords) 
         with unfinished.open("w", encoding="utf-8") as lines:
 
             def write(record: Mapping[str, Any]) -> None:
-                lines.write(json.dumps(row_of(record, place(record["image"])), ensure_ascii=False) + "\n")
+                image = None if record["image"] is None else place(record["image"])
+                lines.write(json.dumps(row_of(record, image), ensure_ascii=False) + "\n")
 
             yield (record for record in records if record["id"] not in skipped.reasons), write
         os.replace(unfinished, output)
@@ -144,15 +147,15 @@ def writer_of_images(output: Path) -> Callable[[Mapping[str, Any]], str]:
     return place
 
 
-def row_of(record: Mapping[str, Any], image: str) -> dict[str, Any]:
-    """A record (data/records.py) as the row that is read as it.
+def row_of(record: Mapping[str, Any], image: str | None) -> dict[str, Any]:
+    """A record (data/records.py) as the row that is read as it. image: what names it; None of a row of text alone.
 
     Raises:
         ValueError: it has a further column with a name that means something in a row.
     """
     role = "question" if record["prefix"].startswith(MARK) else "prefix"
     answers = record["answers"]
-    row = {"id": record["id"], "image": image, role: record["question"]}
+    row = {"id": record["id"], **({} if image is None else {"image": image}), role: record["question"]}
     row["suffix"] = answers[0] if len(answers) == 1 else answers
     if record["rejected"]:
         row["rejected"] = record["rejected"]
@@ -198,6 +201,7 @@ def add_source_and_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns", type=columns_argument, metavar="ROLE=NAME,...", help="other names of columns: question=query"
     )
+    parser.add_argument("--text-rows", action="store_true", default=None, help="allow rows of text without an image")
     parser.add_argument("--split", help="of a data set with several, or train2014 where official files do not say it")
     parser.add_argument("--subset", help="of a data set on the Hub with several configurations")
     parser.add_argument("--revision", help="branch, tag or commit of a data set on the Hub")
@@ -213,7 +217,7 @@ def source_of(given: argparse.Namespace) -> dict[str, Any]:
     if len(keys) + (given.source is not None) != 1:
         got = ", ".join([*([str(given.source)] if given.source else []), *(f"--{key}" for key in keys)]) or "none"
         raise ValueError(f"expected one source, IN or one of the options that name one, got {got}")
-    names = (*TABLES, HUB, *OFFICIAL, "images", "columns", "split", "subset", "revision")
+    names = (*TABLES, HUB, *OFFICIAL, "images", "columns", "split", "subset", "revision", "text_rows")
     source = {name: value for name in names if (value := getattr(given, name)) is not None}
     if given.source is not None:
         key = kind_of(given.source)
@@ -239,6 +243,7 @@ def report(converted: Converted, what: str, output: Path) -> None:
     if converted.skipped:
         print(f"{len(converted.skipped):,} rows cannot be used and were skipped", file=sys.stderr)
     images = f", images: {shown_path(converted.images)}" if converted.images else ""
+    images += ", text_rows: true" if converted.text_rows else ""
     print(f"{converted.count:,} {what} written; read them with train: {{jsonl: {output}{images}}}")
     if converted.skipped:
         sys.exit(SKIPPED)

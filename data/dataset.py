@@ -23,8 +23,9 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
     """`dataset[index, epoch]` is an example; a bare `index` is that of epoch 0.
 
     An example is a pure function of (seed, index, epoch), the same in every worker, rank and resumed run. It holds
-    `input_ids`, `token_type_ids` and `labels`, i64[S], `pixel_values`, f32[3, H, W] or with tiles f32[5, 3, H, W], and
-    the strings `id` and `image_id`. Its labels end in <eos>. With "all" it holds `loss_weights`, f32[S], too.
+    `input_ids`, `token_type_ids` and `labels`, i64[S], `pixel_values`, f32[3, H, W] or with tiles f32[5, 3, H, W],
+    unless its record has no image, and the strings `id` and `image_id`. Its labels end in <eos>. With "all" it holds
+    `loss_weights`, f32[S], too.
 
     "rotate" learns one of a record's answers at a time, and the loss of its step is L / n: L the sum over the
     tokens of all answers drawn, n the number of those tokens. "all" has in place of both their expectations over the
@@ -75,21 +76,21 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         raise ValueError(f"{TRIES:,} records drawn in place of {record['id']} were all skipped: hardly any is valid")
 
     def _example(self, record: Mapping[str, Any], index: int, epoch: int) -> dict[str, Any]:
-        answers = record["answers"]
+        answers, has_image = record["answers"], record["image"] is not None
         if not answers:
             raise ValueError(f"record {record['id']!r} has no answer to learn from; give the annotations file")
         if self.answers == "all":
             shares = {answer: count / len(answers) for answer, count in Counter(answers).items()}
-            texts = self.processor.encode_suffixes(record["prefix"], list(shares), list(shares.values()))
+            texts = self.processor.encode_suffixes(record["prefix"], list(shares), list(shares.values()), has_image)
         elif self.answers == "pair":
-            texts = self.processor.encode_suffixes(record["prefix"], pair_of(record))
+            texts = self.processor.encode_suffixes(record["prefix"], pair_of(record), image=has_image)
             require_two(texts)
         else:
             order = random.Random(f"{self.seed}/{index}").sample(range(len(answers)), len(answers))
             suffix = answers[order[epoch % len(answers)]] if self.answers == "rotate" else record["answer"]
-            texts = self.processor.encode(record["prefix"], suffix)
-        pixels = self.processor.pixels(record["image"])
-        return {**texts, "pixel_values": pixels, "id": record["id"], "image_id": record["image_id"]}
+            texts = self.processor.encode(record["prefix"], suffix, has_image)
+        pixels = {"pixel_values": self.processor.pixels(record["image"])} if has_image else {}
+        return {**texts, **pixels, "id": record["id"], "image_id": record["image_id"]}
 
 
 def pair_of(record: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,7 @@ def make_pairs(
     made, none = Counter[str](), Counter[str]()
     seen, used = set[str](), set[str]()
     without_answer: list[str] = []
-    skipped = SkippedRecords(share=math.inf)
+    skipped, text_rows = SkippedRecords(share=math.inf), 0
     with rewriting(source, output, skipped) as (records, write):
         for record in records:
             given = [answers[record["id"]] for answers in files if record["id"] in answers]
@@ -104,10 +104,11 @@ def make_pairs(
                 if isinstance(pair, Pair):
                     write(as_record(pair, record, unused(record["id"], used, answered)))
                     made[pair.rule] += 1
+                    text_rows += record["image"] is None
                 else:
                     none[pair] += 1
         without_example = [id for id in answered if id not in seen and id not in skipped.reasons]
-        converted = Converted(made.total(), skipped.reasons, folder_to_name(source, output))
+        converted = Converted(made.total(), skipped.reasons, folder_to_name(source, output), text_rows)
         result = Made(converted, made, none, without_answer, sorted(without_example))
         if not made:
             raise ValueError("\n  ".join(["no pair can be made:", *result.lines()]))

@@ -4,6 +4,8 @@
     suffix  <eos>                        token type 1, causal; the labels
     suffix  <eos>                        token type 2, if there is a second one (`encode_suffixes`); and so on
 
+A row of text alone is the same without <image>.
+
 Token for token transformers' PaliGemmaProcessor, bit for bit its Pillow image processor, but where that would corrupt
 an example: <image> and <bos> at the start of a prefix (transformers' own form) are taken off, for they are put there in
 any case, and any other special token in a text is an error; newlines within a prefix become spaces, for one newline
@@ -118,21 +120,25 @@ class Processor:
         rows = zip(images, prefixes, answers, strict=True)
         return collate([{**self.encode(p, s), "pixel_values": self.pixels(image)} for image, p, s in rows], self.pad_id)
 
-    def encode(self, prefix: str, suffix: str | None = None) -> dict[str, Tensor]:
+    def encode(self, prefix: str, suffix: str | None = None, image: bool = True) -> dict[str, Tensor]:
         """`input_ids`, `token_type_ids` and, with a suffix, `labels` (-100 before the suffix) of one text, i64[S].
+
+        image: whether the row has an image, and so image tokens.
 
         Raises:
             ValueError: the text is too long (see `fit`), or holds a special token or half a character.
         """
-        return self._row(prefix, [] if suffix is None else [suffix])
+        return self._row(prefix, [] if suffix is None else [suffix], image)
 
     def encode_suffixes(
-        self, prefix: str, suffixes: Sequence[str], weights: Sequence[float] | None = None
+        self, prefix: str, suffixes: Sequence[str], weights: Sequence[float] | None = None, image: bool = True
     ) -> dict[str, Tensor]:
         """As `encode`, of one text with several suffixes, none of which sees another (model/layers.py, the mask).
 
-        weights: of each suffix, how often the loss of its tokens counts; without them there are no `loss_weights`,
-            f32[S], and all tokens count once.
+        Args:
+            weights: of each suffix, how often the loss of its tokens counts; without them there are no `loss_weights`,
+                f32[S], and all tokens count once.
+            image: as in `encode`.
 
         Raises:
             ValueError: there is no suffix; there are not as many weights as suffixes, or one is not above 0; and as
@@ -140,7 +146,7 @@ class Processor:
         """
         if isinstance(suffixes, str) or not suffixes:
             raise ValueError(f"suffixes are {suffixes!r}; expected a list of at least one")
-        row = self._row(prefix, suffixes)
+        row = self._row(prefix, suffixes, image)
         if weights is None:
             return row
         if len(weights) != len(suffixes) or not all(0 < weight < math.inf for weight in weights):
@@ -150,10 +156,10 @@ class Processor:
             )
         return {**row, "loss_weights": torch.tensor([0.0, *weights])[row["token_type_ids"]]}
 
-    def _row(self, prefix: str, suffixes: Sequence[str]) -> dict[str, Tensor]:
+    def _row(self, prefix: str, suffixes: Sequence[str], image: bool) -> dict[str, Tensor]:
         prompt, answers = self.prompt_ids(prefix), list(map(self.answer_ids, suffixes))
         lengths = self.fit(len(prompt), *map(len, answers))
-        before = [self.image_token_id] * self.num_image_tokens + [self.bos_id, *prompt]
+        before = [self.image_token_id] * (self.num_image_tokens * image) + [self.bos_id, *prompt]
         ids, types = list(before), [0] * len(before)
         for number, (answer, length) in enumerate(zip(answers, lengths, strict=True), start=1):
             ids += answer if length == len(answer) else [*answer[: length - 1], self.eos_id]
@@ -185,12 +191,12 @@ class Processor:
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens of a row."""
+        """Image tokens of a row with an image."""
         return self.image_form.num_image_tokens
 
     @property
     def text_limit(self) -> int:
-        """The most tokens that prefix, newline, suffixes and each <eos> may take together."""
+        """The most tokens that prefix, newline, suffixes and each <eos> may take together, with an image or without."""
         positions = self.positions - self.num_image_tokens - 1  # without image tokens and <bos>
         return positions if self.max_text_tokens is None else min(self.max_text_tokens, positions)
 

@@ -28,12 +28,13 @@ from data.sources import KEYS, open_table
 from data.sources.pairs import with_pairs
 from data.sources.rows import records_of
 from data.sources.vqa_files import read_vqav2
+from data.text_rows import MARK, own_image_id
 
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     id=TEXT,
-    image=datasets.Image(decode=False),
-    image_id=TEXT,  # the same for all questions of one image; of bytes their digest
+    image=datasets.Image(decode=False),  # None of a row of text alone
+    image_id=TEXT,  # the same for all questions of one image; of bytes their digest; without one data/text_rows.py
     question=TEXT,  # as it was asked
     prefix=TEXT,  # the whole prompt, one line
     answers=datasets.List(TEXT),  # empty where unknown
@@ -44,7 +45,7 @@ FEATURES = datasets.Features(
     question_type=TEXT,
     extra=TEXT,  # what else a row of a person's own says, as JSON; "" for nothing
 )
-FORMAT = 7  # goes up when records are written differently, so that cached ones are written again
+FORMAT = 8  # goes up when records are written differently, so that cached ones are written again
 AT_ONCE = 1 << 23  # bytes of images that are in memory at once while records are written
 ROWS_AT_ONCE = 500  # and rows: each batch takes some kilobytes of whoever maps the file
 
@@ -71,6 +72,7 @@ def load_records(
     skipped: SkippedRecords | None = None,
     aspect: Literal["squash", "pad"] = "squash",
     prefix_of_ids: str = "",
+    text_rows: bool = False,
     **tables: File | None,
 ) -> datasets.Dataset:
     """Records of the chosen questions or rows, in the order of their file.
@@ -91,6 +93,7 @@ def load_records(
         aspect: how the network makes images square. With "pad" locations in prefixes and answers, which are those of
             the image, become those of the square around it (data/boxes.py).
         prefix_of_ids: what all ids begin with, so that those of several sources differ.
+        text_rows: whether a row of a table may have no image.
 
     Raises:
         ValueError: a file is missing or not what it should be; there are too few questions to draw from; records
@@ -100,6 +103,8 @@ def load_records(
     drawn = fraction is not None or count is not None  # else the seed changes nothing
     folder = None if images is None else require_folder(images)
     given = {key: value for key, value in tables.items() if value is not None}
+    if text_rows and (questions is not None or "coco" in given):
+        raise ValueError("text_rows is for tables, not for official VQA files or COCO's JSON: leave it out")
     if questions is not None:
         files = [Path(file) for file in (questions, annotations) if file is not None]
         rows, within = partial(read_vqav2, files, folder, prompt, split, draw), None
@@ -108,8 +113,8 @@ def load_records(
         ((key, value),) = given.items()
         table = with_pairs(open_table(key, value, folder, split, subset, revision), columns or {})
         files, folder, name = table.files, table.folder, table.name
-        rows, within = partial(records_of, table, columns or {}, prompt, draw if drawn else None), folder
-        options = [key, folder, prompt, split, json.dumps(columns, sort_keys=True), table.about]
+        rows, within = partial(records_of, table, columns or {}, prompt, draw if drawn else None, text_rows), folder
+        options = [key, folder, prompt, split, json.dumps(columns, sort_keys=True), table.about, str(text_rows)]
     else:
         raise ValueError(f"a source needs questions (with annotations and images), or one of {', '.join(KEYS)}")
     cache = cache_folder(cache_dir)
@@ -159,17 +164,18 @@ def with_unusable_image(
 
 def image_places(records: datasets.Dataset) -> pa.Table:
     """Where the records' images are: `path` of those that are files, `digest` of those that are bytes, which stay
-    unread.
+    unread; neither of a row of text alone.
     """
     flat = records.select_columns(["image", "image_id"]).flatten().select_columns(["image.path", "image_id"])
     table = flat.with_format("arrow")[:]
     paths, ids = (table[name].cast(pa.string()) for name in table.column_names)
-    return pa.table({"path": paths, "digest": pc.if_else(pc.is_valid(paths), pa.scalar(None, pa.string()), ids)})
+    is_no_digest = pc.or_(pc.is_valid(paths), pc.starts_with(ids, MARK))
+    return pa.table({"path": paths, "digest": pc.if_else(is_no_digest, pa.scalar(None, pa.string()), ids)})
 
 
-def image_names(places: pa.Table) -> list[str]:
-    """What `image_places` found, as one name for each record: the path, or the digest."""
-    names: list[str] = pc.coalesce(places["path"], places["digest"]).to_pylist()
+def image_names(places: pa.Table) -> list[str | None]:
+    """What `image_places` found, as one name for each record: the path, or the digest; None without an image."""
+    names: list[str | None] = pc.coalesce(places["path"], places["digest"]).to_pylist()
     return names
 
 
@@ -181,7 +187,8 @@ def with_prefix(
         if isinstance(row, InvalidRecord):
             yield row if row.id.startswith(f"{file}, ") else row._replace(id=prefix + row.id)
         else:
-            yield {**row, "id": prefix + row["id"]}
+            id = prefix + row["id"]
+            yield {**row, "id": id} | ({"image_id": own_image_id(id)} if row["image"] is None else {})
 
 
 def in_squares(
@@ -189,7 +196,10 @@ def in_squares(
 ) -> Iterator[dict[str, Any] | InvalidRecord]:
     """What `rows()` yields, with locations of the square around each image instead of those of the image."""
     for row in rows():
-        if not isinstance(row, InvalidRecord) and "<loc" in texts_of(row):
+        if isinstance(row, InvalidRecord) or row["image"] is None:
+            yield row
+            continue
+        if "<loc" in texts_of(row):
             try:
                 size = image_size(row["image"])
             except ValueError as error:
@@ -217,15 +227,15 @@ def decodable(
     return records.select([position for position in range(len(records)) if position not in reasons])
 
 
-class ImagesById(Mapping[str, dict[str, Any]]):
-    """The images of records by `image_id`, each read when it is asked for."""
+class ImagesById(Mapping[str, dict[str, Any] | None]):
+    """The images of records by `image_id`, each read when it is asked for; None of a row of text alone."""
 
     def __init__(self, records: datasets.Dataset) -> None:
         self.images = records.select_columns("image")
         self.positions = {name: position for position, name in enumerate(records["image_id"][:])}
 
-    def __getitem__(self, name: str) -> dict[str, Any]:
-        image: dict[str, Any] = self.images[self.positions[name]]["image"]
+    def __getitem__(self, name: str) -> dict[str, Any] | None:
+        image: dict[str, Any] | None = self.images[self.positions[name]]["image"]
         return image
 
     def __iter__(self) -> Iterator[str]:

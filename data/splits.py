@@ -22,14 +22,14 @@ def hold_out(sources: Mapping[str, datasets.Dataset], seed: int, share: float = 
     """Of each source what is trained on and what is held out: a share of its images, and with an image all records
     about it, of whichever source.
 
-    An image is told by its path, or the digest of its bytes; which ones are drawn depends on the seed and on their
-    `image_id`s alone, so that the folder may lie elsewhere. All sources draw in one order: those with the same images
-    hold out the same ones.
+    An image is told by its path, or the digest of its bytes; a row of text alone counts as an image. Which ones are
+    drawn depends on the seed and on their `image_id`s alone, so that the folder may lie elsewhere. All sources draw in
+    one order: those with the same images hold out the same ones.
 
     Raises:
         ValueError: there are fewer than two images, or all those of a source would be held out.
     """
-    names = {name: image_names(image_places(records)) for name, records in sources.items()}
+    names = {name: names_of(records) for name, records in sources.items()}
     drawn_by: dict[str, str] = {}
     for name, records in sources.items():
         for image, image_id in zip(names[name], records["image_id"][:], strict=True):
@@ -55,3 +55,9 @@ def hold_out(sources: Mapping[str, datasets.Dataset], seed: int, share: float = 
             )
         found[name] = Split(*map(records.select, positions))
     return found
+
+
+def names_of(records: datasets.Dataset) -> list[str]:
+    """What each record is held out by: its image, or itself where it has none."""
+    pairs = zip(image_names(image_places(records)), records["image_id"][:], strict=True)
+    return [image_id if name is None else name for name, image_id in pairs]

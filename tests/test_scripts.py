@@ -578,6 +578,15 @@ def test_predict_asks_every_prompt_of_every_image(
         assert predictions(capsys, *common, "--image", row["image"], "--prompt", row["prompt"]) == [row["answer"]]
 
 
+def test_predict_without_an_image_asks_of_text_alone(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["answer en what is 1 and 1?", "caption en"]
+    asked = ["--model", str(base), "--prompt", *prompts]
+    rows = [json.loads(row) for row in predictions(capsys, *asked, "--format", "jsonl")]
+    assert [(row["prompt"], "image" in row) for row in rows] == [(prompt, False) for prompt in prompts]
+    assert predictions(capsys, *asked) == [f"{row['prompt']}\t{row['answer']}" for row in rows]
+    assert predictions(capsys, *asked[:-1]) == [rows[0]["answer"]]
+
+
 def test_a_folder_stands_for_the_images_in_it(
     base: Path,
     image_paths: list[str],
@@ -762,6 +771,12 @@ def test_merging_overwrites_nothing_and_wants_a_base(base: Path, run: Path, tmp_
         ("train.py", ["configs/quickstart.yaml", "--probe"], "--probe times the steps that --dry-run plans: give both"),
         ("evaluate.py", ["--limit", "3"], "expected a CONFIG.yaml"),
         ("predict.py", ["--model", "assets/tiny-base", "--image", "x.jpg", "--prompt", "y"], "no image is left"),
+        (
+            "predict.py",
+            ["--model", "assets/tiny-base", "--prompt", "y", "--draw", "z"],
+            "--draw saves images, and there",
+        ),
+        ("predict.py", ["--model", "assets/tiny-base", "--prompt", "<image>y"], "has <image>, and there is none"),
         ("merge_lora.py", ["/nowhere", "--output", "/nowhere/merged"], "(--base)"),
     ],
 )

@@ -138,7 +138,7 @@ class Pixels:
 def answers(bench: Bench, model: PaliGemma, examples: Sequence[Example], at_once: int) -> dict[str, Tensor]:
     """New tokens [NEW_TOKENS at most] by the example's id, as an evaluation generates them."""
 
-    def generate(rows: list[Any], features: Tensor) -> dict[str, Tensor]:
+    def generate(rows: list[Any], features: Tensor | None) -> dict[str, Tensor]:
         texts = collate([{"input_ids": row["input_ids"]} for row in rows], bench.config.pad_token_id)
         ids, mask = (texts[name].to(bench.device) for name in ("input_ids", "attention_mask"))
         new = model.generate(ids, attention_mask=mask, image_features=features, max_new_tokens=NEW_TOKENS)

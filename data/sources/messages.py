@@ -9,8 +9,9 @@
 `content` may be a list of parts, {"type": "image"} and {"type": "text", "text": ...}; `prompt` and `completion` may be
 lists of messages; `image` may name the one image too. The user's text is the whole prefix, without the marks `<image>`,
 and nothing is put around it. PaliGemma is given one image and one prompt, and gives one answer: a line with a system
-text, several turns or several images is no example. A further key `rejected` makes a line a preference pair. Not here:
-lines with `chosen` and `rejected` instead of an answer (pairs.py).
+text, several turns or several images is no example. A chat without image and mark is a row of text alone (rows.py). A
+further key `rejected` makes a line a preference pair. Not here: lines with `chosen` and `rejected` instead of an answer
+(pairs.py).
 """
 
 import dataclasses
@@ -158,10 +159,14 @@ def turn_of(chat: list[Message]) -> tuple[Message, Message]:
 
 
 def image_of(values: Mapping[str, Any], user: Message, names: Sequence[str] = IMAGES) -> Any:
-    """What names the one image of a chat, in the columns `names` or in a part of the user's message."""
+    """What names the one image of a chat, in the columns `names` or in a part of the user's message; None
+    without an image and a place for one.
+    """
     given = [values[name] for name in names if values.get(name) is not None]
     named = [one for value in given for one in (value if isinstance(value, list) else [value])]
     named += [image for image in user.images if image is not None]
+    if not named and not user.images:
+        return None
     if max(len(named), len(user.images)) != 1 or not named:
         raise ValueError(
             f"it has {len(named)} images, and {len(user.images)} places for one in the user's message; expected one "

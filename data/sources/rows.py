@@ -9,7 +9,8 @@ may name the example, else its place in the file does; an empty one counts as no
 answers of `suffix` are what annotators said, as in VQA's files; then `answer`, `answer_type` and `question_type` may
 say the most frequent one and of which types they are. `rejected` is an answer that the one of `suffix` is preferred
 to; a row without one, or with null, is no preference pair. What else a row has is kept in the column `extra`. Other
-names of columns are given as `columns`: {suffix: label}. Not here: reading files (one module each, beside this one).
+names of columns are given as `columns`: {suffix: label}. Where that is allowed (`text_rows`) a row may be text alone:
+its image is missing, null or empty. Not here: reading files (one module each, beside this one).
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from typing import Any
 
 from data.invalid import InvalidRecord
 from data.processor import single_line
+from data.text_rows import own_image_id
 
 ROLES = (
     "image",
@@ -34,6 +36,7 @@ ROLES = (
 )  # what a column may be, by the name that it has by default
 ANNOTATED = ("answer", "answer_type", "question_type")  # of a row whose answers are annotators'
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")  # two letters at least: C:/ is a drive
+OR_TEXT = "; or allow rows of text without an image, with text_rows: true"
 Choose = Callable[[Sequence[str]], list[int]]
 
 
@@ -61,7 +64,7 @@ class Table:
 
 
 def records_of(
-    table: Table, columns: Mapping[str, str], prompt: str, choose: Choose | None
+    table: Table, columns: Mapping[str, str], prompt: str, choose: Choose | None, text_rows: bool = False
 ) -> Iterator[dict[str, Any] | InvalidRecord]:
     """Records of the rows at the positions that `choose` takes from all good rows' image ids, in their order, and every
     row that is no example: broken, with an id that occurred before, or with an image that leads out of the folder by
@@ -71,6 +74,7 @@ def records_of(
         columns: a column's role -> its name in the table, where that is another one.
         prompt: with {question} where a question goes.
         choose: None takes all, and reads the rows once instead of twice.
+        text_rows: whether a row may have no image; where `columns` names that of the images, the table must have it.
 
     Raises:
         ValueError: there are no rows; a role is not known.
@@ -78,14 +82,15 @@ def records_of(
     names = {role: columns.get(role, role) for role in ROLES}
     if unknown := columns.keys() - set(ROLES):
         raise ValueError(f"columns has {', '.join(sorted(unknown))}; expected {', '.join(ROLES)}")
-    if table.columns is not None and (missing := _missing(table.columns, names)):
-        raise ValueError(f"{table.name}: {_said_of_missing(missing, table.columns, names)}")
+    may_lack = text_rows and "image" not in columns
+    if table.columns is not None and (missing := _missing(table.columns, names, may_lack)):
+        raise ValueError(f"{table.name}: {_said_of_missing(missing, table.columns, names, text_rows)}")
     chosen: Container[int] | None = None
     if choose is not None:
-        image_ids = [one["image_id"] for one in _examples(table, names, prompt) if isinstance(one, dict)]
+        image_ids = [one["image_id"] for one in _examples(table, names, prompt, text_rows) if isinstance(one, dict)]
         chosen = set(choose(image_ids)) if image_ids else set()
     position, found = 0, False
-    for one in _examples(table, names, prompt):
+    for one in _examples(table, names, prompt, text_rows):
         found = True
         if isinstance(one, InvalidRecord) or chosen is None or position in chosen:
             yield one
@@ -94,14 +99,16 @@ def records_of(
         raise ValueError(f"{table.name} holds no examples; expected one a {table.unit}")
 
 
-def _examples(table: Table, names: Mapping[str, str], prompt: str) -> Iterator[dict[str, Any] | InvalidRecord]:
+def _examples(
+    table: Table, names: Mapping[str, str], prompt: str, text_rows: bool
+) -> Iterator[dict[str, Any] | InvalidRecord]:
     """Every row as an example, or what is wrong with it."""
     ids = _Ids()
     for number, values in table.rows():
         try:
             if isinstance(values, ValueError):
                 raise values
-            example = _example(values, names, prompt, number, table.folder)
+            example = _example(values, names, prompt, number, table.folder, text_rows)
             first = ids.add(example["id"], number)
             if first != number:
                 raise ValueError(
@@ -136,12 +143,14 @@ class _Ids:
         return number
 
 
-def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, folder: Path | None) -> dict[str, Any]:
+def _example(
+    values: Any, names: Mapping[str, str], prompt: str, number: int, folder: Path | None, text_rows: bool
+) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f'expected {{"image": ..., "prefix": ..., "suffix": ...}}, got {shown(values)}')
     asked = _asked(values, names)
-    if missing := _missing(values, names):
-        raise ValueError(_said_of_missing(missing, values, names))
+    if missing := _missing(values, names, text_rows):
+        raise ValueError(_said_of_missing(missing, values, names, text_rows))
     given, text = values[names["suffix"]], values[names[asked]]
     answers = [_text(answer) for answer in (given if isinstance(given, list) else [given])]
     if not answers or not isinstance(text, str) or None in answers:
@@ -157,7 +166,11 @@ def _example(values: Any, names: Mapping[str, str], prompt: str, number: int, fo
     id = number if id is None or id == "" else id
     if not isinstance(id, str | int):
         raise ValueError(f"expected a text or a whole number as id, got {id!r}")
-    image, image_id = _image(values[names["image"]], folder)
+    given_image = values.get(names["image"])
+    has_none = text_rows and _is_none(given_image)
+    if has_none and "<image>" in text:
+        raise ValueError(f"its text has <image>, and it has no image: give one, or remove the mark in {text!r:.200}")
+    image, image_id = (None, own_image_id(str(id))) if has_none else _image(given_image, folder)
     given_too = _of_annotators(values) if annotated else {}
     extra = {key: value for key, value in values.items() if key not in names.values() and key not in given_too}
     return {
@@ -217,12 +230,15 @@ def _asked(columns: Collection[str], names: Mapping[str, str]) -> str:
     return "prefix" if names["prefix"] in columns else "question"
 
 
-def _missing(columns: Collection[str], names: Mapping[str, str]) -> list[str]:
+def _missing(columns: Collection[str], names: Mapping[str, str], text_rows: bool) -> list[str]:
     """The columns that a row needs and has not."""
-    return [names[role] for role in ("image", _asked(columns, names), "suffix") if names[role] not in columns]
+    needed = (*(() if text_rows else ("image",)), _asked(columns, names), "suffix")
+    return [names[role] for role in needed if names[role] not in columns]
 
 
-def _said_of_missing(missing: Sequence[str], columns: Collection[str], names: Mapping[str, str]) -> str:
+def _said_of_missing(
+    missing: Sequence[str], columns: Collection[str], names: Mapping[str, str], text_rows: bool
+) -> str:
     """What a person should do about columns that a row has not."""
     others = [str(name) for name in columns if name not in names.values()]
     got = ", ".join(others) or "nothing else"
@@ -230,7 +246,8 @@ def _said_of_missing(missing: Sequence[str], columns: Collection[str], names: Ma
     roles = {name: role for role, name in names.items()}
     meant = {roles[name]: difflib.get_close_matches(name, others, 1) for name in missing}
     guesses = ", ".join(f"{role}: {found[0] if found else '...'}" for role, found in meant.items())
-    return f"{said}; name them with columns: {{{guesses}}}" if others else said
+    said = f"{said}; name them with columns: {{{guesses}}}" if others else said
+    return f"{said}{OR_TEXT}" if missing == [names["image"]] and not text_rows else said
 
 
 def shown(values: Any) -> str:
@@ -257,6 +274,13 @@ def _text(answer: Any) -> str | None:
     return answer if isinstance(answer, str) else None
 
 
+def _is_none(image: Any) -> bool:
+    """Whether a row says that it has no image: null, an empty cell, or what `datasets` has for null."""
+    if isinstance(image, dict) and image.get("bytes") is None:
+        image = image.get("path")
+    return image is None or image == ""
+
+
 def _image(given: Any, folder: Path | None) -> tuple[str | dict[str, Any], str]:
     """The image as a record holds it, and what is the same for all rows about it.
 
@@ -269,6 +293,8 @@ def _image(given: Any, folder: Path | None) -> tuple[str | dict[str, Any], str]:
         return {"bytes": given["bytes"], "path": None}, digest
     if isinstance(given, dict):
         given = given.get("path")
+    if _is_none(given):
+        raise ValueError(f"expected a path as image, got {given!r}{OR_TEXT}")
     if not isinstance(given, str) or not given.strip():
         raise ValueError(f"expected a path as image, got {given!r:.200}")
     if URL.match(given):

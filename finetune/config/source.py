@@ -73,6 +73,10 @@ class Source(Section):
     """Branch, tag or commit of a data set on the Hub. A run stays with the commit that it began with."""
     columns: dict[Literal["image", "prefix", "question", "suffix", "rejected", "id"], Text] | None = None
     """Other names of a source's columns, such as {question: query, suffix: label}."""
+    text_rows: bool = False
+    """true: a row may be text alone, its image missing, null or empty. Not for the official files and coco, whose
+    questions are about images.
+    """
     task: Literal["auto", "vqa", "answer", "classify", "document", "chart", "detect", "caption"] = "auto"
     """What answers to these examples are judged by. vqa: the official accuracy; answer: right or wrong, by VQA's text
     rules; classify: that, and F1 by label; document: ANLS; chart: relaxed accuracy; detect: COCO's mAP of boxes (needs
@@ -111,7 +115,7 @@ class Source(Section):
     @field_validator("split")  # the last of those that say where examples are
     @classmethod
     def _one_kind(cls, split: str | None, info: ValidationInfo) -> str | None:
-        if not info.data.keys() >= {*SOURCE_PATHS, HUB, "subset", "revision", "columns"}:
+        if not info.data.keys() >= {*SOURCE_PATHS, HUB, "subset", "revision", "columns", "text_rows"}:
             return split
         given = [key for key in (*SOURCE_PATHS, HUB) if info.data[key]]
         tables, official = [key for key in given if key in (*TABLES, HUB)], [key for key in given if key in OFFICIAL]
@@ -125,6 +129,8 @@ class Source(Section):
             raise error_at(given[-1] if given else "questions", expected, *given)
         if official and info.data["columns"]:
             raise error_at("columns", "the official files have names of their own: leave it out", *official)
+        if info.data["text_rows"] and (official or "coco" in tables):
+            raise error_at("text_rows", f"every row of {(official or tables)[0]} has an image: leave it out", *given)
         if tables and split and tables[0] not in SPLITTING:
             splitting = ", ".join(("the official files", *SPLITTING))
             raise error_at("split", f"it is for {splitting}, not for {tables[0]}: leave it out", *tables)

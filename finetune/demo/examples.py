@@ -28,8 +28,8 @@ class Example(NamedTuple):
 
 
 def examples_of(run: Path, count: int = COUNT, seed: int = 0) -> list[Example]:
-    """Questions drawn from a run's validation records, each of another image; none of an adapter without its run, or
-    of a run without such records.
+    """Questions drawn from a run's validation records, each of another image, for the page asks about images; none of
+    an adapter without its run, or of a run without such records.
 
     Raises:
         ValueError: the configuration or the records cannot be read, or are no longer there.
@@ -47,7 +47,7 @@ def examples_of(run: Path, count: int = COUNT, seed: int = 0) -> list[Example]:
         if len(found) == count:
             break
         record = records[i]
-        if path := image_file(record["image"], record["image_id"]):
+        if record["image"] is not None and (path := image_file(record["image"], record["image_id"])):
             found[record["image_id"]] = example(path, record["question"], record["prefix"], config.data.prompt)
     return list(found.values())
 

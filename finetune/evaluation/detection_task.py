@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.evaluation.answer import Answer
 from finetune.evaluation.detection import AnsweredBoxes, expected_boxes, program, score_boxes
-from finetune.evaluation.score import PERCENT, Score, cluster_of, require_answered
+from finetune.evaluation.score import PERCENT, Score, cluster_of, count_images, require_answered
 
 RESAMPLES = 300  # of the images, for the interval
 
@@ -60,7 +60,7 @@ class DetectTask:
             overall=found.map,
             interval=found.interval,
             questions=len(records),
-            images=len(set(images.values())),
+            images=count_images(images.values()),
             by_answer_type={},
             by_question_type={},
             counts={"answer_type": {}, "question_type": {}},

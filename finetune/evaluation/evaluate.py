@@ -1,7 +1,7 @@
 """Answers generated, or chosen among candidates, and scored: the loss of the majority answer, and the metric of the
 task (tasks.py).
 
-Every image passes the vision tower once for all its questions (batches.py). Several processes share the images, and
+Every image passes the vision tower once for all its questions (batches.py). Several processes share the records, and
 each has all answers in the end; where they share sharded layers, too, they compute equally many tokens of answers in
 each batch, some of which are dropped (finetune/system/sharding.py). Logits of a data set are never kept.
 """
@@ -143,8 +143,8 @@ def generate_answers(
 ) -> dict[str, Answer]:
     """The answer to each record by its id, in the records' order; `sampling` is passed on to `PaliGemma.generate`."""
 
-    def answer(rows: list[Record], features: Tensor) -> dict[str, Answer]:
-        texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
+    def answer(rows: list[Record], features: Tensor | None) -> dict[str, Answer]:
+        texts = collate([processor.encode(row["prefix"], image=features is not None) for row in rows], processor.pad_id)
         inputs: dict[str, Any] = {name: texts[name].to(model.device) for name in ("input_ids", "attention_mask")}
         settings = {"max_new_tokens": max_new_tokens, "is_done": sharding.every_process, **sampling}
         new = model.generate_scored(**inputs, image_features=features, **settings)
@@ -170,8 +170,8 @@ def choose_answers(
     """
     tokens = [processor.answer_ids(text) for text in candidates]
 
-    def choose(rows: list[Record], features: Tensor) -> dict[str, Answer]:
-        texts = collate([processor.encode(row["prefix"]) for row in rows], processor.pad_id)
+    def choose(rows: list[Record], features: Tensor | None) -> dict[str, Answer]:
+        texts = collate([processor.encode(row["prefix"], image=features is not None) for row in rows], processor.pad_id)
         asked, mask = texts["input_ids"], texts["attention_mask"]
         scores = model.score(asked, [tokens] * len(rows), attention_mask=mask, image_features=features)
         pairs = zip(scores.log_probs, scores.tokens, strict=True)
@@ -218,8 +218,9 @@ def mean_loss(
     """Cross-entropy of the majority answers, in nats per token; records without an answer are left out."""
     answered = [position for position, record in enumerate(records) if record["answers"]]
 
-    def lose(rows: list[Record], features: Tensor) -> tuple[float, int]:
-        texts = collate([processor.encode(row["prefix"], row["answer"]) for row in rows], processor.pad_id)
+    def lose(rows: list[Record], features: Tensor | None) -> tuple[float, int]:
+        encoded = [processor.encode(row["prefix"], row["answer"], features is not None) for row in rows]
+        texts = collate(encoded, processor.pad_id)
         inputs = {name: tensor.to(model.device) for name, tensor in texts.items()}
         loss = model(**inputs, image_features=features, num_items_in_batch=1).loss
         return float(loss), int((texts["labels"] != IGNORE_INDEX).sum())

@@ -41,6 +41,7 @@ def inputs_of_source(source: Source, seed: int) -> dict[str, Any]:
     # Of COCO's JSON the task itself: what auto meant there has changed.
     inputs |= {"task": task_of_source(source).name if source.coco else source.task, "columns": source.columns}
     inputs |= source.model_dump(include={"hub", "subset", "revision"}) if source.hub else {}
+    inputs |= {"text_rows": True} if source.text_rows else {}
     inputs |= {"split": source.split} if source.split and not source.questions else {}
     if source.fraction is not None or source.count is not None:
         inputs |= source.model_dump(include={"fraction", "count", "sample_by"}) | {"seed": seed}

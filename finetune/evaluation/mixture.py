@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune.evaluation.answer import Answer
-from finetune.evaluation.score import Score, cluster_of, require_answered
+from finetune.evaluation.score import Score, cluster_of, count_images, require_answered
 from finetune.evaluation.tasks import Task
 
 Record = Mapping[str, Any]
@@ -75,7 +75,7 @@ class MixtureTask:
             overall=overall,
             interval=interval,
             questions=len(records),
-            images=len({cluster_of(record) for record in records}),
+            images=count_images(map(cluster_of, records)),
             by_answer_type={},
             by_question_type={},
             counts={"answer_type": {}, "question_type": {}},

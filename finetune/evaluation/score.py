@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from data.text_rows import names_image
+
 PERCENT = "percent"
 Record = Mapping[str, Any]
 Interval = Callable[[Sequence[float], Sequence[Hashable]], tuple[float, float]]
@@ -27,7 +29,9 @@ class Score:
     """95% confidence interval of `overall`; questions of one image may go right or wrong together."""
     questions: int
     images: int
-    """Images, where the records name them, else questions: the independent units of the interval."""
+    """Images, where the records name them, else questions: the independent units of the interval. Rows of text alone
+    are such units too, and not counted here.
+    """
     by_answer_type: dict[str, float]
     by_question_type: dict[str, float]
     counts: dict[str, dict[str, int]]
@@ -84,6 +88,11 @@ def cluster_of(record: Record) -> Hashable:
     return record.get("image_id") or ("question", record["id"])
 
 
+def count_images(clusters: Iterable[Hashable]) -> int:
+    """How many images the clusters are: that of a row of text alone is none."""
+    return sum(not isinstance(cluster, str) or names_image(cluster) for cluster in set(clusters))
+
+
 def mean_score(
     metric: str,
     values: Mapping[str, float],
@@ -113,7 +122,7 @@ def mean_score(
         overall=_percent(ordered),
         interval=(interval or wilson_interval)(ordered, clusters),
         questions=len(ordered),
-        images=len(set(clusters)),
+        images=count_images(clusters),
         by_answer_type={name: _percent(group) for name, group in groups["answer_type"].items()},
         by_question_type={name: _percent(group) for name, group in groups["question_type"].items()},
         counts={kind: {name: len(group) for name, group in named.items()} for kind, named in groups.items()},

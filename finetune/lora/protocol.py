@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.lora.config import SCOPES
-from finetune.system.distributed import whole
+from finetune.system.distributed import gather, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +126,42 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             adapter.enabled = enabled
 
 
-def check_gradients(model: nn.Module) -> None:
-    """Every trained parameter has a gradient, and of every adapter one that is not zero; all processes call this.
+def check_gradients(model: nn.Module, has_images: bool = True, of_decoder: bool = True) -> bool:
+    """Every trained parameter has a gradient, and of every adapter one that is not zero, in one process or another: all
+    call this, before they sum gradients.
 
     Not every parameter's: in a fresh LoRA adapter's first step A's gradient is zero, as B is. An adapter without any is
     one that the loss does not depend on. What is trained of the connector counts as one adapter: a dense one's norms
     have no gradient while the weights behind them are zero.
 
+    Args:
+        has_images: whether an example of this process has an image. What is before the decoder can have a gradient only
+            where that is so of one process; otherwise it is not looked at.
+        of_decoder: whether what is trained of the decoder is looked at.
+
+    Returns:
+        Whether what is trained before the decoder was looked at, if anything is.
+
     Raises:
         RuntimeError: names those without.
     """
-    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    told = gather([has_images, *without_gradient(model)])
+    missing = dict.fromkeys(name for _, of_one, _ in told for name in of_one)
+    zero = [name for name in told[0][2] if all(name in of_one for _, _, of_one in told)]
+    any_image, before_decoder = any(seen for seen, _, _ in told), (SCOPES["vision"], SCOPES["connector"])
+    silent = [name for name in (*missing, *zero) if (any_image if name.startswith(before_decoder) else of_decoder)]
+    if silent:
+        raise RuntimeError(
+            f"{len(silent)} trained parameters got no gradient in the first step, so they would never learn: "
+            f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}"
+        )
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return any_image or not any(name.startswith(before_decoder) for name in trained)
+
+
+def without_gradient(model: nn.Module) -> tuple[list[str], list[str]]:
+    """The trained parameters without a gradient, and those of adapters whose gradients are all zero."""
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     gradients: dict[str, dict[str, Tensor]] = {}
     for name, parameter in trained_parameters(model).items():
         in_connector = name.startswith(SCOPES["connector"])
@@ -147,14 +172,8 @@ def check_gradients(model: nn.Module) -> None:
     for of_one in gradients.values():
         any_of_them = torch.stack([whole(gradient).any() for gradient in of_one.values()]).any()
         learning |= dict.fromkeys(of_one, any_of_them)
-    if learning:
-        seen = torch.stack(list(learning.values())).tolist()  # the device is asked once
-        silent += [name for name, is_seen in zip(learning, seen, strict=True) if not is_seen]
-    if silent:
-        raise RuntimeError(
-            f"{len(silent)} trained parameters got no gradient in the first step, so they would never learn: "
-            f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}"
-        )
+    seen = torch.stack(list(learning.values())).tolist() if learning else []  # the device is asked once
+    return missing, [name for name, is_seen in zip(learning, seen, strict=True) if not is_seen]
 
 
 def merge_into(base: nn.Module, adapter: AdapterModule) -> None:

@@ -176,8 +176,8 @@ def duplicate_checks(train: Dataset, validation: Dataset | None) -> list[Check]:
     return [*found, warn(name, said, advice, not shared)]
 
 
-def questions_of(records: Dataset) -> list[tuple[str, str]]:
-    """What each record asks of which image, told by its path, or by the digest of its bytes."""
+def questions_of(records: Dataset) -> list[tuple[str | None, str]]:
+    """What each record asks of which image, told by its path, or by the digest of its bytes; None without an image."""
     return list(zip(image_names(image_places(records)), records["prefix"][:], strict=True))
 
 
@@ -193,28 +193,30 @@ def shared_questions(train: Dataset, validation: Dataset) -> tuple[list[str], st
     files = {
         image: size
         for image, prefix in {*learned, *asked}
-        if (size := sizes[image]) is not None and (size, prefix) in in_both
+        if image is not None and (size := sizes[image]) is not None and (size, prefix) in in_both
     }
     if sum(files.values()) > MOST_BYTES:
         return ids_of(validation, asked, lambda question: question in shared), "images compared by their paths"
     digests = {image: hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in files}
     same = {(digests[image], prefix) for image, prefix in learned if image in digests}
     return (
-        ids_of(validation, asked, lambda one: one in shared or (digests.get(one[0], ""), one[1]) in same),
+        ids_of(validation, asked, lambda one: one in shared or (digests.get(one[0] or "", ""), one[1]) in same),
         "images compared by their content",
     )
 
 
-def size_of(image: str) -> int | None:
+def size_of(image: str | None) -> int | None:
     """Bytes of an image that is a file; None of one that is not there, or is none."""
     try:
-        return os.stat(image).st_size if os.path.isabs(image) else None
+        return os.stat(image).st_size if image and os.path.isabs(image) else None
     except OSError:
         return None
 
 
 def ids_of(
-    records: Dataset, asked: Sequence[tuple[str, str]], is_shared: Callable[[tuple[str, str]], bool]
+    records: Dataset,
+    asked: Sequence[tuple[str | None, str]],
+    is_shared: Callable[[tuple[str | None, str]], bool],
 ) -> list[str]:
     ids: list[str] = records.select([place for place, one in enumerate(asked) if is_shared(one)])["id"][:]
     return ids

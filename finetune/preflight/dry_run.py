@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from data import collate
+from data.text_rows import names_image
 from finetune.config.schema import RunConfig
 from finetune.config.stages import runs_of, without_stages
 from finetune.preflight.plan import GIB, Plan, Planner
@@ -80,14 +81,15 @@ def dry_run_one(
     if note := start_note(config):
         show(note)
     show(table_of_memory(planned))
-    source = "the longest of the data" if examples else "assumed: the data cannot be read"
-    show(f"rows of {planner.tokens} tokens, answers of {planner.supervised} ({source}); {plan.execution}")
     steps, workload = workload_of(config, planner, examples)
-    images = workload.images / workload.examples
-    tflop = planner.tflop_of_length(plan.execution, workload.tokens, workload.supervised, images)
+    source = "the longest of the data" if examples else "assumed: the data cannot be read"
+    source += ", taken to have an image" if workload.texts else ""
+    show(f"rows of {planner.tokens} tokens, answers of {planner.supervised} ({source}); {plan.execution}")
+    tflop = tflop_of_example(planner, plan, workload)
     of_run = f", {three_digits(tflop * workload.examples * steps.total)} for the run" if steps else ""
+    text_rows = f", {workload.tokens - dimensions.num_image_tokens} without an image" if workload.texts else ""
     show(
-        f"{three_digits(tflop)} TFLOP an example in rows of {workload.tokens} tokens, answers of "
+        f"{three_digits(tflop)} TFLOP an example in rows of {workload.tokens} tokens{text_rows}, answers of "
         f"{workload.supervised}{of_run}"
     )
     if config.data.validation is not None:
@@ -142,12 +144,26 @@ def workload_of(
         return None, StepWorkload(size, size, planner.tokens, planner.supervised)
     records, lengths = examples.records, examples.lengths
     steps = plan_steps(config, examples.sizes)
-    images = images_per_step(steps, records["image_id"][:])
+    image_ids = records["image_id"][:]
+    images, texts = images_per_step(steps, image_ids), 1 - sum(map(names_image, image_ids)) / len(image_ids)
     show(f"{len(records):,} examples, {steps.total:,} steps, up to {steps.total * size * planner.tokens:,} tokens")
     if note := shortness_note(steps):
         show(f"warning: {note}")
     tokens = planner.config.num_image_tokens + 1 + math.ceil(lengths.mean_text)
-    return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_supervised))
+    return steps, StepWorkload(size, images, tokens, math.ceil(lengths.mean_supervised), texts)
+
+
+def tflop_of_example(planner: Planner, plan: Plan, workload: StepWorkload) -> float:
+    """TFLOP of an example, on average over those with an image and those without."""
+
+    def of_rows(tokens: int, images: float) -> float:
+        return planner.tflop_of_length(plan.execution, tokens, workload.supervised, images)
+
+    found = of_rows(workload.tokens, workload.images / workload.examples)
+    if not workload.texts:
+        return found
+    shorter = workload.tokens - planner.config.num_image_tokens
+    return found - workload.texts * (of_rows(workload.tokens, 0) - of_rows(shorter, 0))
 
 
 def three_digits(value: float) -> str:
@@ -173,6 +189,8 @@ def show_step_time(
     }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     show(f"timed on {name}, in rows of {workload.tokens} tokens, {workload.supervised} of them supervised:")
+    if workload.texts:
+        show("(rows without an image, which are shorter, are taken to be as long)")
     show(", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in phases.items()))
     if time.peak is not None:
         show(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from finetune.training.examples import (
     require_paths,
     skipped_records,
 )
+from finetune.training.gradient_accumulation import has_image
 from finetune.training.setup import open_model, plan_steps
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
@@ -49,11 +51,12 @@ ADVICE = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inspection:
-    """The first examples of a run as one batch, and what was found in them and in all of the data.
+    """The first examples of a run as one batch, those of text alone last, and what was found in them and in all of the
+    data.
 
     Attributes:
         examples: as `PaliGemmaDataset` gives them, row by row those of the batch.
-        batch: collated, i64 [B, S] and pixels.
+        batch: collated without pixels, i64 [B, S].
         attention: bool [B, S, S], queries by keys, as the network masks them.
     """
 
@@ -81,15 +84,16 @@ def inspect_examples(config: RunConfig) -> Inspection:
     for pair in plan_steps(config, opened.sizes)[0]:
         if len(found) < MOST:
             found.setdefault((example := dataset[pair])["id"], example)
-    examples = list(found.values())
-    batch = collate(examples, processor.pad_id)
-    leaks, how = leaking_rows(config, dimensions, batch)
+    kinds = [[one for one in found.values() if has_image(one) == of_images] for of_images in (True, False)]
+    examples = [example for kind in kinds for example in kind]
+    batch = collate([without_pixels(example) for example in examples], processor.pad_id)
+    leaks, how = leaking_rows(config, dimensions, [collate(kind, processor.pad_id) for kind in kinds if kind])
     validation = None
     if config.data.validation is not None:
         validation = open_records(config, "validation", SkippedRecords(share=math.inf))
     records = opened.valid
     checks = [
-        *batch_checks(dimensions, batch, leaks, how),
+        *batch_checks(dimensions, batch, leaks, how, len(kinds[0])),
         *length_checks(opened.lengths, len(opened.skipped.reasons), processor),
         prompt_check(records),
         *answer_checks(records, config.learned_answers, processor),
@@ -99,10 +103,23 @@ def inspect_examples(config: RunConfig) -> Inspection:
     return Inspection(examples, batch, attention, processor, dimensions, checks)
 
 
-def batch_checks(config: PaliGemmaConfig, batch: Mapping[str, Tensor], leaks: Sequence[int], how: str) -> list[Check]:
-    """What is wrong with a collated batch, by check. leaks: the rows that leak; how: this was found out."""
+def without_pixels(example: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in example.items() if name != "pixel_values"}
+
+
+def batch_checks(
+    config: PaliGemmaConfig, batch: Mapping[str, Tensor], leaks: Sequence[int], how: str, with_images: int | None = None
+) -> list[Check]:
+    """What is wrong with a collated batch, by check.
+
+    Args:
+        leaks: the rows that leak. how: this was found out.
+        with_images: how many rows, the first ones, have an image; None: all.
+    """
     rows = range(len(batch["input_ids"]))
-    wrong = [structure_of(config, {name: tensor[row] for name, tensor in batch.items()}) for row in rows]
+    of_images = len(rows) if with_images is None else with_images
+    each = ({name: tensor[row] for name, tensor in batch.items()} for row in rows)
+    wrong = [structure_of(config, one, row < of_images) for row, one in enumerate(each)]
     checks = []
     for name, right in right_of(config).items():
         found = [f"row {row} has {wrong[row][name]}" for row in rows if name in wrong[row]]
@@ -116,7 +133,7 @@ def batch_checks(config: PaliGemmaConfig, batch: Mapping[str, Tensor], leaks: Se
 def right_of(config: PaliGemmaConfig) -> dict[str, str]:
     """What every row has, by check."""
     return {
-        "image tokens": f"each row begins with {config.num_image_tokens} image tokens, and has no other",
+        "image tokens": f"an image has {config.num_image_tokens} at the start of its row, and there are no others",
         "<bos>": "each row has exactly one, after the image tokens",
         "token types": "0 for the prefix, then 1 for the suffix, 2 for a second one",
         "labels": "the suffix, and the suffix alone",
@@ -124,11 +141,11 @@ def right_of(config: PaliGemmaConfig) -> dict[str, str]:
     }
 
 
-def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor]) -> dict[str, str]:
+def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor], has_image: bool = True) -> dict[str, str]:
     """What one right-padded row [S] has that it should not, by check: image tokens, bos, token types, labels, eos."""
     length = int(row["attention_mask"].sum())
     ids, types, labels = (row[name][:length].tolist() for name in ("input_ids", "token_type_ids", "labels"))
-    expected = config.num_image_tokens
+    expected = config.num_image_tokens * has_image
     supervised = [label != IGNORE_INDEX for label in labels]
     ends = {label for label, kind, after in zip(labels, types, [*types[1:], 0], strict=True) if kind and kind != after}
     checks = {
@@ -138,7 +155,7 @@ def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor]) -> dict[str
         ),
         "<bos>": (
             f"{ids.count(config.bos_token_id)} <bos>, expected one after the image tokens",
-            ids.count(config.bos_token_id) == 1 and ids[expected] == config.bos_token_id,
+            ids.count(config.bos_token_id) == 1 and ids[expected : expected + 1] == [config.bos_token_id],
         ),
         "token types": (
             "token types that are not 0 for the prefix, then 1 for the suffix, 2 for a second one",
@@ -157,18 +174,25 @@ def structure_of(config: PaliGemmaConfig, row: Mapping[str, Tensor]) -> dict[str
     return {name: found for name, (found, is_right) in checks.items() if not is_right}
 
 
-def leaking_rows(config: RunConfig, dimensions: PaliGemmaConfig, batch: Mapping[str, Tensor]) -> tuple[list[int], str]:
-    """The rows of a batch that leak, and how that was found out: with the network itself, unless reading its weights
-    and computing with them takes minutes.
+def leaking_rows(
+    config: RunConfig, dimensions: PaliGemmaConfig, batches: Sequence[Mapping[str, Tensor]]
+) -> tuple[list[int], str]:
+    """The rows of batches that leak, counted from the first row of the first one, and how that was found out: with the
+    network itself, unless reading its weights and computing with them takes minutes.
     """
+
+    def rows_of(leaks: Callable[[Mapping[str, Tensor]], list[int]]) -> list[int]:
+        starts = accumulate((len(batch["input_ids"]) for batch in batches), initial=0)
+        return [start + row for start, batch in zip(starts, batches, strict=False) for row in leaks(batch)]
+
     device = pick_device(config.model.device)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in PaliGemma(dimensions).parameters())
     if device.type == "cpu" and count * pick_dtype(config.model.dtype, device).itemsize > CHEAP:
-        return leaks_by_mask(batch), "by the attention mask alone: the network is large, and this is a CPU"
+        return rows_of(leaks_by_mask), "by the attention mask alone: the network is large, and this is a CPU"
     model = open_model(fetch(config.model.path, config.model.revision), config)
     convert(model, dimensions)
-    moved = leaks_of(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    moved = rows_of(lambda batch: leaks_of(model, {name: t.to(model.device) for name, t in batch.items()}))
     return moved, "the first token of each answer was changed, and the network's states compared"
 
 
@@ -190,7 +214,8 @@ def leaks_of(model: PaliGemma, batch: Mapping[str, Tensor]) -> list[int]:
     """Rows in which an edit of the first supervised token moves a prediction made before it, or in another suffix.
 
     Args:
-        batch: right-padded `input_ids`, `attention_mask`, `token_type_ids`, `labels` i64 [B, S] and `pixel_values`.
+        batch: right-padded `input_ids`, `attention_mask`, `token_type_ids`, `labels` i64 [B, S] and, of rows
+            with images, `pixel_values`.
     """
     model.eval()
     supervised = (batch["labels"] != IGNORE_INDEX) & (batch["input_ids"] != model.config.image_token_id)
@@ -199,7 +224,7 @@ def leaks_of(model: PaliGemma, batch: Mapping[str, Tensor]) -> list[int]:
     edited = batch["input_ids"].clone()
     special = max(model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id)
     edited[rows, first] = torch.where(edited[rows, first] == special + 1, special + 2, special + 1)
-    features = model.encode_images(batch["pixel_values"])
+    features = model.encode_images(batch["pixel_values"]) if has_image(batch) else None
     before, after = (
         model.hidden_states(ids, features, batch["attention_mask"], batch["token_type_ids"])
         for ids in (batch["input_ids"], edited)

@@ -1,7 +1,8 @@
 """How long a step will take on this device, found out before a run of many hours.
 
-The phases of a step are timed as the trainer itself runs them, on random rows in a network of random weights. Not
-counted: loading images, which happens in workers beside the computing, evaluations and checkpoints.
+The phases of a step are timed as the trainer itself runs them, on random rows in a network of random weights, all of
+them with an image. Not counted: loading images, which happens in workers beside the computing, evaluations and
+checkpoints.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.data import Dataset
 
+from data.text_rows import names_image
 from finetune.config.schema import RunConfig
 from finetune.preflight.count import TERA, flop_counter
 from finetune.system.device import is_out_of_memory
@@ -34,12 +36,15 @@ SAMPLED_STEPS = 100  # steps of a run whose images are counted
 
 @dataclasses.dataclass(frozen=True)
 class StepWorkload:
-    """What a step is made of: examples, how many different images they are about, and the tokens of a row."""
+    """What a step is made of: examples, how many different images they are about, the tokens of a row with an image,
+    and the share of rows that have none, which are shorter.
+    """
 
     examples: int
     images: float
     tokens: int
     supervised: int
+    texts: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +110,8 @@ class RandomExamples(Dataset[Example]):
 def images_per_step(steps: BatchSampler, image_ids: Sequence[str]) -> float:
     """How many different images a step is about, on average over the first steps of a run."""
     sampled = range(min(SAMPLED_STEPS, steps.total))
-    return statistics.fmean(len({image_ids[index] for index, _ in steps[step]}) for step in sampled)
+    images = ({image_ids[index] for index, _ in steps[step]} for step in sampled)
+    return statistics.fmean(sum(map(names_image, of_step)) for of_step in images)
 
 
 def time_step(

@@ -34,8 +34,9 @@ class RunPlan:
 def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPlan:
     """The fastest plan within the budget, and within what the configuration leaves open.
 
-    Every row is taken to be as long as the longest one, with as many supervised tokens as a row has at most. Of several
-    processes each plans its share of a step.
+    Every row is taken to be as long as the one with the longest text, with as many supervised tokens as a row has at
+    most, and to have an image: an upper bound where that row has none. Of several processes each plans its share of a
+    step.
 
     Raises:
         ValueError: train.recompute is more than the network has layers.

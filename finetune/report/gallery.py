@@ -53,9 +53,11 @@ class DrawnBox:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """An image as a data URI, its height where its width is WIDTH, its questions, and the boxes of each of them."""
+    """An image as a data URI, its height where its width is WIDTH, its questions, and the boxes of each of them. A row
+    of text alone has no image.
+    """
 
-    image: str
+    image: str | None
     height: float
     questions: list[Asked]
     boxes: list[list[DrawnBox]]
@@ -73,7 +75,7 @@ def cards_of(
 
     Args:
         arms: in the order in which they are shown, the last one is what the page is about.
-        images: by image id, in any form that `open_image` takes.
+        images: by image id, in any form that `open_image` takes; None of a row of text alone.
         aspects: how the network of an arm makes images square, "squash" by default. What is expected is written for the
             first one.
     """
@@ -88,8 +90,11 @@ def cards_of(
     cards: list[Card] = []
     size = 0
     for name in order[:MOST_IMAGES]:
+        if (given := images[name]) is None:
+            cards.append(Card(None, 0, questions[name], [[] for _ in questions[name]]))
+            continue
         try:
-            image = open_image(images[name])
+            image = open_image(given)
         except ValueError:
             continue
         uri = thumbnail(image)

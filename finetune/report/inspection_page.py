@@ -6,7 +6,7 @@ The file needs nothing from outside; every text of the data is escaped by the te
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """An example on the page: images as data URIs, with tiles the quarters row by row and the whole; its tokens by what
-    they are, in order; and its attention mask as an image.
+    """An example on the page: images as data URIs, with tiles the quarters row by row and the whole, none of a row of
+    text alone; its tokens by what they are, in order; and its attention mask as an image.
     """
 
     id: str
@@ -115,8 +115,10 @@ def shown(found: Inspection, row: int) -> Shown:
         kind: " | ".join(text_of(tokens, processor) for of, tokens in stretches if of == kind)
         for kind in ("prefix", "suffix")
     }
-    pixels: Tensor = example["pixel_values"]
-    views = pixels[None] if pixels.ndim == 3 else pixels  # (1 or 5, 3, H, W)
+    pixels: Tensor | None = example.get("pixel_values")
+    views: Sequence[Tensor] = ()
+    if pixels is not None:
+        views = list(pixels[None] if pixels.ndim == 3 else pixels)  # each (3, H, W)
     return Shown(
         one_line(example["id"]),
         texts["prefix"],

@@ -179,7 +179,8 @@ def scores(subject: Subject) -> str:
             for key, of in found.items()
         ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    asked = f"{first['questions']:,} questions about {first['images']:,} images"
+    about = f"about {first['images']:,} images" if first["images"] else "without images"
+    asked = f"{first['questions']:,} questions {about}"
     return f"{table}\n\nOn {asked} of {code(validation_name(subject, arm))}, answered greedily."
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from data.records import decodable
+from data.text_rows import names_image
 from finetune.config.schema import SPLITS, RunConfig
 from finetune.config.source import SOURCE_PATHS
 from finetune.config.stages import stage_output
@@ -120,7 +121,7 @@ def data_of(config: RunConfig) -> dict[str, dict[str, int]]:
     for name in ("train", "validation"):
         if getattr(config.data, name) is not None:
             records = open_records(config, name)
-            sizes[name] = {"questions": len(records), "images": len(set(records["image_id"][:]))}
+            sizes[name] = {"questions": len(records), "images": sum(map(names_image, set(records["image_id"][:])))}
     return sizes
 
 
@@ -198,7 +199,8 @@ def markdown(report: dict[str, Any]) -> str:
     for name, stage in training["stages"].items():
         lines.append(f"- stage {name} before it: {stage.get('steps', 0):,} steps in {stage.get('hours', 0):.2f} hours")
     for name, size in report["data"].items():
-        lines.append(f"- {name}: {size['questions']:,} questions about {size['images']:,} images")
+        about = f"about {size['images']:,} images" if size["images"] else "without images"
+        lines.append(f"- {name}: {size['questions']:,} questions {about}")
     lines += [f"- {name}: {value}" for name, value in report["environment"].items() if value is not None]
     return "\n".join([*lines, "", fenced("yaml", dump(report["configuration"])), ""])
 

@@ -51,6 +51,19 @@ def shard(root: nn.Module, layers: Iterable[nn.Module], device: torch.device) ->
     fully_shard(root, mesh=mesh, ignored_params=others)
 
 
+def require_gradient_of_input(root: nn.Module) -> None:
+    """Let what `root` is given require a gradient in training, also where it depends on nothing that is trained.
+    Otherwise a process whose input depends on nothing goes back through fewer layers than one whose input does.
+    """
+
+    def require(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *others = inputs
+        needs_none = x.requires_grad or not torch.is_grad_enabled()
+        return inputs if needs_none else (x.detach().requires_grad_(), *others)
+
+    root.register_forward_pre_hook(require, prepend=True)
+
+
 def shards_layers() -> bool:
     """Whether this process holds shards of layers."""
     return _group is not None

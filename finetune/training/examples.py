@@ -20,6 +20,7 @@ from data.invalid import InvalidRecord, SkippedRecords
 from data.lengths import Longest, TextLengths, measure
 from data.records import image_names, image_places, load_records
 from data.splits import hold_out
+from data.text_rows import MARK
 from finetune.config.schema import RunConfig
 from finetune.system.console import show
 from finetune.system.paths import did_you_mean
@@ -198,9 +199,16 @@ def open_examples(
     # Of a validation record the majority answer is scored; which one is learned from is a matter of training.
     lengths = measure(records, processor, config.learned_answers if split == "train" else "majority")
     skipped.add(lengths.invalid.values(), len(records))
-    for note in lengths.notes():
+    for note in (*text_rows_note(records), *lengths.notes()):
         show(f"data.{split}: {note}")
     return Examples(records, lengths, skipped, tuple(map(len, sources)))
+
+
+def text_rows_note(records: Dataset) -> list[str]:
+    """How many records are text alone, as lines to show; none where all have images."""
+    ids = records.select_columns("image_id").with_format("arrow")[:].column("image_id")
+    count = pc.sum(pc.starts_with(ids, MARK)).as_py() or 0
+    return [f"{count:,} of {len(records):,} records are text without an image (text_rows)"] if count else []
 
 
 def has_locations(records: Dataset) -> bool:
@@ -213,7 +221,7 @@ def shared_images_note(train: Dataset, validation: Dataset) -> str | None:
     """What a person should know where images are in both, or None. Those that are files are told by
     their path, others by the digest of their bytes.
     """
-    seen, asked = (set(image_names(image_places(records))) for records in (train, validation))
+    seen, asked = (set(image_names(image_places(records))) - {None} for records in (train, validation))
     if not (shared := len(seen & asked)):
         return None
     return (

@@ -5,6 +5,9 @@ divided by what the examples of the whole step count, so that the gradient does 
 are their supervised tokens; where these have weights, as in rows of several answers, the sum of the weights. What is
 minimised is the objective's business (objective.py).
 
+A micro-batch is of rows with images, or of rows of text alone. Examples without any image give what is trained before
+the decoder a gradient of zeros: AdamW then only decays its moments, and all processes sum the same gradients.
+
 Axes: B rows of a micro-batch, I images of a step, N image tokens, D hidden.
 """
 
@@ -48,10 +51,10 @@ class ImageFeatures:
 
 
 class Inputs(NamedTuple):
-    """Of a micro-batch its tokens, on the device, and the image tokens of each row, [B, N, D]."""
+    """Of a micro-batch its tokens, on the device, and the image tokens of each row, [B, N, D]; None of rows of text."""
 
     batch: TokenBatch
-    image_features: Tensor
+    image_features: Tensor | None
 
 
 class GradientAccumulation:
@@ -115,6 +118,8 @@ class GradientAccumulation:
         loss, self.figures = torch.zeros((), device=self.device), {}
         for micro_batch, counts in self.lockstep_micro_batches(examples):
             loss += self.micro_step(micro_batch, images, total, step, counts)
+        if not any(map(has_image, examples)):
+            fill_gradients(self.network.vision_tower, self.network.multi_modal_projector)
         return loss
 
     def lockstep_micro_batches(self, examples: Sequence[Example]) -> Iterator[tuple[list[Example], bool]]:
@@ -153,20 +158,29 @@ class GradientAccumulation:
         texts = self.collate([{name: row[name] for name in TEXTS if name in row} for row in micro_batch])
         batch = TokenBatch.of(self.network.config.image_token_id, **texts)
         inputs = {**batch.tensors(), "dropout": self.dropout_seeds([example["id"] for example in micro_batch], step)}
-        pixels = unique_images(micro_batch)
-        rows = images.rows if images and images.connected else {name: row for row, name in enumerate(pixels)}
-        inputs["image_rows"] = torch.tensor([rows[example["image_id"]] for example in micro_batch])
-        if images is None or not images.connected:
-            known = torch.tensor([images.rows[name] for name in pixels]) if images else None
-            inputs["images"] = torch.stack(list(pixels.values())) if known is None else known
-            inputs["image_dropout"] = self.dropout_seeds(self.views_of(pixels), step)
+        inputs |= self.image_inputs(micro_batch, images, step)
         moved = to_device(inputs, self.device)
         set_dropout_seeds(self.network.language_model, moved["dropout"])
         set_dropout_seeds(self.network.vision_tower, moved.get("image_dropout"))
         set_dropout_seeds(self.network.multi_modal_projector, moved.get("image_dropout"))
-        encoded = self.image_tokens(moved, images)
+        encoded = self.image_tokens(moved, images)[moved["image_rows"]] if "image_rows" in moved else None
         batch = dataclasses.replace(batch, **{name: moved[name] for name in batch.tensors()})
-        return Inputs(batch, encoded[moved["image_rows"]])
+        return Inputs(batch, encoded)
+
+    def image_inputs(
+        self, micro_batch: Sequence[Example], frozen: ImageFeatures | None, step: int
+    ) -> dict[str, Tensor]:
+        """What `micro_step` moves of a micro-batch's images: nothing of rows of text alone."""
+        pixels = unique_images(micro_batch)
+        if not pixels:
+            return {}
+        rows = frozen.rows if frozen and frozen.connected else {name: row for row, name in enumerate(pixels)}
+        inputs = {"image_rows": torch.tensor([rows[example["image_id"]] for example in micro_batch])}
+        if frozen is None or not frozen.connected:
+            known = torch.tensor([frozen.rows[name] for name in pixels]) if frozen else None
+            inputs["images"] = torch.stack(list(pixels.values())) if known is None else known
+            inputs["image_dropout"] = self.dropout_seeds(self.views_of(pixels), step)
+        return inputs
 
     def image_tokens(self, inputs: Mapping[str, Tensor], frozen: ImageFeatures | None) -> Tensor:
         """Image tokens [I, N, D]: all that are frozen, or those of a micro-batch's images, of which `inputs` has the
@@ -191,7 +205,7 @@ class GradientAccumulation:
             torch.empty(len(pixels), *shape, dtype=network.dtype, device=self.device)
             for shape in frozen_shapes(network.config, network.multi_modal_projector.groups, connects)
         ]
-        with torch.no_grad(), self.vision_on_device():
+        with torch.no_grad(), self.vision_on_device() if pixels else contextlib.nullcontext():
             for number, images in enumerate(cut(list(pixels.values()), size)):
                 features = network.vision_features(to_device({"pixels": torch.stack(images)}, self.device)["pixels"])
                 rows = slice(number * size, number * size + len(images))
@@ -253,12 +267,15 @@ def frozen_shapes(config: PaliGemmaConfig, groups: Sequence[range], connects: bo
 
 
 def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Examples in micro-batches of at most `size`: alike in length, questions of one image side by side."""
+    """Examples in micro-batches of at most `size`: alike in length, questions of one image side by side; rows with
+    images first, then those of text alone, never both in one.
+    """
     longest: dict[str, int] = {}
     for example in examples:
         longest[example["image_id"]] = max(longest.get(example["image_id"], 0), len(example["input_ids"]))
     ordered = sorted(examples, key=lambda e: (-longest[e["image_id"]], e["image_id"], -len(e["input_ids"])))
-    return cut(ordered, size)
+    for of_images in (True, False):
+        yield from cut([example for example in ordered if has_image(example) == of_images], size)
 
 
 def cut(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
@@ -267,4 +284,16 @@ def cut(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
 
 def unique_images(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Pixels by image id, each image once."""
-    return {example["image_id"]: example["pixel_values"] for example in examples}
+    return {example["image_id"]: example["pixel_values"] for example in examples if has_image(example)}
+
+
+def has_image(example: Mapping[str, Any]) -> bool:
+    """Whether an example, or a batch of them, is not of text alone."""
+    return "pixel_values" in example
+
+
+def fill_gradients(*modules: nn.Module) -> None:
+    """Zeros as the gradient of each trained parameter that has none."""
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

@@ -22,6 +22,7 @@ from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.training.batch_sampler import BatchSampler, steps_of_epochs
 from finetune.training.examples import network_config
+from finetune.training.gradient_accumulation import is_trained
 from finetune.training.reference import adapter_to_compare_with
 from model import PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
@@ -134,7 +135,7 @@ def require_starts(directory: Path, config: RunConfig) -> None:
 
 def image_note(config: PaliGemmaConfig) -> str:
     """How many tokens the decoder gets of an image, and of what they are made."""
-    return f"{config.num_image_tokens:,} image tokens a row, by {network_text(config)}"
+    return f"{config.num_image_tokens:,} tokens an image, by {network_text(config)}"
 
 
 def start_note(config: RunConfig) -> str | None:
@@ -167,6 +168,8 @@ def shard_decoder(model: PaliGemma, config: RunConfig) -> None:
     """
     device, decoder = pick_device(config.model.device), model.language_model.model
     sharding.shard(decoder, decoder.layers, device)
+    if is_trained(model.vision_tower) or is_trained(model.multi_modal_projector):
+        sharding.require_gradient_of_input(decoder)  # rows of text alone have nothing before the decoder to go back to
     model.to(device)
 
 

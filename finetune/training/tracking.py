@@ -35,7 +35,7 @@ MOST_SAMPLES, SIDE = 8, 224  # answers shown at an evaluation; pixels of the lon
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An image with its question, one right answer, and what was answered."""
+    """An image, white where a record has none, with its question, one right answer, and what was answered."""
 
     image: Image.Image
     question: str
@@ -61,7 +61,7 @@ class Samples:
         return [self.sample(record) for record in self.records]
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
-        image = open_image(record["image"])
+        image = Image.new("RGB", (SIDE, SIDE), "white") if record["image"] is None else open_image(record["image"])
         image.thumbnail((SIDE, SIDE))
         return Sample(image, record["question"] or record["prefix"], record["answer"], self.answers[record["id"]])
 

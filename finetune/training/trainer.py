@@ -34,7 +34,7 @@ from finetune.training import checkpoints
 from finetune.training.arguments import training_arguments
 from finetune.training.batch_sampler import BatchSampler, RankShard
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import Collate, GradientAccumulation
+from finetune.training.gradient_accumulation import Collate, GradientAccumulation, has_image
 from finetune.training.not_finite import first_not_finite
 from finetune.training.objective import EXAMPLES, Example, Objective, require_examples
 from finetune.training.optimizer import clip_gradients, make_optimizer, set_schedule, total_norm, without_wrapper
@@ -91,6 +91,7 @@ class LoRATrainer(Trainer):
         self.best: Result | None = None
         self.metric = metric
         self.gradient_norm = torch.zeros(())  # of the last step, before clipping
+        self.awaits_image = False  # whether no step had one yet, so that not all gradients could be looked at
         self.judged_by = judged_by(config) if evaluate else {}
         adapted = trained_parameters(model) or dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in adapted.items() if parameter.requires_grad}
@@ -119,7 +120,7 @@ class LoRATrainer(Trainer):
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; the state before this step is kept.
-            RuntimeError: in the first step, a trained parameter got no gradient.
+            RuntimeError: in the first step, or the first one with an image, a trained parameter got no gradient.
             ValueError: an example cannot be made; or out of memory, and nothing smaller to try.
         """
         require_examples(inputs)
@@ -128,10 +129,10 @@ class LoRATrainer(Trainer):
         examples = objective.prepare(self.accumulation, inputs, step)
         total = distributed.total(objective.total(examples))
         loss = self.accumulation.accumulate_in_memory(examples, total, step)
+        if (is_first := step == self._initial_global_step) or self.awaits_image:
+            self.awaits_image = not check_gradients(self.network, any(map(has_image, inputs)), is_first)
         distributed.all_reduce([loss, *self.accumulation.unsummed_gradients()])
         self.check_finite(model, examples, total, loss)
-        if step == self._initial_global_step:
-            check_gradients(self.network)
         self.figures |= {name: self.figures.get(name, 0) + sum for name, sum in self.accumulation.figures.items()}
         return loss
 

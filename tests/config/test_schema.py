@@ -22,7 +22,7 @@ connector: {learning_rate: null, start: pretrained, start_from: null, latents: 6
 data:
   train:
     {name: null, weight: null, questions: q.json, annotations: a.json,
-     images: coco, jsonl: null, columns: null, task: auto, split: null,
+     images: coco, jsonl: null, columns: null, text_rows: false, task: auto, split: null,
      fraction: null, count: null, sample_by: image, csv: null, tsv: null, messages: null, folder: null, coco: null,
      parquet: null, disk: null, hub: null, subset: null, revision: null}
   validation: null
@@ -85,6 +85,17 @@ def test_every_source_has_a_key(path: Path, key: str) -> None:
     other = next(name for name in TABLES if name != key)
     with pytest.raises(ConfigError, match=rf"expected either questions, .*, or one of .*\b{key}\b"):
         load_config(path, [given, f"data.train.{other}=y"])
+
+
+@pytest.mark.parametrize("key", [*TABLES, "questions"])
+def test_rows_of_text_are_for_sources_that_may_have_some(path: Path, key: str) -> None:
+    source = {"questions": "questions: q, annotations: a, images: i"}.get(key, f"{key}: x")
+    given = f"data.train={{{source}, text_rows: true}}"
+    if key not in ("questions", "coco"):
+        assert load_config(path, [given]).data.only("train").text_rows
+        return
+    with pytest.raises(ConfigError, match=rf"data\.train\.text_rows: every row of {key} has an image: leave it out"):
+        load_config(path, [given])
 
 
 def test_the_keys_are_those_of_the_readers() -> None:

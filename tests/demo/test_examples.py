@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from data.synthetic import scenes
 from finetune.config.load import dump_config, load_config
 from finetune.demo.examples import Example, example, examples_of, read_examples, write_examples
 from tests.demo.conftest import ROOT
+from tests.images import encoded
 
 
 def make_run(directory: Path, validation: dict[str, str], **data: str) -> Path:
@@ -46,6 +49,14 @@ def test_examples_are_of_different_images_of_the_validation_set(run: Path) -> No
     assert found == examples_of(run, count=5) != examples_of(run, count=5, seed=1)
     assert len(examples_of(run, count=100)) == 12
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_questions_about_no_image_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
+    rows = [{"prefix": "2 + 2 =", "suffix": "4"}, {"image": "a.png", "prefix": "caption en", "suffix": "black"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files: Any = {"jsonl": f"{tmp_path}/rows.jsonl", "text_rows": True}
+    assert [one.question for one in examples_of(make_run(tmp_path / "run", files))] == ["caption en"]
 
 
 def test_a_prefix_that_is_no_question_is_asked_as_it_is(tmp_path: Path) -> None:

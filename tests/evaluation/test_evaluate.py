@@ -123,7 +123,7 @@ def test_out_of_memory_the_batch_is_repeated_in_halves(records: list[dict[str, o
 @pytest.mark.parametrize("fails", [(), (0,), (1,), (2,), (0, 1), (0, 1, 2, 3), (2, 3)])
 def test_batches_give_each_index_once(fails: tuple[int, ...]) -> None:
     """Whichever attempts run out of memory."""
-    batches, done = Batches(list(range(21)), 8), list[int]()
+    batches, done = Batches(list(range(21)), 8, 21), list[int]()
     for attempt, batch in enumerate(batches):
         if attempt in fails and len(batch) > 1:
             with pytest.warns(UserWarning, match=f"with {len(batch)} questions at once .why.: repeated"):

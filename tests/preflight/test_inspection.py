@@ -139,11 +139,11 @@ def test_a_large_network_on_a_cpu_is_not_read_for_the_leak_test(
 ) -> None:
     run = run_config(("language.*",), 2, tmp_path)
     dimensions = network_config(ROOT / "assets/tiny-base", run)
-    found, how = leaking_rows(run, dimensions, batch)
+    found, how = leaking_rows(run, dimensions, [batch])
     assert found == []
     assert "the network's states compared" in how
     monkeypatch.setattr("finetune.preflight.inspection.CHEAP", 1_000_000)
     monkeypatch.setattr("finetune.preflight.inspection.open_model", lambda *_: pytest.fail("weights are read"))
-    found, how = leaking_rows(run, dimensions, batch)
+    found, how = leaking_rows(run, dimensions, [batch])
     assert found == []
     assert "by the attention mask alone" in how

@@ -280,6 +280,13 @@ def test_a_page_is_full_at_its_limit(base: Path, monkeypatch: pytest.MonkeyPatch
     assert 3 <= len(gallery.cards_of(arms, images)) < len(paths)
 
 
+def test_a_row_of_text_has_a_card_without_an_image() -> None:
+    line = {"question": "q", "answer_type": "", "expected": ["a"], "answer": "a", "score": 100.0}
+    arms = {"adapter": Arm("adapter", {}, {"1": line | {"id": "1", "image_id": "of 1"}})}
+    (card,) = gallery.cards_of(arms, {"of 1": None})
+    assert (card.image, [one.question for one in card.questions], card.has_boxes) == (None, ["q"], False)
+
+
 def rewritten(run: Path, copy: Path, metrics: dict[str, Any], line: dict[str, Any], count: int = 1) -> Page:
     """The page of a run with other figures, and with other values in the first lines of its answers."""
     shutil.copytree(run, copy)

@@ -79,9 +79,9 @@ def test_the_checkpoints_own_connector_needs_no_word(tmp_path: Path) -> None:
 def test_image_tokens_are_told_with_what_they_are_made_of() -> None:
     config = PaliGemma.from_pretrained(BASE).config
     resampled = changed(config, ConnectorConfig("resampler", latents=4, depth=1), tiles=4, aspect="pad")
-    assert image_note(config) == "16 image tokens a row, by the connector linear and images of 56 pixels, squash"
+    assert image_note(config) == "16 tokens an image, by the connector linear and images of 56 pixels, squash"
     assert image_note(resampled) == (
-        "20 image tokens a row, by the connector resampler (4, 1) and images of 56 pixels, pad, tiles 4"
+        "20 tokens an image, by the connector resampler (4, 1) and images of 56 pixels, pad, tiles 4"
     )
 
 

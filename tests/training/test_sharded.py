@@ -45,10 +45,11 @@ def adapter(run: Path) -> bytes:
 
 def test_processes_with_sharded_layers_learn_what_one_process_does(tmp_path: Path) -> None:
     """Each holds half of every layer; with adapters everywhere, modules trained in full and recomputed layers, and with
-    a vision encoder that leaves the device. One process has two micro-batches of a step, the other has one.
+    a vision encoder that leaves the device; and with one that is trained, where one process has rows of text alone. One
+    process has two micro-batches of a step, the other has one.
     """
     directory = runs(tmp_path, "learn")
-    for ours, theirs in (("sharded", "one"), ("offloaded", "one, offloaded")):
+    for ours, theirs in (("sharded", "one"), ("offloaded", "one, offloaded"), ("texts", "one, texts")):
         assert (codes(directory, theirs), codes(directory, ours)) == ([0], [0, 0])
         assert_same_curve(directory / ours, directory / theirs)
         assert_same_adapter(directory / ours, directory / theirs)

@@ -53,6 +53,14 @@ def kept(count: int) -> Samples:
     return samples
 
 
+def test_a_question_about_no_image_is_shown_on_white() -> None:
+    samples = Samples()
+    samples.keep([records(1)[0] | {"image": None}], {"0": "b0"})
+    (one,) = samples.open()
+    assert one.image.getcolors() == [(one.image.width * one.image.height, (255, 255, 255))]
+    assert str(one) == "caption en\nexpected: a0\nanswered: b0"
+
+
 def driven(backend: Any, output: Path, samples: Samples) -> None:
     """A run of one log and one evaluation, as the Trainer calls its callbacks."""
     metrics: Any = MetricsFile(output / "metrics.jsonl", BatchSampler((40,), 10, 0, 9))
