@@ -53,8 +53,9 @@ from finetune.training.checkpoints import checkpoints, read_parameters
 from finetune.training.examples import Examples, network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import GradientAccumulation
-from finetune.training.objective import Example, supervised
+from finetune.training.objective import supervised
 from finetune.training.setup import adapt, open_model
+from finetune.training.step_inputs import Example
 from model import PaliGemma
 
 NAME = "benchmarks.answers"

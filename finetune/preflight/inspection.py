@@ -29,8 +29,8 @@ from finetune.training.examples import (
     require_paths,
     skipped_records,
 )
-from finetune.training.gradient_accumulation import has_image
 from finetune.training.setup import open_model, plan_steps
+from finetune.training.step_inputs import has_image
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
 from model.layers import prefix_lm_mask

@@ -25,11 +25,10 @@ from finetune.system.console import new_table, show
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.examples import in_turns, network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import Collate
-from finetune.training.objective import Example
 from finetune.training.progress import ProgressBar
 from finetune.training.resume import is_complete
 from finetune.training.setup import adapt, open_model, require_starts, show_trained
+from finetune.training.step_inputs import Collate, Example
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma, fetch
 

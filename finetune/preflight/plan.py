@@ -21,7 +21,7 @@ from finetune.lora.nf4 import decoder_linears, packed_bytes
 from finetune.preflight.count import TERA, count_flops, empty_model, saved_activations
 from finetune.system.allocator import cublas_workspaces, expandable_segments, reserved_bytes
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import frozen_shapes, is_trained
+from finetune.training.step_inputs import frozen_shapes, is_trained
 from model import PaliGemmaConfig
 from model.ops.bf16_on_cpu import native_products
 

@@ -24,9 +24,8 @@ from finetune.system.device import is_out_of_memory
 from finetune.system.progress import progress_bar
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import Collate, ImageFeatures
-from finetune.training.objective import Example
 from finetune.training.optimizer import clip_gradients, total_norm
+from finetune.training.step_inputs import Collate, Example, ImageFeatures
 from finetune.training.trainer import LoRATrainer
 from model import IGNORE_INDEX, PaliGemma, PaliGemmaConfig
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.system import sharding
 from finetune.training.gradient_accumulation import GradientAccumulation
-from finetune.training.objective import Example
+from finetune.training.step_inputs import Example
 
 
 def first_not_finite(

@@ -7,16 +7,13 @@ micro-batches and shared by processes without another result: each loss is divid
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from finetune.training.step_inputs import Example, StepInputs
 from model import IGNORE_INDEX, PaliGemma, TokenBatch
 
-if TYPE_CHECKING:
-    from finetune.training.gradient_accumulation import GradientAccumulation
-
-Example = dict[str, Any]
 EXAMPLES = "examples"  # among the figures of a loss: how many they are summed over
 
 
@@ -32,7 +29,7 @@ class Loss(NamedTuple):
 class Objective(Protocol):
     """What training minimises."""
 
-    def prepare(self, accumulation: GradientAccumulation, examples: Sequence[Example], step: int) -> list[Example]:
+    def prepare(self, inputs: StepInputs, examples: Sequence[Example], step: int) -> list[Example]:
         """The examples of a step (counted from 0), or of a process's share of it, with what their loss needs besides.
 
         Raises:
@@ -58,7 +55,7 @@ class Objective(Protocol):
             total: of the whole step, over all processes.
         """
 
-    def measure(self, accumulation: GradientAccumulation) -> dict[str, float]:
+    def measure(self, inputs: StepInputs) -> dict[str, float]:
         """What an evaluation finds beside the answers: figures of the validation examples, `loss` perhaps among them.
         All processes call this.
         """
@@ -67,7 +64,7 @@ class Objective(Protocol):
 class Supervised:
     """The cross-entropy of the answers' tokens, each as often as its weight says."""
 
-    def prepare(self, accumulation: GradientAccumulation, examples: Sequence[Example], step: int) -> list[Example]:
+    def prepare(self, inputs: StepInputs, examples: Sequence[Example], step: int) -> list[Example]:
         """See `Objective.prepare`."""
         return list(examples)
 
@@ -87,7 +84,7 @@ class Supervised:
         loss = network(batch=batch, image_features=image_features, num_items_in_batch=total).loss
         return Loss(loss, {})
 
-    def measure(self, accumulation: GradientAccumulation) -> dict[str, float]:
+    def measure(self, inputs: StepInputs) -> dict[str, float]:
         """Nothing: see `Objective.measure`."""
         return {}
 

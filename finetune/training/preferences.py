@@ -22,9 +22,9 @@ from finetune.config.schema import PreferenceOptions
 from finetune.system import distributed, workers
 from finetune.system.progress import progress
 from finetune.system.transfer import to_device
-from finetune.training.gradient_accumulation import GradientAccumulation, ImageFeatures, cut, micro_batches
-from finetune.training.objective import EXAMPLES, Example, Loss, require_examples
+from finetune.training.objective import EXAMPLES, Loss, require_examples
 from finetune.training.reference import LogProbs, Reference
+from finetune.training.step_inputs import Example, ImageFeatures, StepInputs, cut, micro_batches
 from model import PaliGemma, TokenBatch
 
 KEPT = "reference"  # of an example, the reference's log-probabilities of its two answers, f64 [2]
@@ -82,10 +82,10 @@ class Preferences:
     validation: Dataset[Example] | None = None
     pairs_to_measure: int = 0
 
-    def prepare(self, accumulation: GradientAccumulation, examples: Sequence[Example], step: int) -> list[Example]:
+    def prepare(self, inputs: StepInputs, examples: Sequence[Example], step: int) -> list[Example]:
         """See `Objective.prepare`: with the reference's log-probabilities."""
         if self.known is None:
-            found = self.reference_log_probs(accumulation, examples)
+            found = self.reference_log_probs(inputs, examples)
         else:
             found = {example["id"]: self.known[example["id"]] for example in examples}
         return [example | {KEPT: found[example["id"]]} for example in examples]
@@ -131,20 +131,18 @@ class Preferences:
             }
         return Loss(losses.sum() / total, {name: values.sum().float() for name, values in figures.items()})
 
-    def reference_log_probs(self, accumulation: GradientAccumulation, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def reference_log_probs(self, inputs: StepInputs, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Log-probabilities f64 [2] that the reference gives the answers of pairs, by their ids, on the CPU."""
         found: dict[str, Tensor] = {}
-        with self.reference.in_place(accumulation.network):
-            images = accumulation.frozen_image_features(examples)
-            for rows in micro_batches(examples, accumulation.execution_plan.micro_batch):
-                logits, batch = logits_of(accumulation, rows, images)
+        with self.reference.in_place(inputs.network):
+            images = inputs.frozen_image_features(examples)
+            for rows in micro_batches(examples, inputs.execution_plan.micro_batch):
+                logits, batch = logits_of(inputs, rows, images)
                 log_probs = answer_log_probs(logits, batch, tokens_of(rows)).cpu().double()
                 found |= zip((row["id"] for row in rows), log_probs, strict=True)
         return found
 
-    def precompute(
-        self, accumulation: GradientAccumulation, dataset: Dataset[Example], drawn: Sequence[int], processes: int
-    ) -> None:
+    def precompute(self, inputs: StepInputs, dataset: Dataset[Example], drawn: Sequence[int], processes: int) -> None:
         """Compute what is missing of the reference's log-probabilities, and write it down.
 
         Args:
@@ -159,7 +157,7 @@ class Preferences:
         batches = [batch for batch in cut(drawn, AT_ONCE) if self.known.lacks(batch)]
         rounds = progress("reference's log-probabilities")(shares_of(dataset, batches, processes), len(batches))
         for number, examples in enumerate(rounds, start=1):
-            mine = {name: values.tolist() for name, values in self.reference_log_probs(accumulation, examples).items()}
+            mine = {name: values.tolist() for name, values in self.reference_log_probs(inputs, examples).items()}
             for found in distributed.gather(mine):
                 self.known.add({name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()})
             if number % SAVED_EVERY == 0:
@@ -168,24 +166,24 @@ class Preferences:
             distributed.on_main(self.known.save)
 
     @torch.no_grad()
-    def measure(self, accumulation: GradientAccumulation) -> dict[str, float]:
+    def measure(self, inputs: StepInputs) -> dict[str, float]:
         """See `Objective.measure`. How well the pairs of `validation` are told apart: means of the loss and of its
         further figures; and `kl`, how far the network is from the reference: KL(network || reference) over the whole
         vocabulary, in nats, at the tokens of chosen answers, on average over those.
         """
         if self.validation is None:
             return {}
-        network, sums = accumulation.network, dict[str, Tensor]()
+        network, sums = inputs.network, dict[str, Tensor]()
         network.eval()
         batches = list(cut(range(self.pairs_to_measure), AT_ONCE))
         for examples in shares_of(self.validation, batches, processes=0):
-            images = accumulation.frozen_image_features(examples)
+            images = inputs.frozen_image_features(examples)
             with self.reference.in_place(network):
-                images_of_reference = accumulation.frozen_image_features(examples)
-            for rows in micro_batches(examples, accumulation.execution_plan.micro_batch):
-                logits, batch = logits_of(accumulation, rows, images)
+                images_of_reference = inputs.frozen_image_features(examples)
+            for rows in micro_batches(examples, inputs.execution_plan.micro_batch):
+                logits, batch = logits_of(inputs, rows, images)
                 with self.reference.in_place(network):
-                    reference_logits, _ = logits_of(accumulation, rows, images_of_reference)
+                    reference_logits, _ = logits_of(inputs, rows, images_of_reference)
                 tokens = tokens_of(rows)
                 log_probs, reference = (answer_log_probs(of, batch, tokens) for of in (logits, reference_logits))
                 loss = self.loss_of(log_probs, reference, tokens, total=1)
@@ -193,7 +191,7 @@ class Preferences:
                 found["tokens"] = tokens[:, 0].sum().to(logits.device)
                 sums |= {name: sums.get(name, 0) + value.float() for name, value in found.items()}
         names = ("loss", "kl", "tokens", EXAMPLES, "pair_accuracy", "margin", "reward_chosen", "reward_rejected")
-        totals = torch.stack([sums.get(name, torch.zeros((), device=accumulation.device)) for name in names])
+        totals = torch.stack([sums.get(name, torch.zeros((), device=inputs.device)) for name in names])
         distributed.all_reduce([totals])
         of = dict(zip(names, totals.tolist(), strict=True))
         tokens_in_all, pairs = of.pop("tokens"), of.pop(EXAMPLES)
@@ -214,12 +212,10 @@ def divergence(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
     return total
 
 
-def logits_of(
-    accumulation: GradientAccumulation, rows: Sequence[Example], images: ImageFeatures | None
-) -> tuple[Tensor, TokenBatch]:
+def logits_of(inputs: StepInputs, rows: Sequence[Example], images: ImageFeatures | None) -> tuple[Tensor, TokenBatch]:
     """Logits [L, V] that predict the answers of a micro-batch, and its tokens."""
-    batch, image_features = accumulation.inputs_of(rows, images, step=0)
-    return accumulation.network.supervised_logits(batch, image_features), batch
+    batch, image_features = inputs.inputs_of(rows, images, step=0)
+    return inputs.network.supervised_logits(batch, image_features), batch
 
 
 def shares_of(dataset: Dataset[Example], batches: Sequence[Sequence[int]], processes: int) -> Iterator[list[Example]]:

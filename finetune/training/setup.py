@@ -22,8 +22,8 @@ from finetune.system.console import new_table, show
 from finetune.system.device import pick_device, pick_dtype
 from finetune.training.batch_sampler import BatchSampler, steps_of_epochs
 from finetune.training.examples import network_config
-from finetune.training.gradient_accumulation import is_trained
 from finetune.training.reference import adapter_to_compare_with
+from finetune.training.step_inputs import is_trained
 from model import PaliGemma, PaliGemmaConfig, fetch
 from model.convert import convert
 from model.random_init import from_random

@@ -34,12 +34,13 @@ from finetune.training import checkpoints
 from finetune.training.arguments import training_arguments
 from finetune.training.batch_sampler import BatchSampler, RankShard
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import Collate, GradientAccumulation, has_image
+from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.not_finite import first_not_finite
-from finetune.training.objective import EXAMPLES, Example, Objective, require_examples
+from finetune.training.objective import EXAMPLES, Objective, require_examples
 from finetune.training.optimizer import clip_gradients, make_optimizer, set_schedule, total_norm, without_wrapper
 from finetune.training.result import BEST_FILE, Best, Result, judge, last_step
 from finetune.training.resume import judged_by
+from finetune.training.step_inputs import Collate, Example, has_image
 from model import PaliGemma, PaliGemmaOutput
 
 Evaluate = Callable[[], dict[str, float]]

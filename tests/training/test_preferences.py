@@ -22,9 +22,9 @@ from finetune.config.schema import PreferenceOptions, TrainConfig
 from finetune.lora.protocol import adapters_disabled, trained_parameters
 from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.gradient_accumulation import GradientAccumulation
-from finetune.training.objective import Example
 from finetune.training.preferences import Preferences
 from finetune.training.reference import LogProbs, Reference
+from finetune.training.step_inputs import Example
 from model import PaliGemma
 from model.random_init import from_random
 from tests import rounding

@@ -17,8 +17,9 @@ import train
 from data import collate
 from finetune.lora.protocol import trained_parameters
 from finetune.system.workers import Batch
-from finetune.training.gradient_accumulation import fill_gradients, has_image, micro_batches
+from finetune.training.gradient_accumulation import fill_gradients
 from finetune.training.objective import supervised
+from finetune.training.step_inputs import has_image, micro_batches
 from finetune.training.trainer import LoRATrainer
 from tests import rounding, tiny
 from tests.test_scripts import base_with_scenes, files, overrides

@@ -27,9 +27,10 @@ from finetune.training.arguments import evaluation_interval
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.checkpoints import checkpoints, keep_newest, newest_whole
 from finetune.training.execution_plan import ExecutionPlan
-from finetune.training.gradient_accumulation import GradientAccumulation, micro_batches
+from finetune.training.gradient_accumulation import GradientAccumulation
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, start_run
+from finetune.training.step_inputs import micro_batches
 from finetune.training.tracking import callbacks_for
 from finetune.training.trainer import LoRATrainer
 from model import ConnectorConfig, PaliGemma
