@@ -40,6 +40,9 @@ CHANGES = [f"train.{change}" for change in ("max_steps=4", "batch_size=7", "lear
 NETWORK = ["model.connector=resampler", "connector={latents: 3, depth: 1, learning_rate: 1e-3}", "image.size=84"]
 NETWORK += ["lora={rank: 4, dropout: 0.1, targets: [language.down_proj, vision.fc2]}"]
 NETWORK += ["stages=[{name: align, max_steps: 2}]", "data.answers=all", "train.max_steps=2"]
+# Preference pairs, of which the last steps begin another epoch; the reference is an adapter's values.
+PAIRS = ["train.objective=dpo", "train.max_steps=2", "lora.modules_to_save=[connector.linear]", "train.micro_batch=2"]
+PAIRS += ["lora.targets=[language.down_proj]", "evaluation.count=null"]
 Fault = Callable[[], None]
 
 
@@ -75,11 +78,32 @@ def main(argv: Sequence[str]) -> None:
     # A stage's adapter is stored in fp32, which rounds: from the same one on, all is the same again.
     shutil.copytree(directory / "connector, one/stages", directory / "connector, after/stages")
     run("connector, after", 2, lambda: None, "connector, after", *NETWORK)
+    pairs = [*PAIRS, *write_pairs(directory)]
+    run("pairs, one", 1, lambda: None, "pairs, one", *pairs)
+    run("pairs, two", 2, lambda: None, "pairs, two", *pairs)
     for name, count in (("one", 1), ("two", 2)):
         arguments = [str(kill_test.ROOT / "configs/quickstart.yaml")]
         arguments += [*kill_test.overrides(directory, directory / name), *CHANGES]
         codes[f"{name}, evaluated"] = run_processes(directory / f"{name}, evaluated", count, evaluate.main, arguments)
     (directory / "codes.json").write_text(json.dumps(codes), encoding="utf-8")
+
+
+def write_pairs(directory: Path) -> list[str]:
+    """Of each question its answer, preferred to that of the one before; what a configuration says of them."""
+    said = []
+    for name, split in (("train", "train2014"), ("validation", "val2014")):
+        files = {part: directory / f"data/v2_{part}_{split}" for part in ("OpenEnded_mscoco", "mscoco")}
+        asked = json.loads(Path(f"{files['OpenEnded_mscoco']}_questions.json").read_text())["questions"]
+        given = json.loads(Path(f"{files['mscoco']}_annotations.json").read_text())["annotations"]
+        answers = [answer["multiple_choice_answer"] for answer in given]
+        rows = [
+            {"image": f"COCO_{split}_{one['image_id']:012d}.jpg", "prefix": one["question"], "suffix": own}
+            | {"rejected": f"not {before}"}
+            for one, own, before in zip(asked, answers, answers[-1:] + answers, strict=False)
+        ]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said.append(f"data.{name}={{jsonl: {directory}/{name}.jsonl, images: {directory}/data/images}}")
+    return said
 
 
 def compute_in_fp64() -> None:

@@ -78,5 +78,7 @@ def prepare(trainer: LoRATrainer, steps: BatchSampler, processes: int) -> None:
     objective = trainer.accumulation.objective
     if isinstance(objective, Preferences) and objective.known is not None:
         drawn = sorted({record for step in steps for record, _ in step})
+        if objective.known.lacks(drawn):
+            show(f"first the reference's log-probabilities of {len(drawn):,} pairs: kept in {objective.known.file}")
         assert trainer.train_dataset is not None, "there is something to train on"
         objective.precompute(trainer.accumulation, trainer.train_dataset, drawn, processes)

@@ -191,9 +191,7 @@ class Preferences:
                 found["tokens"] = tokens[:, 0].sum().to(logits.device)
                 sums |= {name: sums.get(name, 0) + value.float() for name, value in found.items()}
         names = ("loss", "kl", "tokens", EXAMPLES, "pair_accuracy", "margin", "reward_chosen", "reward_rejected")
-        totals = torch.stack([sums.get(name, torch.zeros((), device=inputs.device)) for name in names])
-        distributed.all_reduce([totals])
-        of = dict(zip(names, totals.tolist(), strict=True))
+        of = {name: distributed.total(float(sums.get(name, 0.0))) for name in names}
         tokens_in_all, pairs = of.pop("tokens"), of.pop(EXAMPLES)
         return {name: value / (tokens_in_all if name == "kl" else pairs) for name, value in of.items()}
 

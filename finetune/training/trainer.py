@@ -162,10 +162,7 @@ class LoRATrainer(Trainer):
         the examples.
         """
         if "loss" in logs and self.figures:
-            names = list(self.figures)
-            sums = torch.stack([self.figures[name] for name in names])
-            distributed.all_reduce([sums])
-            found = dict(zip(names, sums.tolist(), strict=True))
+            found = {name: distributed.total(float(sum)) for name, sum in self.figures.items()}
             count = found.pop(EXAMPLES)
             logs |= {name: value / count for name, value in found.items()}
             self.figures = {}

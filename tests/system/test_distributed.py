@@ -87,6 +87,19 @@ def test_two_processes_train_a_connector_and_its_stage_as_one_does(runs: Path) -
     assert said(runs, "connector, two", 1) == ""
 
 
+def test_two_processes_learn_from_pairs_as_one_does(runs: Path) -> None:
+    """Every figure of training and validation pairs, and the reference's log-probabilities that were kept."""
+    assert (codes(runs, "pairs, one"), codes(runs, "pairs, two")) == ([0], [0, 0])
+    one, two = curve(runs / "pairs, one"), curve(runs / "pairs, two")
+    assert [line["step"] for line in one if "margin" in line] == [1, 2]
+    assert [line["step"] for line in one if "eval_kl" in line] == [2]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=8 * FP32, abs=FP32)
+    assert_same_adapter(runs / "pairs, two", runs / "pairs, one")
+    kept = [load_file(runs / name / "reference.safetensors")["log_probs"] for name in ("pairs, two", "pairs, one")]
+    torch.testing.assert_close(*kept, rtol=rounding.EXACT, atol=0, equal_nan=True)
+
+
 def test_one_process_writes_and_prints(runs: Path) -> None:
     names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (runs / "one", runs / "two")]
     assert names[0] == names[1]
