@@ -288,8 +288,8 @@ class PreferenceOptions(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round; of the loss sigmoid alone."""
     rpo_alpha: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the chosen answer's cross-entropy, in nats per token, which is added (RPO, arXiv 2404.19733): without it
-    something else may become likelier than either answer.
+    """Weight of the chosen answer's cross-entropy, in nats per token, which is added (RPO, arXiv 2404.19733): without
+    it something else may become likelier than either answer.
     """
     precompute: Annotated[bool, Effect.NUMERICS] = True
     """Compute the reference's log-probabilities once, before the first step, and keep them in
