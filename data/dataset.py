@@ -16,7 +16,7 @@ from data.invalid import InvalidRecord, SkippedRecords
 from data.processor import Processor
 
 TRIES = 10_000  # records drawn in the place of one that is skipped
-Answers = Literal["rotate", "majority", "all", "pair"]
+Answers = Literal["rotate", "majority", "all", "pair", "prompt"]
 
 
 class PaliGemmaDataset(Dataset[dict[str, Any]]):
@@ -25,7 +25,8 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
     An example is a pure function of (seed, index, epoch), the same in every worker, rank and resumed run. It holds
     `input_ids`, `token_type_ids` and `labels`, i64[S], `pixel_values`, f32[3, H, W] or with tiles f32[5, 3, H, W],
     unless its record has no image, and the strings `id` and `image_id`. Its labels end in <eos>. With "all" it holds
-    `loss_weights`, f32[S], too.
+    `loss_weights`, f32[S], too. With "prompt" it holds the tokens of the prefix alone, and no `labels`, but `record`,
+    which is the record without its image.
 
     "rotate" learns one of a record's answers at a time, and the loss of its step is L / n: L the sum over the
     tokens of all answers drawn, n the number of those tokens. "all" has in place of both their expectations over the
@@ -39,7 +40,8 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         processor: turns images and texts into tensors.
         answers: "rotate" learns another one of a record's answers in each epoch, in an order drawn by `seed`, until
             all were learned; "majority" learns `answer` always; "all" learns all of them in every epoch; "pair"
-            gives `answer` and `rejected` as the two suffixes of a row, in this order.
+            gives `answer` and `rejected` as the two suffixes of a row, in this order; "prompt" asks, for an answer that
+            is compared with those of the record.
         skipped: where records that cannot be used go. Another one takes the place of each, drawn by `seed` and its
             index, the same in every epoch; of those that are listed already, too. By default there may be none, and
             the first one is a ValueError.
@@ -77,6 +79,7 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
 
     def _example(self, record: Mapping[str, Any], index: int, epoch: int) -> dict[str, Any]:
         answers, has_image = record["answers"], record["image"] is not None
+        about: dict[str, Any] = {"id": record["id"], "image_id": record["image_id"]}
         if not answers:
             raise ValueError(f"record {record['id']!r} has no answer to learn from; give the annotations file")
         if self.answers == "all":
@@ -85,12 +88,15 @@ class PaliGemmaDataset(Dataset[dict[str, Any]]):
         elif self.answers == "pair":
             texts = self.processor.encode_suffixes(record["prefix"], pair_of(record), image=has_image)
             require_two(texts)
+        elif self.answers == "prompt":
+            texts = self.processor.encode(record["prefix"], image=has_image)
+            about["record"] = {name: value for name, value in record.items() if name != "image"}
         else:
             order = random.Random(f"{self.seed}/{index}").sample(range(len(answers)), len(answers))
             suffix = answers[order[epoch % len(answers)]] if self.answers == "rotate" else record["answer"]
             texts = self.processor.encode(record["prefix"], suffix, has_image)
         pixels = {"pixel_values": self.processor.pixels(record["image"])} if has_image else {}
-        return {**texts, **pixels, "id": record["id"], "image_id": record["image_id"]}
+        return {**texts, **pixels, **about}
 
 
 def pair_of(record: Mapping[str, Any]) -> list[str]:

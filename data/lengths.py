@@ -94,6 +94,13 @@ class TextLengths:
         prompts = self.prompt[self.prompt > 0]
         return float(prompts.mean()) + self.mean_supervised if len(prompts) else 0.0
 
+    def sampled(self, samples: int, new_tokens: int) -> "TextLengths":
+        """Those of rows with so many answers each that a network draws, of up to `new_tokens`. On average these are
+        taken to be as long as the records' own.
+        """
+        supervised = np.where(self.prompt > 0, np.int32(samples * new_tokens), np.int32(0))
+        return dataclasses.replace(self, supervised=supervised, mean_supervised=samples * self.mean_supervised)
+
     def notes(self) -> list[str]:
         """What a person should know of these texts, as lines to show."""
         notes = []
@@ -118,7 +125,8 @@ def measure(
     Args:
         processor: says what fits, and cuts answers if it was told to.
         answers: as in `PaliGemmaDataset`: "rotate" looks at all answers of a record, each in a row of its own, "all" at
-            all of them in one row, "pair" at the chosen and the rejected one, "majority" at one; None at none.
+            all of them in one row, "pair" at the chosen and the rejected one, "majority" at one; "prompt" as "rotate",
+            for the answers of a record say how long those that are drawn may be; None at none.
         cache_dir: where the lengths are cached, as in `load_records`.
     """
     texts = text_table(records, answers)
@@ -173,7 +181,7 @@ def text_table(records: Sequence[Mapping[str, Any]], answers: Answers | None) ->
         both = (table[name].cast(pa.string()).to_pylist() for name in ("answer", "rejected"))
         rows = [[chosen, rejected] if rejected else [chosen] for chosen, rejected in zip(*both, strict=True)]
         lists = pa.array(rows, pa.list_(pa.string()))
-    elif answers != "rotate":
+    elif answers not in ("rotate", "prompt"):
         counts = pc.list_value_length(lists).to_numpy().astype(np.int32)
         one = np.minimum(counts, 1 if answers else 0)
         offsets = pa.array(np.concatenate(([0], np.cumsum(one))), pa.int32())

@@ -16,7 +16,7 @@ from finetune.adapters.metadata import TrainingFacts
 from finetune.config.schema import RunConfig
 from finetune.config.stages import runs_of
 from finetune.evaluation.in_training import asked_in_training, evaluation_of
-from finetune.evaluation.run import task_of
+from finetune.evaluation.run import task_of, worth_of
 from finetune.preflight.dry_run import planned_evaluation
 from finetune.preflight.plan import GIB
 from finetune.preflight.run_plan import RunPlan, plan_run, require_fit, spill_warning
@@ -63,12 +63,14 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
     one of the run itself, before which all stages are finished.
 
     Raises:
-        ValueError: a path of the examples does not exist, the network cannot be made of the checkpoint, or as
-            `find_checkpoint` of the run and of each stage: before weights are read, and before any stage is trained.
+        ValueError: a path of the examples does not exist, answers cannot be judged, the network cannot be made of the
+            checkpoint, or as `find_checkpoint` of the run and of each stage: before weights are read, and before any
+            stage is trained.
     """
     require_paths(config, "train", "validation")
     if config.data.validation:
         task_of(config).require()
+    worth_of(config)
     config = at_commits(config)
     network_config(fetch(config.model.path, config.model.revision, weights=False), config)
     *stages, run = runs_of(config)
@@ -130,10 +132,11 @@ def learn_one(
     if checkpoint and is_finished(config, checkpoint, batch_sampler.total, accept_changes):
         show(f"{config.output} is finished: nothing is left to train; kept {Result.read(Path(config.output))}")
         return False
+    worth = worth_of(config, examples.valid.remove_columns("image"))
     shared = shared_images_note(examples.records, asked) if asked else None
     show(*(f"warning: {note}" for note in (shared, shortness_note(batch_sampler)) if note))
     model, base_fingerprint = open_adapted(directory, config, resumes=checkpoint is not None)
-    objective = objective_of(config, model, processor, examples, asked)
+    objective = objective_of(config, model, processor, examples, asked, worth)
     show_start(config, model, planned, checkpoint, batch_sampler.total)
     distributed.on_main(partial(start_run, config))
     distributed.on_main(partial(Result.reopen, Path(config.output)))

@@ -73,7 +73,9 @@ class TokenBatch:
             raise ValueError("attention_mask starts with padding: rows must be padded on the right")
         require_suffixes(types, mask)
         position_ids, predicted_by = token_positions(types)
-        batch = cls(ids, mask, types, position_ids, image_positions(ids, image_token_id))
+        # An <image> within a suffix is one that the network wrote, as it may write any token, and stands for no image.
+        prefix = ids.masked_fill(types != 0, -1)
+        batch = cls(ids, mask, types, position_ids, image_positions(prefix, image_token_id))
         if labels is None:
             return batch
         weights = None if loss_weights is None else loss_weights.cpu()

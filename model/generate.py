@@ -1,15 +1,16 @@
 """Decoding: one batched prefill, then a token at a time for all rows, over a cache reserved once.
 
 Prompts of different lengths are padded on the right. New tokens share the cache slots behind the longest prompt; each
-row keeps its own positions, and its padding stays masked, so a batch answers as its rows would alone.
+row keeps its own positions, and its padding stays masked, so a batch answers as its rows would alone. Of several
+samples of a prompt the prefill is computed once.
 
-Axes: B batch, S prompt length, T new tokens, D hidden, V vocabulary.
+Axes: B prompts, S prompt length, K samples of a prompt, R = B * K rows, T new tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,12 +30,17 @@ class Sampling:
         temperature: 0 is greedy; otherwise tokens are sampled from softmax(logits / temperature).
         top_p: sample from the smallest set of most likely tokens whose probability reaches this, in (0, 1].
         seed: of the sampling; the same seed and batch give the same tokens.
+        samples: K, how often each prompt is continued.
+        seeds: one for each row, in place of `seed`: what a row draws then depends on its own one alone, and not on the
+            batch that it is in.
     """
 
     max_new_tokens: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    samples: int = 1
+    seeds: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -42,11 +48,32 @@ class Sampling:
                 f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}, top_p={self.top_p}: expected "
                 "max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1"
             )
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: expected at least 1, how often each prompt is continued")
+
+    def numbers(self, rows: int, device: torch.device) -> Tensor | None:
+        """What the tokens of each row are sampled with, [R, max_new_tokens] in [0, 1), f64, or where the device has
+        none f32; None where they are not sampled. Drawn on the CPU, so that they are the same on every device.
+
+        Raises:
+            ValueError: there are seeds, and not one for each row.
+        """
+        if self.seeds and len(self.seeds) != rows:
+            raise ValueError(f"got {len(self.seeds)} seeds for {rows} rows; expected one for each, or none")
+        if not self.temperature:
+            return None
+
+        def drawn(seed: int, *shape: int) -> Tensor:
+            return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+        of_rows = [drawn(seed, self.max_new_tokens) for seed in self.seeds]
+        found = torch.stack(of_rows) if of_rows else drawn(self.seed, rows, self.max_new_tokens)
+        return found.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 class Generation(NamedTuple):
-    """New tokens i64 [B, T], and of each its log-probability f32 [B, T] (natural logarithm, at temperature 1, whatever
-    it was sampled with); 0 where a row has finished.
+    """New tokens i64 [R, T], those of one prompt's samples side by side, and of each its log-probability f32 [R, T]
+    (natural logarithm, at temperature 1, whatever it was sampled with); 0 where a row has finished.
     """
 
     tokens: Tensor
@@ -100,8 +127,9 @@ def generate(
         The new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
     """
     batch, prompt_length, _ = x.shape
+    rows = batch * sampling.samples
     lengths = attention_mask.sum(dim=1)  # (B,)
-    generator = torch.Generator(x.device).manual_seed(sampling.seed) if sampling.temperature else None
+    numbers = sampling.numbers(rows, x.device)  # (R, max_new_tokens)
     cache = KVCache(decoder.model.config, batch, prompt_length + sampling.max_new_tokens - 1, x.dtype, x.device)
 
     positions = torch.arange(1, prompt_length + 1, device=x.device).expand(batch, -1)  # (B, S)
@@ -110,13 +138,17 @@ def generate(
     hidden = decoder.model(x, mask, positions, cache, query_positions=last)[:, 0]  # (B, D)
 
     visible = attention_mask.bool()  # (B, slots so far)
-    finished = torch.zeros(batch, dtype=torch.bool, device=x.device)
+    if sampling.samples > 1:
+        cache.repeat(sampling.samples)
+        lengths, hidden, visible = (of.repeat_interleave(sampling.samples, dim=0) for of in (lengths, hidden, visible))
+    finished = torch.zeros(rows, dtype=torch.bool, device=x.device)
     new_tokens: list[Tensor] = []
     log_probs: list[Tensor] = []
     while True:
-        logits = decoder.head(hidden).float()  # (B, V)
-        token = pick_token(logits, sampling.temperature, sampling.top_p, generator)  # (B,)
-        chosen = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)  # (B,)
+        logits = decoder.head(hidden).float()  # (R, V)
+        number = None if numbers is None else numbers[:, len(new_tokens)]
+        token = pick_token(logits, sampling.temperature, sampling.top_p, number)  # (R,)
+        chosen = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)  # (R,)
         log_probs.append(chosen.masked_fill(finished, 0.0))
         token = token.masked_fill(finished, pad_token_id)
         new_tokens.append(token)
@@ -124,18 +156,26 @@ def generate(
         if len(new_tokens) == sampling.max_new_tokens or is_done(bool(finished.all())):
             return Generation(torch.stack(new_tokens, dim=1), torch.stack(log_probs, dim=1))
         visible = torch.cat((visible, torch.ones_like(visible[:, :1])), dim=1)
-        positions = (lengths + len(new_tokens))[:, None]  # (B, 1)
-        x = decoder.model.embed(token[:, None])  # (B, 1, D)
-        hidden = decoder.model(x, visible[:, None, None, :], positions, cache)[:, 0]  # (B, D)
+        positions = (lengths + len(new_tokens))[:, None]  # (R, 1)
+        x = decoder.model.embed(token[:, None])  # (R, 1, D)
+        hidden = decoder.model(x, visible[:, None, None, :], positions, cache)[:, 0]  # (R, D)
 
 
-def pick_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Logits f32 [B, V] -> next tokens i64 [B]: the most likely, or sampled (nucleus sampling, arXiv 1904.09751)."""
-    if temperature == 0:
+def pick_token(logits: Tensor, temperature: float, top_p: float, number: Tensor | None) -> Tensor:
+    """Logits f32 [R, V] -> next tokens i64 [R]: the most likely, or sampled (nucleus sampling, arXiv 1904.09751).
+
+    number: of each row one in [0, 1), [R], as `Sampling.numbers` has them: the token is the one in whose part of the
+        cumulated probabilities it lies, so that a row's token depends on its own logits and number alone.
+    """
+    if number is None:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    ordered, tokens = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered  # mass of the more likely tokens: the first token always stays
-    ordered = ordered.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(ordered, 1, generator=generator)
-    return tokens.gather(1, choice)[:, 0]
+    probabilities, tokens = torch.softmax(logits / temperature, dim=-1).to(number.dtype), None
+    if top_p < 1:
+        probabilities, tokens = probabilities.sort(dim=-1, descending=True)
+        before = probabilities.cumsum(dim=-1) - probabilities  # of the more likely tokens: the first one always stays
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    cumulated = probabilities.cumsum(dim=-1)  # (R, V)
+    total = cumulated[:, -1:]
+    below = torch.minimum(number[:, None] * total, total.nextafter(torch.zeros_like(total)))  # also where it rounds up
+    choice = torch.searchsorted(cumulated, below, right=True)  # (R, 1): the first one that exceeds it
+    return (choice if tokens is None else tokens.gather(1, choice))[:, 0]

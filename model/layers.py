@@ -99,3 +99,7 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def repeat(self, times: int) -> None:
+        """Hold each row so many times, side by side."""
+        self.keys, self.values = (held.repeat_interleave(times, dim=1) for held in (self.keys, self.values))

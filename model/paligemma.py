@@ -244,7 +244,8 @@ class PaliGemma(nn.Module):
         """Continue right-padded prompts: the new tokens of `generate_scored`, which takes the same arguments.
 
         Returns:
-            i64 [B, T], the new tokens only: each row ends in `eos` (unless cut off) and is filled up with `pad`.
+            i64 [B * samples, T], the new tokens only: each row ends in `eos` (unless cut off) and is filled up with
+            `pad`.
 
         Raises:
             ValueError: settings that cannot be, prompts not padded on the right, images that do not match.
@@ -263,6 +264,8 @@ class PaliGemma(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        samples: int = 1,
+        seeds: Sequence[int] = (),
         is_done: Callable[[bool], bool] = bool,
     ) -> Generation:
         """Continue right-padded prompts; images, masks and types as in `forward`, the rest as in `Sampling`.
@@ -272,13 +275,14 @@ class PaliGemma(nn.Module):
                 share sharded layers go on until every row of all of them has.
 
         Returns:
-            The new tokens only, each row filled up with `pad` behind its `eos`, and their log-probabilities.
+            The new tokens only, each row filled up with `pad` behind its `eos`, and their log-probabilities; of
+            several samples the rows of a prompt are side by side.
 
         Raises:
             ValueError: settings that cannot be, prompts not padded on the right or with several suffixes, images that
                 do not match.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, samples, seeds)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:

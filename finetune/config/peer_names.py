@@ -149,8 +149,13 @@ ROWS = (
     ("rpo_alpha pref_ftx", "preference.rpo_alpha", "0: none"),
     ("ref_model ref_adapter_name ref_model_name_or_path", "train.reference", "start, base, or an adapter's directory"),
     ("precompute_ref_log_probs precompute_ref_logps", "preference.precompute", ""),
-    ("rl rlhf_type stage trainer_type", "train.objective", "dpo, or supervised"),
+    ("rl rlhf_type stage trainer_type", "train.objective", "dpo, reward, or supervised"),
     ("dpo dpo_config preferences", "preference", ""),
+    # Rewards
+    ("num_generations rloo_k", "reward.samples", "answers drawn of each example"),
+    ("kl_coef", "reward.kl", ""),
+    ("max_completion_length response_length max_new_tokens", "evaluation.max_new_tokens", "also of drawn answers"),
+    ("rloo rloo_config reward_funcs", "reward", "what an answer is worth is the metric of the task (data.train.task)"),
     # Evaluation
     ("per_device_eval_batch_size eval_batch_size", "evaluation.batch_size", ""),
     ("generation_max_length", "evaluation.max_new_tokens", "tokens of the answer alone"),

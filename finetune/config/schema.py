@@ -199,13 +199,14 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How it is learned. A step is one update of the weights, by batch_size examples."""
 
-    objective: Literal["supervised", "dpo"] = "supervised"
+    objective: Literal["supervised", "dpo", "reward"] = "supervised"
     """supervised: the answers are learned. dpo: of each pair, to prefer the chosen answer to the rejected one (section
-    preference).
+    preference). reward: of the answers that the network draws itself, those that the metric of the task values more
+    (section reward).
     """
     reference: PathText = "start"
-    """The network that dpo measures gains from. start: as training starts; base: without any adapter; or the directory
-    of an adapter, or of a run, with the same settings.
+    """The network that dpo and reward measure gains from. start: as training starts; base: without any adapter; or the
+    directory of an adapter, or of a run, with the same settings.
     """
     epochs: Positive | None = None
     """Passes over the training examples; this or max_steps."""
@@ -305,6 +306,23 @@ class PreferenceOptions(Section):
         return label_smoothing
 
 
+class RewardOptions(Section):
+    """How train.objective=reward learns from what the network's own answers are worth, 0 to 1, by the metric of the
+    task that data.train names (REINFORCE, arXiv 2302.08242).
+    """
+
+    samples: Annotated[int, Field(ge=2)] = 4
+    """Answers drawn of each example in a step, of at most evaluation.max_new_tokens. Each one is compared with the mean
+    of the others (RLOO, arXiv 2402.14740), so that there are two at least.
+    """
+    temperature: Positive = 1.0
+    """They are drawn from softmax(logits / temperature), which is also what their log-probabilities are of."""
+    kl: Annotated[float, Field(ge=0)] = 0.05
+    """How closely the network is held to the reference: what an answer is worth less for each nat that its
+    log-probability gained over the reference.
+    """
+
+
 class Stage(Section):
     """A part of a run that comes before it and trains the connector alone, with all else as the run has it. It is a run
     of its own in OUTPUT/stages/NAME, and the next one starts with its connector.
@@ -373,6 +391,7 @@ class RunConfig(Section):
     """What is trained before the run itself, in this order: the connector that model.connector names, alone."""
     train: TrainConfig
     preference: PreferenceOptions = PreferenceOptions()
+    reward: RewardOptions = RewardOptions()
     memory: MemoryConfig = MemoryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: Annotated[PathText, Effect.NOTHING]
@@ -386,9 +405,10 @@ class RunConfig(Section):
         return self.data.validation is not None and not unanswered and self.train.eval_every is not None
 
     @property
-    def learned_answers(self) -> Literal["rotate", "majority", "all", "pair"]:
+    def learned_answers(self) -> Literal["rotate", "majority", "all", "pair", "prompt"]:
         """Which answers of a record an example of data.train has, as `PaliGemmaDataset` knows them."""
-        return "pair" if self.train.objective == "dpo" else self.data.answers
+        of_objective: dict[str, Literal["pair", "prompt"]] = {"dpo": "pair", "reward": "prompt"}
+        return of_objective.get(self.train.objective, self.data.answers)
 
     @field_validator("lora")
     @classmethod
@@ -507,7 +527,8 @@ class RunConfig(Section):
                 f"got {data.answers}; with train.objective={train.objective} it has no meaning: leave it out",
                 "train.objective",
             )
-        if official := next((key for key, source in data.places("train").items() if source.questions), None):
+        official = next((key for key, source in data.places("train").items() if source.questions), None)
+        if official and train.objective == "dpo":
             raise error_at(
                 f"{official}.questions",
                 "VQA's files have no rejected answers, and train.objective=dpo learns from pairs: give pairs, such as "
@@ -516,19 +537,19 @@ class RunConfig(Section):
             )
         return train
 
-    @field_validator("preference")
+    @field_validator("preference", "reward")
     @classmethod
-    def _is_for_pairs(cls, preference: PreferenceOptions, info: ValidationInfo) -> PreferenceOptions:
-        given = preference.model_dump(exclude_defaults=True)
-        if given and "train" in info.data and info.data["train"].objective != "dpo":
+    def _is_for_its_objective(cls, options: Section, info: ValidationInfo) -> Section:
+        section, given = str(info.field_name), options.model_dump(exclude_defaults=True)
+        expected = {"preference": "dpo", "reward": "reward"}[section]
+        if given and "train" in info.data and (objective := info.data["train"].objective) != expected:
             key = min(given)
-            objective = info.data["train"].objective
             raise error_at(
-                f"preference.{key}",
-                f"got {given[key]}, and train.objective is {objective}: set it to dpo, or leave this out",
+                f"{section}.{key}",
+                f"got {given[key]}, and train.objective is {objective}: set it to {expected}, or leave this out",
                 "train.objective",
             )
-        return preference
+        return options
 
     @model_validator(mode="after")
     def _trains_the_connector(self) -> "RunConfig":

@@ -39,6 +39,7 @@ class CaptionTask:
     key: str = "cider"
     metric: str = "CIDEr-D"
     unit: str = "times 100"
+    value: None = None  # the words of an answer weigh by the other records that are scored with it
 
     def require(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         """See `Task.require`: pycocoevalcap, and words in every reference."""

@@ -35,6 +35,12 @@ class DetectTask:
                 "or evaluate on images with boxes"
             )
 
+    def value(self, answer: str, record: Mapping[str, Any]) -> float:
+        """F1 of the boxes of one answer at IoU 0.5, 0 to 1; 1 where none is expected nor given."""
+        id = record["id"]
+        found = score_boxes({id: right_text(record)}, {id: AnsweredBoxes(answer, 0.0)})
+        return found.f1_by_id[id] / 100
+
     def score(self, answers: Mapping[str, Answer], records: Iterable[Mapping[str, Any]]) -> Score:
         """See `Task.score`. The value of an answer is the F1 of its boxes at IoU 0.5. The interval is by bootstrap
         (`score_boxes`): images are drawn again, the network's answers stay. Types of answers are not told apart.

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.evaluation.answer import Answer
 from finetune.evaluation.score import Score, cluster_of, count_images, require_answered
-from finetune.evaluation.tasks import Task
+from finetune.evaluation.tasks import Task, Value
 
 Record = Mapping[str, Any]
 SEPARATOR = "/"  # between the name of a source and the id that a record has in it
@@ -52,6 +52,14 @@ class MixtureTask:
         units = {task.unit for task in self.tasks.values()}
         return units.pop() if len(units) == 1 else "of different units"
 
+    @property
+    def value(self) -> Value | None:
+        """That of a record's source; None where the task of one of them has none."""
+        values = {name: task.value for name, task in self.tasks.items() if task.value is not None}
+        if len(values) < len(self.tasks):
+            return None
+        return lambda answer, record: values[self.source_of(record)](answer, record)
+
     def require(self, records: Iterable[Record] = ()) -> None:
         """See `Task.require`."""
         by_source = self.by_source(records)
@@ -93,11 +101,15 @@ class MixtureTask:
         """
         found: dict[str, list[Record]] = {name: [] for name in self.tasks}
         for record in records:
-            name = record["id"].partition(SEPARATOR)[0]
-            if name not in found:
-                raise ValueError(f"record {record['id']!r} is of no source; expected one of {', '.join(found)}")
-            found[name].append(record)
+            found[self.source_of(record)].append(record)
         return found
+
+    def source_of(self, record: Record) -> str:
+        """The name of a record's source, as `by_source` tells it."""
+        name: str = record["id"].partition(SEPARATOR)[0]
+        if name not in self.tasks:
+            raise ValueError(f"record {record['id']!r} is of no source; expected one of {', '.join(self.tasks)}")
+        return name
 
 
 def geometric_mean(scores: Sequence[Score]) -> tuple[float, tuple[float, float]]:

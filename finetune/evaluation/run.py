@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,7 @@ from finetune.evaluation.inputs import INPUTS_KEY, file_digests, inputs_of_run, 
 from finetune.evaluation.mixture import MixtureTask
 from finetune.evaluation.score import Score
 from finetune.evaluation.task_choice import task_of_source
-from finetune.evaluation.tasks import CLASSIFY, Task
+from finetune.evaluation.tasks import CLASSIFY, TASKS, Record, Task, Value
 from finetune.system import distributed
 from finetune.system.console import show
 from finetune.system.device import pick_device, pick_dtype
@@ -135,11 +135,33 @@ def evaluate_arm(
     return result.score
 
 
-def task_of(config: RunConfig) -> Task:
-    """What the run's validation answers are judged by."""
-    sources = config.data.sources("validation") or config.data.sources("train")
+def task_of(config: RunConfig, split: str = "validation") -> Task:
+    """What the run's answers to data.validation, or data.train (`split`), are judged by."""
+    sources = config.data.sources(split) or config.data.sources("train")
     tasks = {source.called: task_of_source(source) for source in sources}
     return MixtureTask(tasks) if len(tasks) > 1 else next(iter(tasks.values()))
+
+
+def worth_of(config: RunConfig, records: Iterable[Record] = ()) -> Value | None:
+    """What an answer to an example of data.train is worth by the task of its source, 0 to 1; None where training does
+    not ask for it.
+
+    Raises:
+        ValueError: a task says nothing of single answers; or as `Task.require` of these records.
+    """
+    if config.train.objective != "reward":
+        return None
+    for place, source in config.data.places("train").items():
+        if (task := task_of_source(source)).value is None:
+            others = ", ".join(name for name, other in TASKS.items() if other.value is not None)
+            raise ValueError(
+                f"{place}.task is {task.name}, whose {task.metric} judges answers together, and train.objective=reward "
+                f"asks what a single one is worth: name one of {others}, or learn these examples in another run "
+                "(train.objective: supervised)"
+            )
+    task = task_of(config, "train")
+    task.require(records)
+    return task.value
 
 
 def arms_of(config: RunConfig, words: Sequence[str], names: Sequence[str]) -> dict[str, Arm]:

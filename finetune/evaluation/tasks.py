@@ -44,6 +44,10 @@ class Task(Protocol):
     def unit(self) -> str:
         """Of the metric, such as percent."""
 
+    @property
+    def value(self) -> Value | None:
+        """Of one answer by itself, 0 to 1; None where an answer is worth something among others alone."""
+
     def require(self, records: Iterable[Record] = ()) -> None:
         """Look, before any answer is made, whether answers to these records can be scored.
 

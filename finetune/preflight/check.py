@@ -9,7 +9,7 @@ from data import Processor
 from data.invalid import SkippedRecords
 from data.records import NoRecordsError, decodable
 from finetune.config.schema import RunConfig
-from finetune.evaluation.run import task_of
+from finetune.evaluation.run import task_of, worth_of
 from finetune.preflight.data_checks import prompt_check
 from finetune.system.console import show
 from finetune.training.examples import open_examples, open_processor, shared_images_note, skipped_records, valid
@@ -30,6 +30,7 @@ def check(config: RunConfig) -> None:
     processor = open_processor(fetch(config.model.path, config.model.revision, weights=False), config)
     refused: list[str] = []
     opened: list[Dataset] = []
+    worth_of(config)
     for split in ("train", "validation") if config.data.validation else ("train",):
         skipped = SkippedRecords(share=math.inf)
         try:
@@ -39,8 +40,8 @@ def check(config: RunConfig) -> None:
             refused.append(f"data.{split}: {error}")
             continue
         opened += [usable] if usable else []
-        if split == "validation" and usable:
-            require_judgeable(config, usable, refused)
+        if usable:
+            require_judgeable(config, split, usable, refused)
         count, total = len(skipped.reasons), len(skipped.reasons) + len(usable or ())
         show(f"data.{split}: {total - count:,} records can be used, {count:,} cannot")
         show(*reasons_in(skipped))
@@ -55,12 +56,13 @@ def check(config: RunConfig) -> None:
         raise ValueError("\n".join(refused))
 
 
-def require_judgeable(config: RunConfig, records: Dataset, refused: list[str]) -> None:
-    """Add to `refused` why the task cannot judge answers to these records, if it cannot."""
+def require_judgeable(config: RunConfig, split: str, records: Dataset, refused: list[str]) -> None:
+    """Add to `refused` why the task cannot judge answers to these records, if it cannot and has to."""
+    texts = records.remove_columns("image")
     try:
-        task_of(config).require(records.remove_columns("image"))
+        task_of(config).require(texts) if split == "validation" else worth_of(config, texts)
     except ValueError as error:
-        refused.append(f"data.validation: {error}")
+        refused.append(f"data.{split}: {error}")
 
 
 def usable_records(config: RunConfig, split: str, processor: Processor, skipped: SkippedRecords) -> Dataset | None:

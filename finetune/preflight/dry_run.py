@@ -203,9 +203,10 @@ def show_step_time(
         f"{time.speed(workload, micro_batch):.3g} TFLOP/s"
     )
     if steps:
+        drawn = "the answers that are drawn, " if config.train.objective == "reward" else ""
         show(
-            f"{steps.total:,} steps: {steps.total * seconds / 3600:.2f} hours, without evaluations, checkpoints, and "
-            "waiting for images"
+            f"{steps.total:,} steps: {steps.total * seconds / 3600:.2f} hours, without {drawn}evaluations, "
+            "checkpoints, and waiting for images"
         )
 
 

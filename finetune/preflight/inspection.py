@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data import PaliGemmaDataset, Processor, collate
+from data.dataset import Answers
 from data.invalid import SkippedRecords
 from finetune.config.schema import RunConfig
 from finetune.preflight.data_checks import Check, answer_checks, duplicate_checks, length_checks, prompt_check
@@ -79,7 +80,9 @@ def inspect_examples(config: RunConfig) -> Inspection:
     directory = fetch(config.model.path, config.model.revision, weights=False)
     dimensions, processor = network_config(directory, config), open_processor(directory, config)
     opened = open_examples(config, "train", processor, skipped_records(config, "train", listed=False))
-    dataset = PaliGemmaDataset(opened.records, processor, config.learned_answers, config.train.seed, opened.skipped)
+    # Answers that the network will draw cannot be shown: those that they are compared with are, each in its turn.
+    learned: Answers = "rotate" if config.learned_answers == "prompt" else config.learned_answers
+    dataset = PaliGemmaDataset(opened.records, processor, learned, config.train.seed, opened.skipped)
     found: dict[str, dict[str, Any]] = {}
     for pair in plan_steps(config, opened.sizes)[0]:
         if len(found) < MOST:
@@ -96,7 +99,7 @@ def inspect_examples(config: RunConfig) -> Inspection:
         *batch_checks(dimensions, batch, leaks, how, len(kinds[0])),
         *length_checks(opened.lengths, len(opened.skipped.reasons), processor),
         prompt_check(records),
-        *answer_checks(records, config.learned_answers, processor),
+        *answer_checks(records, learned, processor),
         *duplicate_checks(records, validation),
     ]
     attention = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])[:, 0]

@@ -66,9 +66,10 @@ class Planner:
 
     Attributes:
         keeps_reference: whether what is trained is kept a second time, as it was at the start.
+        samples: answers that the network draws for each row before a step, those that the row then has; 0: none.
     """
 
-    keeps_reference = False
+    keeps_reference, samples = False, 0
 
     def __init__(
         self,
@@ -154,14 +155,34 @@ class Planner:
         once with `new_tokens` tokens each.
         """
         text, e = self.config.text, self.dtype.itemsize
-        prefill = self.tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * e
-        slots = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * e  # of a token in the cache
         logits = max(1, self.answer) * text.vocab_size * (e + 8)  # the loss's; generation has those of one token
-        row = max(self.encoding, prefill + logits) + slots * (self.tokens + new_tokens)
+        row = max(self.encoding, self.tokens * self.prefill + logits) + self.slot * (self.tokens + new_tokens)
         row += 2 * self.config.num_image_tokens * text.hidden_size * e  # image tokens, and those of the rows
         activations = int((1 + self.fragmentation) * batch_size * row) + self.dequantized + self.gathered
         on_card = cublas_workspaces(self.device) if self.device.type == "cuda" else 0
         return self.frozen + 4 * self.trained + self.rounding(False) + activations + on_card + CONTEXT
+
+    @property
+    def prefill(self) -> int:
+        """Bytes at work for each token of a prompt, without a graph (an estimate)."""
+        return (3 * self.config.text.intermediate_size + 6 * self.config.text.hidden_size) * self.dtype.itemsize
+
+    @property
+    def slot(self) -> int:
+        """Bytes of a token in the cache."""
+        text = self.config.text
+        return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
+
+    def sampling(self, prompts: int) -> int:
+        """Bytes at work while the answers to so many prompts are drawn together (an estimate): in the prefill, while
+        the cache is repeated for each answer, or with the logits of a token of each, which are copied into fp32, and
+        their probabilities and the sums of these in fp64.
+        """
+        prompt = self.tokens - self.supervised
+        rows, slots = prompts * self.samples, prompt + self.supervised // self.samples
+        before, cache = (count * slots * self.slot for count in (prompts, rows))
+        logits = rows * self.config.text.vocab_size * (self.dtype.itemsize + 4 + 2 * 8)
+        return max(before + prompts * prompt * self.prefill, before + cache, cache + logits)
 
     def evaluation_batch(self, batch_size: int, new_tokens: int, budget: int) -> int:
         """The most questions at once, `batch_size` at most, whose evaluation is within `budget`; 1 where none is."""
@@ -233,6 +254,8 @@ class Planner:
         # Images are encoded first; then the decoder works, with or without the vision encoder on the device.
         vision_phase = rows * self.encoding + self.vision * execution.offload_vision
         found["vision phase above that"] = max(0, vision_phase - sum(found.values()))
+        if self.samples:
+            found["drawing answers above that (estimate)"] = max(0, self.sampling(rows) - sum(found.values()))
         return found
 
     def choose(self, budget: int, micro_batch: int | None = None, recompute: int | None = None) -> Plan:

@@ -53,6 +53,7 @@ def plan_run(run: RunConfig, config: PaliGemmaConfig, longest: Longest) -> RunPl
     lengths = (tokens, longest.supervised, share)
     planner = Planner(config, run.lora, dtype, *lengths, device, run.model.quantize, longest.answer)
     planner.keeps_reference = has_values(run)
+    planner.samples = run.reward.samples if train.objective == "reward" else 0
     if distributed.asks_for_fsdp():
         planner.shard_decoder(distributed.count())
     budget, source = budget_of(device, run.memory.budget_gib)
@@ -65,7 +66,12 @@ def assumed_lengths(run: RunConfig) -> Longest:
     """What to take for the longest row where the data cannot be read."""
     data, assumed = run.data, {"all": ASSUMED_ALL, "pair": ASSUMED_PAIR}.get(run.learned_answers, ASSUMED)
     text = assumed.text if data.max_text_tokens == "auto" else data.max_text_tokens
-    return Longest(text, min(assumed.supervised, text), min(assumed.answer, text))
+    answer = min(assumed.answer, text)
+    if run.learned_answers == "prompt":
+        limit = run.evaluation.max_new_tokens
+        drawn = run.reward.samples * (answer if limit == "auto" else limit)
+        return Longest(text - answer + drawn, drawn, answer)
+    return Longest(text, min(assumed.supervised, text), answer)
 
 
 def require_fit(run: RunConfig, planned: RunPlan) -> None:

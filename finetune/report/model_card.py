@@ -144,8 +144,8 @@ def about(subject: Subject) -> str:
         said = f"PaliGemma ({base}) {merged}. It answers questions about images."
     if subject.run:
         train = subject.run.config.train
-        pairs = "preference pairs (DPO) of " if train.objective == "dpo" else ""
-        said += f" Trained on {pairs}{code(subject.run.config.data.title('train'))}"
+        how = {"dpo": "on preference pairs (DPO) of ", "reward": "by rewards for its own answers (RLOO) to "}
+        said += f" Trained {how.get(train.objective, 'on ')}{code(subject.run.config.data.title('train'))}"
         said += f", in steps of {train.batch_size:,} examples."
     step, value = subject.facts.step, subject.facts.metric_value
     if step is not None:

@@ -10,8 +10,8 @@ from finetune.report.run_data import Arm, RunData
 def summary(run: RunData) -> str:
     """What was trained on what, and what came of it, in a sentence."""
     model = public(run.config)["model"]["path"]
-    pairs = "preference pairs of " if run.config.train.objective == "dpo" else ""
-    said = f"{model} was trained on {pairs}{run.config.data.title('train')}"
+    how = {"dpo": "on preference pairs of ", "reward": "by rewards for its own answers to "}
+    said = f"{model} was trained {how.get(run.config.train.objective, 'on ')}{run.config.data.title('train')}"
     arm = run.trained
     if arm is None and run.config.data.validation is None:
         return f"{said}. The run has no data.validation, and so nothing to evaluate on."

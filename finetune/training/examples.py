@@ -197,7 +197,10 @@ def open_examples(
             "say so in the configuration too, with image.aspect: pad"
         )
     # Of a validation record the majority answer is scored; which one is learned from is a matter of training.
-    lengths = measure(records, processor, config.learned_answers if split == "train" else "majority")
+    learned = config.learned_answers if split == "train" else "majority"
+    lengths = measure(records, processor, learned)
+    if learned == "prompt":
+        lengths = lengths.sampled(config.reward.samples, max_new_tokens(config, lengths))
     skipped.add(lengths.invalid.values(), len(records))
     for note in (*text_rows_note(records), *lengths.notes()):
         show(f"data.{split}: {note}")

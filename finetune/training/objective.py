@@ -1,13 +1,14 @@
 """What a step minimises: a sum over its examples, divided by what they count together.
 
-Training from answers is here (`Supervised`), from pairs in preferences.py. As a sum, a step can be cut into
-micro-batches and shared by processes without another result: each loss is divided by the total of the whole step.
+Training from answers is here (`Supervised`), from pairs in preferences.py, by rewards in rewards.py. As a sum, a step
+can be cut into micro-batches and shared by processes without another result: each loss is divided by the total of the
+whole step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class Loss(NamedTuple):
 
 class Objective(Protocol):
     """What training minimises."""
+
+    @property
+    def may_be_silent(self) -> bool:
+        """Whether there may be steps whose gradient is zero everywhere, because nothing is to be learned from them."""
 
     def prepare(self, inputs: StepInputs, examples: Sequence[Example], step: int) -> list[Example]:
         """The examples of a step (counted from 0), or of a process's share of it, with what their loss needs besides.
@@ -63,6 +68,8 @@ class Objective(Protocol):
 
 class Supervised:
     """The cross-entropy of the answers' tokens, each as often as its weight says."""
+
+    may_be_silent: ClassVar[bool] = False
 
     def prepare(self, inputs: StepInputs, examples: Sequence[Example], step: int) -> list[Example]:
         """See `Objective.prepare`."""

@@ -13,10 +13,11 @@ from finetune.config.schema import RunConfig
 from finetune.system import distributed
 from finetune.system.console import show
 from finetune.training.batch_sampler import BatchSampler
-from finetune.training.examples import Examples
+from finetune.training.examples import Examples, max_new_tokens
 from finetune.training.objective import Objective, Supervised
 from finetune.training.preferences import Preferences
 from finetune.training.reference import REFERENCE_FILE, LogProbs, Reference, made_of
+from finetune.training.rewards import Rewards, Worth
 from finetune.training.trainer import LoRATrainer
 from model import PaliGemma
 
@@ -25,13 +26,19 @@ if TYPE_CHECKING:
 
 
 def objective_of(
-    config: RunConfig, model: PaliGemma, processor: Processor, examples: Examples, asked: Dataset | None
+    config: RunConfig,
+    model: PaliGemma,
+    processor: Processor,
+    examples: Examples,
+    asked: Dataset | None,
+    worth: Worth | None = None,
 ) -> Objective:
     """What the run minimises.
 
     Args:
         model: with the adapters in place that training starts with.
         examples: of data.train. asked: the validation records, if the run evaluates.
+        worth: what an answer is worth, where training is by rewards.
 
     Raises:
         ValueError: the reference cannot be opened, or its log-probabilities are kept and those of something else; or
@@ -45,6 +52,10 @@ def objective_of(
             "process holds all of the network"
         )
     reference, known = Reference.of(config, model), None
+    if config.train.objective == "reward":
+        assert worth is not None, "the run has looked what answers are worth"
+        new_tokens = max_new_tokens(config, examples.lengths)
+        return Rewards(config.reward, reference, worth, processor.decode, new_tokens)
     if config.preference.precompute:
         about = made_of(config, model, reference, processor, examples.records)
         known = LogProbs(Path(config.output, REFERENCE_FILE), about, examples.records["id"][:])

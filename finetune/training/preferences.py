@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,10 @@ from finetune.config.schema import PreferenceOptions
 from finetune.system import distributed, workers
 from finetune.system.progress import progress
 from finetune.system.transfer import to_device
+from finetune.training.log_probs import answer_log_probs, log_probs_by_id, logits_of, tokens_of
 from finetune.training.objective import EXAMPLES, Loss, require_examples
 from finetune.training.reference import LogProbs, Reference
-from finetune.training.step_inputs import Example, ImageFeatures, StepInputs, cut, micro_batches
+from finetune.training.step_inputs import Example, StepInputs, cut, micro_batches
 from model import PaliGemma, TokenBatch
 
 KEPT = "reference"  # of an example, the reference's log-probabilities of its two answers, f64 [2]
@@ -49,24 +51,6 @@ def pair_losses(gains: Tensor, tokens: Tensor, options: PreferenceOptions) -> Te
     return -(1 - options.label_smoothing) * right - options.label_smoothing * wrong
 
 
-def answer_log_probs(logits: Tensor, batch: TokenBatch, tokens: Tensor) -> Tensor:
-    """Log-probability of each answer of pairs, [B, 2], in nats: the sum over its tokens.
-
-    Args:
-        logits: [L, V] of the targets of `batch`.
-        tokens: i64 [B, 2] on the CPU, how many each answer has.
-    """
-    assert batch.targets is not None, "answers are labels"
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = -F.cross_entropy(exact, batch.targets, reduction="none")  # (L,)
-    return torch.stack([part.sum() for part in log_probs.split(tokens.flatten().tolist())]).view(-1, 2)
-
-
-def tokens_of(examples: Sequence[Example]) -> Tensor:
-    """i64 [B, 2]: how many tokens the answers of pairs have, `<eos>` included."""
-    return torch.stack([example["token_type_ids"].bincount()[1:] for example in examples])
-
-
 @dataclasses.dataclass(eq=False)
 class Preferences:
     """Learns to prefer the chosen answer of each pair; its loss is the mean over the pairs of a step.
@@ -81,6 +65,7 @@ class Preferences:
     known: LogProbs | None = None
     validation: Dataset[Example] | None = None
     pairs_to_measure: int = 0
+    may_be_silent: ClassVar[bool] = False
 
     def prepare(self, inputs: StepInputs, examples: Sequence[Example], step: int) -> list[Example]:
         """See `Objective.prepare`: with the reference's log-probabilities."""
@@ -133,14 +118,8 @@ class Preferences:
 
     def reference_log_probs(self, inputs: StepInputs, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Log-probabilities f64 [2] that the reference gives the answers of pairs, by their ids, on the CPU."""
-        found: dict[str, Tensor] = {}
         with self.reference.in_place(inputs.network):
-            images = inputs.frozen_image_features(examples)
-            for rows in micro_batches(examples, inputs.execution_plan.micro_batch):
-                logits, batch = logits_of(inputs, rows, images)
-                log_probs = answer_log_probs(logits, batch, tokens_of(rows)).cpu().double()
-                found |= zip((row["id"] for row in rows), log_probs, strict=True)
-        return found
+            return log_probs_by_id(inputs, examples, inputs.frozen_image_features(examples))
 
     def precompute(self, inputs: StepInputs, dataset: Dataset[Example], drawn: Sequence[int], processes: int) -> None:
         """Compute what is missing of the reference's log-probabilities, and write it down.
@@ -208,12 +187,6 @@ def divergence(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
             log_here, log_there = (F.log_softmax(of.float(), dim=-1) for of in (here, there))
             total += F.kl_div(log_there, log_here, reduction="sum", log_target=True)
     return total
-
-
-def logits_of(inputs: StepInputs, rows: Sequence[Example], images: ImageFeatures | None) -> tuple[Tensor, TokenBatch]:
-    """Logits [L, V] that predict the answers of a micro-batch, and its tokens."""
-    batch, image_features = inputs.inputs_of(rows, images, step=0)
-    return inputs.network.supervised_logits(batch, image_features), batch
 
 
 def shares_of(dataset: Dataset[Example], batches: Sequence[Sequence[int]], processes: int) -> Iterator[list[Example]]:

@@ -92,7 +92,8 @@ class LoRATrainer(Trainer):
         self.best: Result | None = None
         self.metric = metric
         self.gradient_norm = torch.zeros(())  # of the last step, before clipping
-        self.awaits_image = False  # whether no step had one yet, so that not all gradients could be looked at
+        # Whether what is trained of the decoder, and before it, has yet to be seen with a gradient.
+        self.awaits_decoder, self.awaits_image = True, False
         self.judged_by = judged_by(config) if evaluate else {}
         adapted = trained_parameters(model) or dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in adapted.items() if parameter.requires_grad}
@@ -121,7 +122,8 @@ class LoRATrainer(Trainer):
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; the state before this step is kept.
-            RuntimeError: in the first step, or the first one with an image, a trained parameter got no gradient.
+            RuntimeError: in the first step, or the first one with an image, a trained parameter got no gradient; of an
+                objective that may be silent, in the first one that is not.
             ValueError: an example cannot be made; or out of memory, and nothing smaller to try.
         """
         require_examples(inputs)
@@ -130,12 +132,22 @@ class LoRATrainer(Trainer):
         examples = objective.prepare(self.accumulation, inputs, step)
         total = distributed.total(objective.total(examples))
         loss = self.accumulation.accumulate_in_memory(examples, total, step)
-        if (is_first := step == self._initial_global_step) or self.awaits_image:
-            self.awaits_image = not check_gradients(self.network, any(map(has_image, inputs)), is_first)
+        if (self.awaits_decoder or self.awaits_image) and not self.is_silent:
+            # Where rows may be silent, those with images may be, beside others of text alone that are not.
+            seen = (all if objective.may_be_silent else any)(map(has_image, inputs))
+            self.awaits_image = not check_gradients(self.network, seen, self.awaits_decoder)
+            self.awaits_decoder = False
         distributed.all_reduce([loss, *self.accumulation.unsummed_gradients()])
         self.check_finite(model, examples, total, loss)
         self.figures |= {name: self.figures.get(name, 0) + sum for name, sum in self.accumulation.figures.items()}
         return loss
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no example of the step, in any process, gives a gradient, and the objective may be like that."""
+        if not self.accumulation.objective.may_be_silent:
+            return False
+        return not distributed.total(float(total_norm(self.accumulation.gradients())))
 
     def check_finite(self, model: nn.Module, examples: list[Example], total: float, loss: Tensor) -> None:
         """Stop before the optimizer where loss or gradients are not finite: keep the state before, say where it is."""

@@ -40,6 +40,7 @@ train:
    log_every: 10, save_every: 100,
    eval_every: auto, patience: null, keep_checkpoints: 2, on_full_disk: stop}
 preference: {loss: sigmoid, beta: 0.1, label_smoothing: 0, rpo_alpha: 0, precompute: true}
+reward: {samples: 4, temperature: 1.0, kl: 0.05}
 stages: []
 memory: {budget_gib: null}
 evaluation: {count: 512, batch_size: 16, max_new_tokens: auto}

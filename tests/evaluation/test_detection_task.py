@@ -27,6 +27,8 @@ def test_an_answer_is_worth_the_f1_of_its_boxes() -> None:
     texts = {"1": CAT, "2": f"{CAT} ; {DOG}", "3": "", "4": "<loc0000><loc0000><loc0100><loc0100> cow", "5": "nothing"}
     found = TASK.score(texts_alone(texts), [record(id, text) for id, text in right.items()])
     assert found.values == pytest.approx({"1": 200 / 3, "2": 200 / 3, "3": 100, "4": 0, "5": 0})
+    alone = {id: 100 * TASK.value(text, record(id, right[id])) for id, text in texts.items()}
+    assert alone == pytest.approx(found.values), "by itself as among others"
     whole = score_boxes(right, {id: AnsweredBoxes(text, 0.0) for id, text in texts.items()})
     assert found.overall == whole.map
     assert found.by_label == whole.by_category
