@@ -9,9 +9,9 @@ worth, `supervised` goes on with the annotators' answers. With one seed both see
 Of each run, after its last step, whichever step it keeps:
 
 - accuracy: VQA accuracy of the most likely answers to all validation questions, also after fewer steps, for the plot;
-- reward: what the answers to training questions that it draws are worth on average, in percent, in the first and in the
-  last steps that were logged;
-- KL: log p - log p_ref of the latter, in nats a token: how far the network has gone from what it began with.
+- drawn: that of answers drawn from the network, one to each validation question, which is what rewards raise;
+- KL: log p - log p_ref of the answers drawn in the last steps that were logged, in nats a token: how far the network
+  has gone from what it began with.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.answers import last_state, opened
 from benchmarks.study import (
     ROOT,
     T_975,
@@ -34,13 +35,21 @@ from benchmarks.study import (
     write_table,
 )
 from finetune import cli
+from finetune.config.load import load_config
+from finetune.config.schema import RunConfig
+from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.tasks import TASKS
 from finetune.system.console import show
 from finetune.system.paths import path_argument
+from finetune.training.examples import max_new_tokens, open_processor
 from finetune.training.result import Result
+from finetune.training.setup import adapt, open_model
+from model import PaliGemma
 
 NAME = "benchmarks.rewards"
 CONFIGS = ROOT / "configs/rewards"
 START, ARMS = CONFIGS / "start.yaml", ("reward", "supervised")
+PLAIN = "supervised"  # what rewards are compared with
 BEGIN = begin_mark(NAME)
 
 
@@ -50,35 +59,52 @@ class Measured:
 
     Attributes:
         accuracy: (step, VQA accuracy in percent) at each evaluation.
-        rewards: what drawn answers are worth in the first and in the last steps that were logged, in percent, and how
-            far the latter have gone from the reference, in nats a token; None of a run that draws none.
+        drawn: VQA accuracy in percent of drawn answers, after the last step.
+        kl: in nats a token; None of a run without rewards.
     """
 
     accuracy: list[tuple[int, float]]
-    rewards: tuple[float, float, float] | None = None
+    drawn: float
+    kl: float | None
 
 
-def measured(run: Path) -> Measured:
-    """What a finished run wrote into metrics.jsonl."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def measured(job: Job, overrides: Sequence[str]) -> Measured:
+    """What a finished run wrote into metrics.jsonl, and what its last state is worth."""
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     accuracy = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
-    if not (drawn := [line for line in lines if "reward" in line]):
-        return Measured(accuracy)
-    return Measured(accuracy, (100 * drawn[0]["reward"], 100 * drawn[-1]["reward"], drawn[-1]["kl"]))
+    kl = next((line["kl"] for line in reversed(lines) if "kl" in line), None)
+    return Measured(accuracy, drawn_accuracy(*last_state(job, overrides)), kl)
 
 
-def table(start: float, results: Mapping[str, Sequence[Measured]]) -> list[str]:
-    """A row for each network, as Markdown. start: the accuracy that all begin with."""
-    rows = [["", "accuracy", "to the start", "to `supervised`", "reward, first", "last", "KL"], ["---", *["---:"] * 6]]
-    rows.append(["start", f"{start:.1f}", *[""] * 5])
+def start_of(job: Job, overrides: Sequence[str]) -> tuple[RunConfig, PaliGemma]:
+    """The configuration of a run, and its network before the first step."""
+    config = load_config(job.config, [*overrides, *job.changes])
+    adapt(model := open_model(Path(config.model.path), config), config)
+    return config, model
+
+
+def drawn_accuracy(config: RunConfig, model: PaliGemma) -> float:
+    """VQA accuracy, in percent, of an answer to each validation question that is drawn at temperature 1."""
+    processor, records = open_processor(Path(config.model.path), config), opened(config, "validation").valid
+    longest, rows = max_new_tokens(config, opened(config, "train").lengths), config.evaluation.batch_size
+    found = evaluate(model, processor, records, TASKS["vqa"], longest, batch_size=rows, temperature=1.0, seed=0)
+    return found.score.overall
+
+
+def table(start: tuple[float, float], results: Mapping[str, Sequence[Measured]]) -> list[str]:
+    """A row for each network, as Markdown. start: accuracy, and that of drawn answers, with which all begin."""
+    above = f"to `{PLAIN}`"
+    rows = [["", "accuracy", above, "drawn", above, "KL"], ["---", *["---:"] * 5]]
+    rows.append(["start", f"{start[0]:.1f}", "", f"{start[1]:.1f}", "", ""])
     accuracies = {arm: [run.accuracy[-1][1] for run in runs] for arm, runs in results.items()}
-    for arm, of_arm in accuracies.items():
-        gained = f"{interval([accuracy - start for accuracy in of_arm]):+.1f}"
-        above = f"{interval(differences(of_arm, accuracies['supervised'])):+.1f}" if arm != "supervised" else ""
-        drawn = [run.rewards for run in results[arm] if run.rewards is not None]
-        columns = map(interval, zip(*drawn, strict=True))
-        figures = [f"{column:{spec}}" for column, spec in zip(columns, (".1f", ".1f", ".2f"), strict=bool(drawn))]
-        rows.append([f"`{arm}`", f"**{interval(of_arm)}**", gained, above, *(figures or [""] * 3)])
+    drawn = {arm: [run.drawn for run in runs] for arm, runs in results.items()}
+    for arm, runs in results.items():
+        cells = []
+        for values in (accuracies, drawn):
+            cells.append(f"**{interval(values[arm])}**")
+            cells.append("" if arm == PLAIN else f"{interval(differences(values[arm], values[PLAIN])):+.1f}")
+        kl = [run.kl for run in runs if run.kl is not None]
+        rows.append([f"`{arm}`", *cells, f"{interval(kl):.2f}" if kl else ""])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -100,8 +126,9 @@ def plot(file: Path, start: float, results: Mapping[str, Sequence[Measured]]) ->
         left.fill_between(steps, low, high, alpha=0.1, color=line.get_color(), linewidth=0)
     left.set(xlabel="step", ylabel="VQA accuracy, percent: mean and 95% interval")
     left.legend(fontsize=8)
-    last = {arm: [run.accuracy[-1][1] for run in runs] for arm, runs in results.items()}
-    draw_seeds(right, last, "VQA accuracy after the last step: mean, 95% interval, and each seed")
+    figures = {arm: [run.accuracy[-1][1] for run in runs] for arm, runs in results.items()}
+    figures |= {f"{arm}, drawn": [run.drawn for run in runs] for arm, runs in results.items()}
+    draw_seeds(right, figures, "VQA accuracy, percent: mean, 95% interval, and each seed")
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
 
@@ -134,8 +161,9 @@ def study(arguments: argparse.Namespace) -> None:
     }
     overrides = [f"lora.start_from={begin.output}", *arguments.overrides]
     train_all([job for together in zip(*jobs.values(), strict=True) for job in together], arguments.workers, overrides)
-    results = {arm: [measured(job.output) for job in of_arm] for arm, of_arm in jobs.items()}
-    write_table(arguments.document, BEGIN, lines := table(kept.metric_value, results))
+    results = {arm: [measured(job, overrides) for job in of_arm] for arm, of_arm in jobs.items()}
+    drawn = drawn_accuracy(*start_of(jobs[PLAIN][0], overrides))
+    write_table(arguments.document, BEGIN, lines := table((kept.metric_value, drawn), results))
     plot(arguments.plot, kept.metric_value, results)
     show("\n".join(lines), f"written into {arguments.document}, beside {arguments.plot}")
 

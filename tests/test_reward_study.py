@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import train
 from benchmarks import rewards as study
-from benchmarks.rewards import BEGIN, Measured, measured
+from benchmarks.rewards import BEGIN
 from benchmarks.study import END, Job, interval
 from data.synthetic import scenes
 from finetune import run
+from finetune.adapters.storage import file_parameters, read_adapter
 from finetune.training.result import Result
 from tests import kill_test
 
@@ -26,9 +28,9 @@ def train_here(jobs: Sequence[Job], workers: int, overrides: Sequence[str]) -> N
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of finished runs of two steps each, with a document and a plot."""
-    place, data = tmp_path_factory.mktemp("study"), {}
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two steps of two examples."""
+    place, data = tmp_path_factory.mktemp("scenes"), {}
     for section, split, seed in (("train", "train2014", 1), ("validation", "val2014", 2)):
         scenes.write(place / "data", scenes=3, seed=seed, split=split, dissent=6)
         data[f"data.{section}"] = {
@@ -37,7 +39,13 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "images": f"{place}/data/images",
         }
     sizes = {"train.max_steps": 2, "train.batch_size": 2, "train.micro_batch": 2, "train.eval_every": 1}
-    settings = [f"{key}={json.dumps(value)}" for key, value in {**data, **sizes, "train.log_every": 1}.items()]
+    return [f"{key}={json.dumps(value)}" for key, value in {**data, **sizes, "train.log_every": 1}.items()]
+
+
+@pytest.fixture(scope="module")
+def studied(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of finished runs, with a document and a plot."""
+    place = tmp_path_factory.mktemp("study")
     (place / "page.md").write_text(f"before\n\n{BEGIN}\n\nan earlier table\n\n{END}\n\nafter\n")
     files = f"--runs {place}/runs --document {place}/page.md --plot {place}/plot.png --seeds 1 2"
     with pytest.MonkeyPatch.context() as patched:
@@ -60,36 +68,40 @@ def test_arms_differ_in_what_they_learn_from_alone() -> None:
         assert files["start"][section] == files["reward"][section]
 
 
-def test_the_table_says_what_the_runs_measured(studied: Path) -> None:
+def job_of(studied: Path, arm: str, seed: int) -> Job:
+    return Job(study.CONFIGS / f"{arm}.yaml", seed, studied / f"runs/{arm}/seed{seed}")
+
+
+def test_the_table_says_what_the_runs_measured(studied: Path, settings: list[str]) -> None:
     text = (studied / "page.md").read_text(encoding="utf-8")
     assert text.startswith(f"before\n\n{BEGIN}\n")
     assert "an earlier table" not in text
-    header, _, *body = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("|")]
-    rows = {cells[0].strip("`"): dict(zip(header, cells, strict=True)) for cells in body}
-    assert list(rows) == ["start", "reward", "supervised"]
+    _, _, start, *body = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("|")]
     kept = Result.read(studied / "runs/start")
     assert kept is not None
-    assert rows["start"]["accuracy"] == f"{kept.metric_value:.1f}"
-    for arm in study.ARMS:
-        runs = [measured(studied / f"runs/{arm}/seed{seed}") for seed in (1, 2)]
+    assert start[:2] == ["start", f"{kept.metric_value:.1f}"]
+    overrides = [f"lora.start_from={studied}/runs/start", *settings]
+    for arm, cells in zip(study.ARMS, body, strict=True):
+        runs = [study.measured(job_of(studied, arm, seed), overrides) for seed in (1, 2)]
         assert [step for step, _ in runs[0].accuracy] == [1, 2]
-        assert rows[arm]["accuracy"] == f"**{interval([found.accuracy[-1][1] for found in runs])}**"
-        assert bool(rows[arm]["KL"].strip()) == (arm == "reward")
+        assert cells[0] == f"`{arm}`"
+        assert cells[1] == f"**{interval([found.accuracy[-1][1] for found in runs])}**"
+        assert cells[3] == f"**{interval([found.drawn for found in runs])}**"
+        assert [bool(cells[at].strip()) for at in (2, 4, 5)] == [arm == "reward"] * 3
         started = yaml.safe_load((studied / f"runs/{arm}/seed2/config.yaml").read_text())["lora"]["start_from"]
         assert started == f"{studied}/runs/start"
-    assert rows["supervised"]["to `supervised`"].strip() == ""
     assert (studied / "plot.png").stat().st_size > 10_000
 
 
-def test_figures_are_those_of_the_first_and_the_last_lines(tmp_path: Path) -> None:
-    lines: list[dict[str, float]] = [
-        {"step": 10, "reward": 0.5, "kl": 0.01},
-        {"step": 10, "eval_accuracy": 70.0},
-        {"step": 20, "reward": 0.625, "kl": 0.25},
-        {"step": 20, "eval_accuracy": 75.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert measured(tmp_path) == Measured([(10, 70.0), (20, 75.0)], (50, 62.5, 0.25))
+def test_drawn_answers_are_those_of_the_network_that_is_measured(studied: Path, settings: list[str]) -> None:
+    """Before a run's first step that of the adapter which it starts from: of the same values, the same answers."""
+    overrides = [f"lora.start_from={studied}/runs/start", *settings]
+    for arm in study.ARMS:
+        _, model = study.start_of(job_of(studied, arm, 1), overrides)
+        _, stored = read_adapter(studied / "runs/start/adapter")
+        begun = {name: parameter.detach() for name, parameter in file_parameters(model).items()}
+        assert begun.keys() == stored.keys()
+        assert all(torch.equal(begun[name], stored[name]) for name in stored)
 
 
 def test_too_few_seeds_are_refused() -> None:
