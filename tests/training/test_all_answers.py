@@ -141,8 +141,8 @@ def test_rows_without_weights_count_once_in_a_step_with_others(records: list[dic
 
 
 def test_a_configuration_takes_what_the_data_set_does() -> None:
-    """But for pairs, which are an objective's."""
-    assert (*get_args(DataConfig.model_fields["answers"].annotation), "pair") == get_args(Answers)
+    """But for pairs and prompts, which are those of objectives."""
+    assert (*get_args(DataConfig.model_fields["answers"].annotation), "pair", "prompt") == get_args(Answers)
 
 
 def test_a_run_learns_all_answers(
