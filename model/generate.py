@@ -68,7 +68,7 @@ class Sampling:
 
         of_rows = [drawn(seed, self.max_new_tokens) for seed in self.seeds]
         found = torch.stack(of_rows) if of_rows else drawn(self.seed, rows, self.max_new_tokens)
-        return found.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        return (found.float() if device.type == "mps" else found).to(device)
 
 
 class Generation(NamedTuple):

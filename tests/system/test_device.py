@@ -121,7 +121,7 @@ def test_the_host_waits_once_a_step(base: Path, tmp_path: Path) -> None:
         trainer = off_their_start(
             trainer_of(run_config(base, tmp_path, DROPOUT), execution_plan=ExecutionPlan(4), device=DEVICE)
         )
-        trainer._initial_global_step = -1  # not the first step, which asks every adapter for its gradient
+        trainer.awaits_decoder = False  # as after the first step, which asks every adapter for its gradient
         card.waits.clear()
         examples = [trainer.train_dataset[pair] for pair in trainer.batch_sampler[0]]  # type: ignore[index]
         trainer.training_step(trainer.network, examples)
