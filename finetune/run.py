@@ -37,7 +37,8 @@ from finetune.training.examples import (
     shared_images_note,
 )
 from finetune.training.interrupt import StopOnSignal
-from finetune.training.objective_of_run import objective_of, prepare
+from finetune.training.objective_of_run import objective_of, prepare, require_built
+from finetune.training.reference import has_values
 from finetune.training.result import Result
 from finetune.training.resume import find_checkpoint, is_complete, start_run
 from finetune.training.setup import (
@@ -67,6 +68,7 @@ def learn(config: RunConfig, words: Sequence[str], resume: str = "auto", accept_
             checkpoint, or as `find_checkpoint` of the run and of each stage: before weights are read, and before any
             stage is trained.
     """
+    require_built(config)
     require_paths(config, "train", "validation")
     if config.data.validation:
         task_of(config).require()
@@ -118,7 +120,7 @@ def learn_one(
     checkpoint = Path(found) if found else None
     show(*notes)
     directory = fetch(config.model.path, config.model.revision)
-    if checkpoint is None:
+    if checkpoint is None or has_values(config):
         require_starts(directory, config)
     processor = open_processor(directory, config)
     examples = open_examples(config, "train", processor)
@@ -215,7 +217,7 @@ def open_adapted(directory: Path, config: RunConfig, resumes: bool) -> tuple[Pal
     what it is compared with.
     """
     model, base_fingerprint = open_model(directory, config), None
-    adapt(model, config, anew=resumes and config.train.objective == "supervised")
+    adapt(model, config, anew=resumes and not has_values(config))
     if distributed.asks_for_fsdp():
         base_fingerprint = fingerprint(model)
         shard_decoder(model, config)

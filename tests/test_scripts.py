@@ -122,7 +122,7 @@ def test_every_config_runs(base: Path, tmp_path: Path, path: Path) -> None:
             captions = map(json.loads, (base / f"data/captions_{split}.jsonl").read_text().splitlines())
             pairs = "".join(json.dumps(caption | {"rejected": "nothing"}) + "\n" for caption in captions)
             (tmp_path / f"{split}.jsonl").write_text(pairs)
-            changes += [f"{place}.jsonl={tmp_path}/{split}.jsonl", f"{place}.images={base}/data/images"]
+            changes += [f"{place}.jsonl={tmp_path}/{split}.jsonl", f"{place}.images={base}/data"]
         elif source.jsonl:
             changes.append(f"{place}.jsonl={base}/data/captions_{split}.jsonl")
         else:

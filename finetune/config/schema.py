@@ -97,8 +97,8 @@ class DataConfig(Section):
     distinct one in each epoch, in one row, weighted by how many annotators gave it.
     """
     max_text_tokens: Annotated[int, Field(ge=3)] | Literal["auto"] = "auto"
-    """The most tokens that prefix, newline, suffix and <eos> may take together (with answers: all, every suffix); a
-    longer record cannot be used. auto: what the longest one takes."""
+    """The most tokens that prefix, newline, suffix and <eos> may take together (with answers: all, and of pairs, every
+    suffix); a longer record cannot be used. auto: what the longest one takes."""
     truncate_answers: bool = False
     """Cut the end of an answer that exceeds max_text_tokens, instead of refusing its record. A prompt is never cut."""
     on_error: Annotated[Literal["fail", "skip"], Effect.NOTHING] = "fail"

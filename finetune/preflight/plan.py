@@ -160,7 +160,8 @@ class Planner:
         row += 2 * self.config.num_image_tokens * text.hidden_size * e  # image tokens, and those of the rows
         activations = int((1 + self.fragmentation) * batch_size * row) + self.dequantized + self.gathered
         on_card = cublas_workspaces(self.device) if self.device.type == "cuda" else 0
-        return self.frozen + 4 * self.trained + self.rounding(False) + activations + on_card + CONTEXT
+        kept = (5 if self.keeps_reference else 4) * self.trained
+        return self.frozen + kept + self.rounding(False) + activations + on_card + CONTEXT
 
     @property
     def prefill(self) -> int:

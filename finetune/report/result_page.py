@@ -37,7 +37,7 @@ from finetune.training.result import Result
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
-PATHS = {"path", *SOURCE_PATHS, "start_from", "output"}  # keys whose values are paths
+PATHS = {"path", *SOURCE_PATHS, "start_from", "reference", "output"}  # keys whose values are paths
 
 
 def write_report(config: RunConfig) -> Path:

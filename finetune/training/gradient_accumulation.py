@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from finetune.training.execution_plan import ExecutionPlan
 from finetune.training.objective import Objective, Supervised
 from finetune.training.step_inputs import Collate, Example, ImageFeatures, StepInputs, has_image, micro_batches
 from model import PaliGemma
+
+Made = TypeVar("Made")
 
 
 class GradientAccumulation(StepInputs):
@@ -59,7 +63,11 @@ class GradientAccumulation(StepInputs):
         network.language_model.model.set_recompute(execution_plan.recompute_layers)
 
     def accumulate_in_memory(self, examples: list[Example], total: float, step: int) -> Tensor:
-        """`accumulate`, repeated with half the micro-batch where the device runs out of memory, if the plan chose it.
+        """`accumulate`, as `in_memory` does it."""
+        return self.in_memory(partial(self.accumulate, examples, total, step), step)
+
+    def in_memory(self, work: Callable[[], Made], step: int) -> Made:
+        """Work on a step, repeated with half the micro-batch where the device runs out of memory, if the plan chose it.
 
         Processes that share sharded layers repeat it together.
 
@@ -69,7 +77,7 @@ class GradientAccumulation(StepInputs):
         while True:
             try:
                 with sharding.same_memory(self.network.language_model.model):
-                    return self.accumulate(examples, total, step)
+                    return work()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -24,6 +24,17 @@ from model import PaliGemma
 if TYPE_CHECKING:
     from datasets import Dataset
 
+AT_ONCE = 64  # pairs that are prepared together where there are no steps, at most
+
+
+def require_built(config: RunConfig) -> None:
+    """ValueError where the launcher asks for FSDP, and the objective compares the network with another one."""
+    if config.train.objective != "supervised" and distributed.asks_for_fsdp():
+        raise ValueError(
+            f"train.objective={config.train.objective} under FSDP is not built: launch with --multi_gpu, where each "
+            "process holds all of the network"
+        )
+
 
 def objective_of(
     config: RunConfig,
@@ -41,15 +52,14 @@ def objective_of(
         worth: what an answer is worth, where training is by rewards.
 
     Raises:
-        ValueError: the reference cannot be opened, or its log-probabilities are kept and those of something else; or
-            the launcher asks for FSDP.
+        ValueError: the reference cannot be opened, or its log-probabilities are kept and those of something else.
     """
     if config.train.objective == "supervised":
         return Supervised()
-    if distributed.asks_for_fsdp():
-        raise ValueError(
-            f"train.objective={config.train.objective} under FSDP is not built: launch with --multi_gpu, where each "
-            "process holds all of the network"
+    if config.lora and config.lora.start_from is None:
+        show(
+            f"warning: train.objective={config.train.objective} begins with a new adapter, and is for one that was "
+            "trained on answers already: name it with lora.start_from"
         )
     reference, known = Reference.of(config, model), None
     if config.train.objective == "reward":
@@ -67,7 +77,8 @@ def objective_of(
         )
     count = 0 if pairs is None else len(pairs)
     validation = None if pairs is None else PaliGemmaDataset(pairs, processor, "pair")
-    return Preferences(config.preference, reference, known, validation, count)
+    at_once = min(AT_ONCE, config.train.batch_size)  # the plan counts the images of a step
+    return Preferences(config.preference, reference, known, validation, count, at_once)
 
 
 def pairs_of(records: Dataset, processor: Processor) -> Dataset | None:
@@ -92,4 +103,9 @@ def prepare(trainer: LoRATrainer, steps: BatchSampler, processes: int) -> None:
         if objective.known.lacks(drawn):
             show(f"first the reference's log-probabilities of {len(drawn):,} pairs: kept in {objective.known.file}")
         assert trainer.train_dataset is not None, "there is something to train on"
-        objective.precompute(trainer.accumulation, trainer.train_dataset, drawn, processes)
+        try:
+            objective.precompute(trainer.accumulation, trainer.train_dataset, drawn, processes)
+        except OSError as error:
+            raise ValueError(
+                f"{objective.known.file} could not be written: {error}\nmake room and start the same command again"
+            ) from error

@@ -11,6 +11,7 @@ Axes: B pairs, L supervised tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -30,7 +31,6 @@ from finetune.training.step_inputs import Example, StepInputs, cut, micro_batche
 from model import PaliGemma, TokenBatch
 
 KEPT = "reference"  # of an example, the reference's log-probabilities of its two answers, f64 [2]
-AT_ONCE = 64  # pairs that are prepared together where there are no steps
 SAVED_EVERY = 16  # of those, between writings of the reference's log-probabilities
 
 
@@ -56,7 +56,9 @@ class Preferences:
     """Learns to prefer the chosen answer of each pair; its loss is the mean over the pairs of a step.
 
     Attributes:
-        known: the reference's log-probabilities; None: computed at every step.
+        known: the reference's log-probabilities; None: computed at every step, as those that are missing are, of a
+            record that takes the place of one whose image breaks later.
+        at_once: pairs that are prepared together where there are no steps.
         validation: pairs to measure, as many as `pairs_to_measure`.
     """
 
@@ -65,14 +67,15 @@ class Preferences:
     known: LogProbs | None = None
     validation: Dataset[Example] | None = None
     pairs_to_measure: int = 0
+    at_once: int = 64
     may_be_silent: ClassVar[bool] = False
 
     def prepare(self, inputs: StepInputs, examples: Sequence[Example], step: int) -> list[Example]:
         """See `Objective.prepare`: with the reference's log-probabilities."""
-        if self.known is None:
-            found = self.reference_log_probs(inputs, examples)
-        else:
-            found = {example["id"]: self.known[example["id"]] for example in examples}
+        known = {} if self.known is None else {one["id"]: self.known.get(one["id"]) for one in examples}
+        found = {name: values for name, values in known.items() if values is not None}
+        if unknown := [example for example in examples if example["id"] not in found]:
+            found |= self.reference_log_probs(inputs, unknown)
         return [example | {KEPT: found[example["id"]]} for example in examples]
 
     def total(self, examples: Sequence[Example]) -> float:
@@ -133,12 +136,17 @@ class Preferences:
         """
         assert self.known is not None, "there is somewhere to keep them"
         # Always cut alike, so that a run which was stopped meanwhile goes on to the very same values.
-        batches = [batch for batch in cut(drawn, AT_ONCE) if self.known.lacks(batch)]
+        batches = [batch for batch in cut(drawn, self.at_once) if self.known.lacks(batch)]
+        own = iter(batches[distributed.rank() :: distributed.count()])
         rounds = progress("reference's log-probabilities")(shares_of(dataset, batches, processes), len(batches))
         for number, examples in enumerate(rounds, start=1):
-            mine = {name: values.tolist() for name, values in self.reference_log_probs(inputs, examples).items()}
-            for found in distributed.gather(mine):
-                self.known.add({name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()})
+            computed = {name: values.tolist() for name, values in self.reference_log_probs(inputs, examples).items()}
+            # Of a record that is skipped the place has what took it, so that it counts as computed.
+            places = [*zip(next(own, []), examples, strict=True)]
+            places += [(self.known.positions[example["id"]], example) for example in examples]
+            mine = [(position, computed[example["id"]]) for position, example in places]
+            for position, values in itertools.chain.from_iterable(distributed.gather(mine)):
+                self.known.add(position, torch.tensor(values, dtype=torch.float64))
             if number % SAVED_EVERY == 0:
                 distributed.on_main(self.known.save)
         if batches:
@@ -154,15 +162,13 @@ class Preferences:
             return {}
         network, sums = inputs.network, dict[str, Tensor]()
         network.eval()
-        batches = list(cut(range(self.pairs_to_measure), AT_ONCE))
+        batches = list(cut(range(self.pairs_to_measure), self.at_once))
         for examples in shares_of(self.validation, batches, processes=0):
             images = inputs.frozen_image_features(examples)
-            with self.reference.in_place(network):
-                images_of_reference = inputs.frozen_image_features(examples)
             for rows in micro_batches(examples, inputs.execution_plan.micro_batch):
                 logits, batch = logits_of(inputs, rows, images)
                 with self.reference.in_place(network):
-                    reference_logits, _ = logits_of(inputs, rows, images_of_reference)
+                    reference_logits, _ = logits_of(inputs, rows, images)
                 tokens = tokens_of(rows)
                 log_probs, reference = (answer_log_probs(of, batch, tokens) for of in (logits, reference_logits))
                 loss = self.loss_of(log_probs, reference, tokens, total=1)

@@ -100,6 +100,17 @@ def has_values(config: RunConfig) -> bool:
     return where != START or lora.start_from is not None or bool(lora.modules_to_save)
 
 
+def values_from(config: RunConfig) -> dict[str, str]:
+    """The directory of the adapter whose values the reference has, by the key that names it; none where it has none, or
+    those that are drawn at the start.
+    """
+    if not has_values(config):
+        return {}
+    if (where := adapter_to_compare_with(config)) is not None:
+        return {"train.reference": where}
+    return {"lora.start_from": config.lora.start_from} if config.lora and config.lora.start_from else {}
+
+
 def adapter_to_compare_with(config: RunConfig) -> str | None:
     """The directory of the adapter that `train.reference` names; None where it names none."""
     where = config.train.reference
@@ -137,31 +148,26 @@ class LogProbs:
             raise ValueError(f"the reference's log-probabilities cannot be read ({error}); {advice}") from error
         if differing := [name for name in {**made_of, **self.made_of} if made_of.get(name) != self.made_of.get(name)]:
             raise ValueError(
-                f"the log-probabilities kept there are those of another reference: {', '.join(differing)} "
-                f"{'differs' if len(differing) == 1 else 'differ'}; restore what they were made of, or {advice}"
+                f"the reference's log-probabilities were kept for another run, which is not the same in: "
+                f"{', '.join(differing)}; restore that, or {advice}"
             )
         if values.shape != self.values.shape or values.dtype != self.values.dtype:
             raise ValueError(f"the reference's log-probabilities are damaged; {advice}")
         return values
 
-    def __getitem__(self, id: str) -> Tensor:
-        """f64 [2]. ValueError where it was not computed."""
-        found = self.values[self.positions[id]]
-        if bool(found.isnan().any()):
-            raise ValueError(
-                f"the reference's log-probabilities of {id!r} are missing in {self.file}: delete that file"
-            )
-        return found
+    def get(self, id: str) -> Tensor | None:
+        """f64 [2] of a record; None where they were not computed."""
+        position = self.positions[id]
+        return None if self.lacks([position]) else self.values[position]
 
     def lacks(self, positions: Sequence[int]) -> bool:
         """Whether one of these records has yet to be computed."""
         return bool(self.values[list(positions)].isnan().any())
 
-    def add(self, found: Mapping[str, Tensor]) -> None:
-        """Take log-probabilities f64 [2] of records, by their ids, where there are none yet."""
-        for name, values in found.items():
-            if self.lacks([self.positions[name]]):
-                self.values[self.positions[name]] = values
+    def add(self, position: int, values: Tensor) -> None:
+        """Take log-probabilities f64 [2] of the record there, if there are none yet."""
+        if self.lacks([position]):
+            self.values[position] = values
 
     def save(self) -> None:
         """Write the file whole. OSError where that finds no room."""

@@ -14,6 +14,7 @@ from finetune.config.schema import SPLITS, RunConfig
 from finetune.config.stages import connector_start
 from finetune.system.atomic import damage, describe, describe_all, write_text_whole
 from finetune.training.checkpoints import checkpoints, newest_whole
+from finetune.training.reference import values_from
 from finetune.training.result import Result
 
 DATA_FILE = "data.json"
@@ -109,8 +110,9 @@ def start_run(config: RunConfig) -> None:
 
 
 def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
-    """Size and sha256 of what the run's examples come from, by its key in the configuration, and of the connector that
-    it starts with. A data set on the Hub is not among them: the configuration has its commit.
+    """Size and sha256 of what the run's examples come from, by its key in the configuration, of the connector that it
+    starts with, and of the adapter that it is compared with. A data set on the Hub is not among them: the configuration
+    has its commit.
     """
     from data.sources import source_contents  # only now: it needs `datasets`, which training in itself does not
 
@@ -119,7 +121,9 @@ def contents(config: RunConfig) -> dict[str, dict[str, int | str]]:
     start = connector_start(config)
     weights = find_adapter(Path(start)) / WEIGHTS_FILE if start else None
     name = f"stages/{config.stages[-1].name}/adapter" if config.stages else "connector.start_from"
-    return ({name: describe(weights)} if weights and weights.is_file() else {}) | {
+    starts = {name: weights} if weights else {}
+    starts |= {key: find_adapter(Path(where)) / WEIGHTS_FILE for key, where in values_from(config).items()}
+    return {key: describe(file) for key, file in starts.items() if file.is_file()} | {
         f"{place}.{name}": describe_all(*of)
         for split in splits
         for place, source in config.data.places(split).items()
@@ -135,7 +139,9 @@ def judged_by(config: RunConfig) -> dict[str, Any]:
     files = {key: about for key, about in contents(config).items() if key.startswith(begin)}
     asked = {"seed": config.train.seed, "evaluation": config.evaluation.model_dump(exclude={"batch_size"})}
     validation = config.data.model_dump(mode="json")["train" if held_out else "validation"]
-    return {"validation": validation, "files": files, **of_answers, **asked}
+    pairs = {"preference": config.preference.model_dump(), "reference": config.train.reference}
+    of_pairs = pairs if config.train.objective == "dpo" else {}  # their loss is the validation loss
+    return {"validation": validation, "files": files, **of_answers, **asked, **of_pairs}
 
 
 def edited(output: Path, config: RunConfig) -> list[str]:

@@ -129,7 +129,7 @@ class LoRATrainer(Trainer):
         require_examples(inputs)
         model.train()
         step, objective = self.state.global_step, self.accumulation.objective
-        examples = objective.prepare(self.accumulation, inputs, step)
+        examples = self.accumulation.in_memory(partial(objective.prepare, self.accumulation, inputs, step), step)
         total = distributed.total(objective.total(examples))
         loss = self.accumulation.accumulate_in_memory(examples, total, step)
         if (self.awaits_decoder or self.awaits_image) and not self.is_silent:

@@ -114,7 +114,6 @@ def test_a_run_that_was_killed_comes_to_the_same_adapter(
     output, calls = tmp_path / "run", 0
     place, name = (GradientAccumulation, "accumulate") if at == "a step" else (Preferences, "reference_log_probs")
     whole = getattr(place, name)
-    monkeypatch.setattr(preferences, "AT_ONCE", 6)
     monkeypatch.setattr(preferences, "SAVED_EVERY", 1)
 
     def dies(*given: Any, **named: Any) -> Any:
@@ -167,7 +166,7 @@ def test_another_reference_is_refused_and_nothing_is_lost(
     before = (again / "reference.safetensors").read_bytes()
     for made in ("checkpoints", "adapter"):
         (again / made).rename(tmp_path / made)
-    with pytest.raises(ValueError, match=r"another reference: the reference's adapter differs; restore what"):
+    with pytest.raises(ValueError, match=r"not the same in: the reference's adapter; restore that"):
         train.main(words(pairs, again, *start, "train.reference=base", "train.max_steps=1"))
     assert (again / "reference.safetensors").read_bytes() == before
     named = tmp_path / "named"
