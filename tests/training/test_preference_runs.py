@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import train
 from data.lengths import Longest
@@ -136,6 +138,45 @@ def test_a_run_that_was_killed_comes_to_the_same_adapter(
         train.main(words(pairs, output))
     assert counting.calls == (0 if at == "a step" else 3)
     assert kill_test.adapter(output) == kill_test.adapter(straight)
+
+
+def test_skipped_pairs_are_computed_once(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that takes a skipped one's place counts for it: a run that goes on computes nothing again."""
+    images = tmp_path / "images"
+    shutil.copytree(pairs / "images", images)
+    broken = sorted(images.glob("COCO_train*"))[0]
+    broken.write_bytes(broken.read_bytes()[:-60])
+    asked = words(pairs, tmp_path / "run", f"data.train.images={images}", "data.on_error=skip", "data.skip_at_most=0.5")
+    whole, steps = GradientAccumulation.accumulate, 0
+
+    def dies(*given: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise RuntimeError("killed")
+        return whole(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GradientAccumulation, "accumulate", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            train.main(asked)
+    assert (tmp_path / "run/skipped_train.jsonl").is_file()
+    monkeypatch.setattr(Preferences, "reference_log_probs", counting := Counting(Preferences.reference_log_probs))
+    train.main(asked)
+    assert counting.calls == 0
+
+
+def test_a_run_does_not_go_on_against_another_reference(pairs: Path, straight: Path, tmp_path: Path) -> None:
+    """Without log-probabilities that were kept, too: the adapter that it began with is not what it was."""
+    shutil.copytree(straight / "adapter", tmp_path / "start")
+    asked = words(pairs, tmp_path / "run", f"lora={{start_from: {tmp_path}/start, dropout: 0.0}}")
+    train.main([*asked, "preference.precompute=false", "train.max_steps=1"])
+    file = tmp_path / "start/adapter_model.safetensors"
+    tensors = {name: 2 * tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    (tmp_path / "start/manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"lora\.start_from: the content of the file"):
+        train.main([*asked, "preference.precompute=false", "train.max_steps=2"])
 
 
 class Counting:
