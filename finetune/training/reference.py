@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data import Processor
-from data.lengths import content_hash
 from finetune.adapters.fingerprint import fingerprint
 from finetune.adapters.locate import find_adapter
 from finetune.adapters.storage import file_parameters, read_adapter, require_base, serialized
@@ -179,6 +178,8 @@ def made_of(
     config: RunConfig, model: PaliGemma, reference: Reference, processor: Processor, records: Dataset
 ) -> dict[str, str]:
     """What the reference's log-probabilities of these records depend on, by names for a person."""
+    from data.lengths import content_hash  # only now: it needs `datasets`, which training in itself does not
+
     texts = records.select_columns(list(TEXTS)).with_format("arrow")[:]
     return {
         "the base": str(fingerprint(model)),
