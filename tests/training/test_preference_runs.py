@@ -218,6 +218,13 @@ def test_another_reference_is_refused_and_nothing_is_lost(
         train.main(words(pairs, tmp_path / "no", f"train.reference={straight}", "lora.rank=8"))
 
 
+def test_a_reference_of_another_base_is_refused(pairs: Path, straight: Path, tmp_path: Path) -> None:
+    asked = words(pairs, tmp_path / "run", f"train.reference={straight}", "model.weights=random")
+    with pytest.raises(ValueError, match="was trained on another base than this, whose weights have other values"):
+        train.main(asked)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
