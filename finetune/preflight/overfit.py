@@ -73,6 +73,8 @@ def overfit(config: RunConfig, count: int) -> None:
     if config.stages and not is_complete(runs_of(config)[-2]):
         show(f"stage {config.stages[-1].name} is not trained: the connector is as stages would start with it")
         config = without_stages(config)
+    if config.train.objective != "supervised":
+        show(f"learned are right answers, of pairs the chosen ones; nothing is said of {config.train.objective} itself")
     config = overfit_config(config, count)
     directory = fetch(config.model.path, config.model.revision)
     require_starts(directory, config)

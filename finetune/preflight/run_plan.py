@@ -94,6 +94,8 @@ def require_fit(run: RunConfig, planned: RunPlan) -> None:
         fixes.append("train an adapter (lora) instead of all parameters")
     elif run.model.quantize is None:
         fixes.append("quantize the base to four bits with model.quantize=nf4")
+    if train.objective == "reward":
+        fixes.append("draw fewer or shorter answers (reward.samples, evaluation.max_new_tokens)")
     fixes.append("set a smaller data.max_text_tokens: records with longer texts are skipped, or their answers cut")
     raise ValueError(
         f"this does not fit: {plan.total / GIB:.2f} GiB are needed at least, the budget is {plan.budget / GIB:.2f} "
