@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,6 +188,13 @@ def gather(value: Any) -> list[Any]:
 def total(number: float) -> float:
     """The sum of a number over the processes."""
     return sum(gather(number))
+
+
+def totals(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The sums of named numbers over the processes; a name that a process lacks counts 0 there."""
+    shares = gather(dict(numbers))
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
 
 
 def on_main(call: Callable[[], Any]) -> Any:

@@ -93,7 +93,7 @@ def pairs_of(records: Dataset, processor: Processor) -> Dataset | None:
 
 
 def prepare(trainer: LoRATrainer, steps: BatchSampler, processes: int) -> None:
-    """Compute what the objective needs before the first step, as far as it is not kept from before.
+    """Compute what the objective needs before the first step, but for what was computed and kept before.
 
     processes: that prepare examples.
     """

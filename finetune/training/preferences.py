@@ -30,7 +30,7 @@ from finetune.training.reference import LogProbs, Reference
 from finetune.training.step_inputs import Example, StepInputs, cut, micro_batches
 from model import PaliGemma, TokenBatch
 
-KEPT = "reference"  # of an example, the reference's log-probabilities of its two answers, f64 [2]
+REFERENCE = "reference"  # of an example, the reference's log-probabilities of its two answers, f64 [2]
 SAVED_EVERY = 16  # of those, between writings of the reference's log-probabilities
 
 
@@ -76,7 +76,7 @@ class Preferences:
         found = {name: values for name, values in known.items() if values is not None}
         if unknown := [example for example in examples if example["id"] not in found]:
             found |= self.reference_log_probs(inputs, unknown)
-        return [example | {KEPT: found[example["id"]]} for example in examples]
+        return [example | {REFERENCE: found[example["id"]]} for example in examples]
 
     def total(self, examples: Sequence[Example]) -> float:
         """Pairs."""
@@ -93,7 +93,7 @@ class Preferences:
         """See `Objective.loss`."""
         tokens = tokens_of(examples)
         log_probs = answer_log_probs(network.supervised_logits(batch, image_features), batch, tokens)
-        return self.loss_of(log_probs, torch.stack([example[KEPT] for example in examples]), tokens, total)
+        return self.loss_of(log_probs, torch.stack([example[REFERENCE] for example in examples]), tokens, total)
 
     def loss_of(self, log_probs: Tensor, reference: Tensor, tokens: Tensor, total: float) -> Loss:
         """The loss, and further figures, of pairs with these log-probabilities.
@@ -175,8 +175,7 @@ class Preferences:
                 found = {**loss.figures, "loss": loss.value, "kl": divergence(logits, reference_logits, tokens)}
                 found["tokens"] = tokens[:, 0].sum().to(logits.device)
                 sums |= {name: sums.get(name, 0) + value.float() for name, value in found.items()}
-        names = ("loss", "kl", "tokens", EXAMPLES, "pair_accuracy", "margin", "reward_chosen", "reward_rejected")
-        of = {name: distributed.total(float(sums.get(name, 0.0))) for name in names}
+        of = distributed.totals({name: float(value) for name, value in sums.items()})
         tokens_in_all, pairs = of.pop("tokens"), of.pop(EXAMPLES)
         return {name: value / (tokens_in_all if name == "kl" else pairs) for name, value in of.items()}
 

@@ -3,8 +3,8 @@
 The loader hands over whole effective batches. `training_step` accumulates the gradient of one, micro-batch by
 micro-batch (gradient_accumulation.py). Of several processes each takes a shard of the batch, and the gradients are
 summed once: the step is the same one. Why the project sums them itself: accelerate's data parallel (torch's DDP)
-averages the gradients of the processes at each backward pass, while this loss is divided by the supervised tokens of
-the whole step, and the processes may cut their shards into different numbers of micro-batches.
+averages the gradients of the processes at each backward pass, while this loss is divided by what the examples of
+the whole step count, and the processes may cut their shards into different numbers of micro-batches.
 
 Only what is trained is saved and resumed, without pickle. The Trainer is used through its public seams; a contract test
 fails when one of their signatures moves.
@@ -139,7 +139,7 @@ class LoRATrainer(Trainer):
             self.awaits_decoder = False
         distributed.all_reduce([loss, *self.accumulation.unsummed_gradients()])
         self.check_finite(model, examples, total, loss)
-        self.figures |= {name: self.figures.get(name, 0) + sum for name, sum in self.accumulation.figures.items()}
+        self.figures |= {name: self.figures.get(name, 0) + value for name, value in self.accumulation.figures.items()}
         return loss
 
     @property
@@ -174,7 +174,7 @@ class LoRATrainer(Trainer):
         the examples.
         """
         if "loss" in logs and self.figures:
-            found = {name: distributed.total(float(sum)) for name, sum in self.figures.items()}
+            found = distributed.totals({name: float(value) for name, value in self.figures.items()})
             count = found.pop(EXAMPLES)
             logs |= {name: value / count for name, value in found.items()}
             self.figures = {}
