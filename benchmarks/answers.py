@@ -29,12 +29,13 @@ from torch import Tensor
 
 from benchmarks.study import (
     ROOT,
-    T_975,
     Job,
     begin_mark,
     differences,
     draw_seeds,
     interval,
+    parse,
+    study_parser,
     train_all,
     write_table,
 )
@@ -46,7 +47,6 @@ from finetune.config.schema import RunConfig
 from finetune.lora.protocol import trained_parameters
 from finetune.preflight.run_plan import plan_run
 from finetune.system.console import show
-from finetune.system.paths import path_argument
 from finetune.system.progress import progress_bar
 from finetune.training.batch_sampler import BatchSampler
 from finetune.training.checkpoints import checkpoints, read_parameters
@@ -215,19 +215,9 @@ def plot(file: Path, results: dict[str, list[Measured]]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over every configuration")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each with one thread; default: 2")
+    parser = study_parser(NAME, __doc__, "answers.md")
     parser.add_argument("--steps", type=int, default=120, help="whose gradients are compared; default: 120")
-    parser.add_argument("--runs", type=path_argument, default=ROOT / "runs/answers", help="directory of all runs")
-    parser.add_argument("--document", type=path_argument, default=ROOT / "docs/answers.md", help="with the table")
-    parser.add_argument("--plot", type=path_argument, default=ROOT / "docs/answers.png", help="file of the plot")
-    arguments = parser.parse_intermixed_args(argv)
-    if not 2 <= len(set(arguments.seeds)) == len(arguments.seeds) <= len(T_975) + 1:
-        raise ValueError(f"--seeds {arguments.seeds}: expected 2 to {len(T_975) + 1} different ones")
+    arguments = parse(parser, argv)
     if arguments.steps < 2:
         raise ValueError(f"--steps {arguments.steps}: expected at least 2, of which there is a variance")
     study(arguments)

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 
 from benchmarks.study import (
     ROOT,
-    T_975,
     Job,
     begin_mark,
     by_type,
     differences,
     draw_seeds,
     interval,
+    parse,
+    study_parser,
     train_all,
     write_table,
 )
@@ -37,7 +38,6 @@ from finetune.config.stages import runs_of
 from finetune.preflight.plan import Planner
 from finetune.preflight.run_plan import plan_run
 from finetune.system.console import show
-from finetune.system.paths import path_argument
 from finetune.training.examples import network_config, open_examples, open_processor
 from finetune.training.execution_plan import ExecutionPlan
 
@@ -168,21 +168,11 @@ def rolling(losses: Sequence[tuple[int, float]]) -> list[float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over every configuration")
+    parser = study_parser(NAME, __doc__, "connectors.md")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="configurations; default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each with one thread; default: 2")
-    parser.add_argument("--runs", type=path_argument, default=ROOT / "runs/connectors", help="directory of all runs")
-    parser.add_argument("--document", type=path_argument, default=ROOT / "docs/connectors.md", help="with the table")
-    parser.add_argument("--plot", type=path_argument, default=ROOT / "docs/connectors.png", help="file of the plot")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse(parser, argv)
     if REFERENCE not in arguments.arms:
         raise ValueError(f"--arms {' '.join(arguments.arms)}: {REFERENCE}, which they are compared with, is missing")
-    if not 2 <= len(set(arguments.seeds)) == len(arguments.seeds) <= len(T_975) + 1:
-        raise ValueError(f"--seeds {arguments.seeds}: expected 2 to {len(T_975) + 1} different ones")
     study(arguments)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import ROOT, T_975, Job, begin_mark, draw_seeds, interval, train_all, write_table
+from benchmarks.study import ROOT, Job, begin_mark, draw_seeds, interval, parse, study_parser, train_all, write_table
 from data import preferences
 from data.preference_rules import says, words
 from finetune import cli
@@ -35,7 +35,6 @@ from finetune.evaluation.evaluate import ANSWERS_FILE
 from finetune.evaluation.run import evaluate_run
 from finetune.system.atomic import write_text_whole
 from finetune.system.console import show
-from finetune.system.paths import path_argument
 from finetune.training.examples import open_records
 
 NAME = "benchmarks.preferences"
@@ -159,18 +158,8 @@ def plot(file: Path, arms: Mapping[str, Sequence[Measured]], jobs: Mapping[str, 
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over every arm's configuration")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default: 1 2 3")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each with one thread; default: 2")
-    parser.add_argument("--runs", type=path_argument, default=ROOT / "runs/preferences", help="directory of all runs")
-    parser.add_argument("--document", type=path_argument, default=ROOT / "docs/alignment.md", help="with the table")
-    parser.add_argument("--plot", type=path_argument, default=ROOT / "docs/preferences.png", help="file of the plot")
-    arguments = parser.parse_intermixed_args(argv)
-    if not 2 <= len(set(arguments.seeds)) == len(arguments.seeds) <= len(T_975) + 1:
-        raise ValueError(f"--seeds {arguments.seeds}: expected 2 to {len(T_975) + 1} different ones")
+    parser = study_parser(NAME, __doc__, "alignment.md", seeds=3)
+    arguments = parse(parser, argv)
     study(arguments)
 
 

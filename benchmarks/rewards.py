@@ -25,12 +25,13 @@ from pathlib import Path
 from benchmarks.answers import last_state, opened
 from benchmarks.study import (
     ROOT,
-    T_975,
     Job,
     begin_mark,
     differences,
     draw_seeds,
     interval,
+    parse,
+    study_parser,
     train_all,
     write_table,
 )
@@ -40,7 +41,6 @@ from finetune.config.schema import RunConfig
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.tasks import TASKS
 from finetune.system.console import show
-from finetune.system.paths import path_argument
 from finetune.training.examples import max_new_tokens, open_processor
 from finetune.training.result import Result
 from finetune.training.setup import adapt, open_model
@@ -133,18 +133,8 @@ def plot(file: Path, start: float, results: Mapping[str, Sequence[Measured]]) ->
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over every configuration")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each with one thread; default: 2")
-    parser.add_argument("--runs", type=path_argument, default=ROOT / "runs/rewards", help="directory of all runs")
-    parser.add_argument("--document", type=path_argument, default=ROOT / "docs/alignment.md", help="with the table")
-    parser.add_argument("--plot", type=path_argument, default=ROOT / "docs/rewards.png", help="file of the plot")
-    arguments = parser.parse_intermixed_args(argv)
-    if not 2 <= len(set(arguments.seeds)) == len(arguments.seeds) <= len(T_975) + 1:
-        raise ValueError(f"--seeds {arguments.seeds}: expected 2 to {len(T_975) + 1} different ones")
+    parser = study_parser(NAME, __doc__, "alignment.md")
+    arguments = parse(parser, argv)
     study(arguments)
 
 

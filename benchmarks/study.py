@@ -7,6 +7,7 @@ Student's distribution: where the mean of further seeds is to be expected, on th
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import os
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from finetune.system.atomic import write_text_whole
 from finetune.system.console import show
+from finetune.system.paths import path_argument
 from finetune.training.result import Result
 
 if TYPE_CHECKING:
@@ -115,6 +117,33 @@ def train_one(job: Job, overrides: Sequence[str]) -> None:
     if status.returncode:
         raise ValueError(f"{job.arm}, seed {job.seed}: train.py ended with {status.returncode}; see {log}")
     show(f"{job.arm}, seed {job.seed}: {Result.read(job.output)}")
+
+
+def study_parser(module: str, description: str | None, document: str, seeds: int = 5) -> argparse.ArgumentParser:
+    """The options that all studies have, read by `parse`.
+
+    document: in docs, with the table, and seeds: how many, by default. Runs and plot are called as the module is.
+    """
+    name, numbers = module.rpartition(".")[2], list(range(1, seeds + 1))
+    made = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("overrides", metavar="section.key=value", nargs="*", help="laid over every configuration")
+    said = " ".join(map(str, numbers))
+    made.add_argument("--seeds", nargs="+", type=int, default=numbers, help=f"default: {said}")
+    made.add_argument("--workers", type=int, default=2, help="runs at a time, each with one thread; default: 2")
+    made.add_argument("--runs", type=path_argument, default=ROOT / "runs" / name, help="directory of all runs")
+    made.add_argument("--document", type=path_argument, default=ROOT / "docs" / document, help="with the table")
+    made.add_argument("--plot", type=path_argument, default=ROOT / "docs" / f"{name}.png", help="file of the plot")
+    return made
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The options. ValueError where the seeds are not several different ones, of which there is an interval."""
+    arguments = parser.parse_intermixed_args(argv)
+    if not 2 <= len(set(arguments.seeds)) == len(arguments.seeds) <= len(T_975) + 1:
+        raise ValueError(f"--seeds {arguments.seeds}: expected 2 to {len(T_975) + 1} different ones")
+    return arguments
 
 
 def by_type(line: dict[str, float]) -> dict[str, float]:
